@@ -213,13 +213,9 @@ def mean_interval(per_problem: ArrayLike, **settings: Unpack[Resampling]) -> Int
         ConfigError: no problems, or a value outside [0, 1].
     """
     values = np.asarray(per_problem, dtype=np.float64)
-    if values.ndim != 1 or values.size == 0:
-        raise ConfigError(f"a mean over problems needs one rate per problem and at least one, got shape {values.shape}")
-    if not ((values >= 0) & (values <= 1)).all():
-        raise ConfigError("per-problem rates must lie in [0, 1]; use cluster_bootstrap for other quantities")
-    if np.isin(values, (0, 1)).all() or (values == values[0]).all():
-        return wilson_interval(min(float(values.sum()), values.size), values.size)
-    return cluster_bootstrap(values, **settings)
+    if np.isin(values, (0, 1)).all():
+        return wilson_interval(float(values.sum()), values.size)
+    return ratio_interval(values, np.ones_like(values), **settings)
 
 
 def ratio_interval(top: ArrayLike, bottom: ArrayLike, **settings: Unpack[Resampling]) -> Interval:
@@ -241,7 +237,7 @@ def ratio_interval(top: ArrayLike, bottom: ArrayLike, **settings: Unpack[Resampl
     """
     pairs = np.stack([np.asarray(top, dtype=np.float64), np.asarray(bottom, dtype=np.float64)], axis=-1)
     if not ((pairs[..., 0] >= 0) & (pairs[..., 0] <= pairs[..., 1])).all():
-        raise ConfigError("a share needs 0 <= top <= bottom for every problem")
+        raise ConfigError("shares lie in [0, 1]: every problem needs 0 <= top <= bottom")
     if (same := _one_share(pairs)) is not None:
         return wilson_interval(*same)
     return cluster_bootstrap(pairs, ratio_of_sums, **settings)
@@ -269,24 +265,6 @@ def numbered(problems: Sequence[Hashable] | IntArray) -> IntArray:
 
 
 # --- paired tests -----------------------------------------------------------------------------------------------------
-
-
-def paired_bootstrap(a: Sequence[float], b: Sequence[float], **settings: Unpack[Resampling]) -> Interval:
-    """Mean of ``b - a`` over problems, with an interval that resamples the pairs.
-
-    Args:
-        a, b: (problems,) values of the two runs, in the same problem order.
-        **settings: see :class:`Resampling`.
-
-    Returns:
-        Interval of the difference; zero width when every problem differs by the same amount.
-
-    Raises:
-        ConfigError: different lengths, or no problems.
-    """
-    if len(a) != len(b):
-        raise ConfigError(f"paired values must have equal length, got {len(a)} and {len(b)}")
-    return cluster_bootstrap(np.subtract(b, a), **settings)
 
 
 def mcnemar_exact(b: int, c: int, *, mid_p: bool = False) -> float:

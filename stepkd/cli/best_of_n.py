@@ -24,7 +24,8 @@ class BestOfNConfig:
     """NAME=PATH of every scorer: a folder of stepkd score, or a file of scored completions; all of the same
     completions."""
     ks: tuple[int, ...] = ()
-    """Numbers of samples N to choose from, each at least 1; the default takes the powers of two up to what there is."""
+    """Numbers of samples N to choose from, each at least 1; the default takes the powers of two up to what there is,
+    and that number."""
     grading: GradingConfig = field(default_factory=GradingConfig)
     """How answers are found and compared for the vote."""
     seed: int = 0

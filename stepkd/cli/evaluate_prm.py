@@ -22,7 +22,7 @@ from stepkd.evaluation.config import EvaluatePRMConfig
 
 def run(config: EvaluatePRMConfig) -> int:
     """Run ``stepkd evaluate-prm``."""
-    from stepkd.evaluation.process_runner import SOLUTIONS, evaluate_process
+    from stepkd.evaluation.score_rows import SOLUTIONS, evaluate_process
 
     config, job = config.start({SOLUTIONS: "scoring"})
     summary = evaluate_process(config, options=job.options)
@@ -38,7 +38,7 @@ def run(config: EvaluatePRMConfig) -> int:
 def write_figures(summary: dict[str, Any], out: Path) -> Iterator[Path]:
     """Reliability and argmin figures of every set, each drawn when its path is asked for."""
     from stepkd.evaluation.figures import argmin_histogram, reliability_diagram
-    from stepkd.evaluation.process_runner import figure_names
+    from stepkd.evaluation.score_rows import figure_names
 
     for name, section in summary["sets"].items():
         reliability, argmin = figure_names(name)

@@ -18,6 +18,7 @@ from typing import Any, Unpack
 
 import numpy as np
 
+from stepkd.data.benchmarks import default_ks
 from stepkd.data.io import read_rows
 from stepkd.errors import ConfigError, DataError
 from stepkd.evaluation.metrics import maj_at_k, pass_at_k
@@ -84,11 +85,6 @@ class CurveResult(Result):
     growth: tuple[PairedDifference, ...]
     """For every pair the gap at the largest k minus the gap at the smallest k above 1: does the gap grow with N?
     Empty without two such k."""
-    best_k: Mapping[str, int]
-    """Method -> k of its highest value, the smallest of equals."""
-    fall: Mapping[str, Interval]
-    """Method -> value at the largest k minus value at its best k, <= 0: below 0, more samples hurt (over-optimisation).
-    The best k is chosen on the same data, so the fall is somewhat exaggerated."""
     unscored: Mapping[str, int]
     """Score -> samples without one; they rank last and add nothing to a vote."""
     problems: int
@@ -121,8 +117,7 @@ def best_of_k(scores: Sequence[float | None], correct: Sequence[bool], k: int) -
         DataError: different lengths, or a score that is not finite.
         ConfigError: k out of range.
     """
-    ranks, hits = _ranks(scores, len(correct)), np.asarray(correct, dtype=np.float64)
-    _check_k(k, hits.size)
+    ranks, hits = _ranks(scores, len(correct), k), np.asarray(correct, dtype=np.float64)
     _, group, size = np.unique(-ranks, return_inverse=True, return_counts=True)
     share = np.bincount(group, weights=hits) / size
     missed = _missed(hits.size, k)
@@ -160,10 +155,7 @@ def weighted_vote_at_k(
         ConfigError: k out of range.
     """
     n = len(correct)
-    if len(votes) != n:
-        raise DataError(f"{len(votes)} votes for {n} samples: give one for each, None without an answer")
-    ranks = _ranks(scores, n)
-    _check_k(k, n)
+    ranks = _ranks(scores, n, k)
     weights = np.where(np.isneginf(ranks), 0.0, ranks)
     if (weights < 0).any():
         raise DataError(f"score {float(weights.min())!r} is negative: a weighted vote needs scores >= 0")
@@ -196,29 +188,28 @@ def bon_curve(
         **settings: see :class:`~stepkd.statistics.Resampling`; the seed also draws the subsets of large weighted votes.
 
     Returns:
-        The curves with intervals, their paired differences, how the gaps grow, and where each is best.
+        The curves with intervals, their paired differences, and how the gaps grow.
 
     Raises:
         ConfigError: no problem, no k, a k below 1 or above some problem's samples (named), or a reserved or repeated
             name.
         DataError: scores that do not fit (problem named).
     """
-    sizes, seed = _check_problems(problems, ks, scores), settings.get("seed", 0)
-    grid = tuple(sorted(set(ks)))
+    _check_problems(problems, ks, scores)
+    grid, seed = tuple(sorted(set(ks))), settings.get("seed", 0)
+    sizes, hits = ([count(p.correct) for p in problems] for count in (len, sum))
     curves: dict[str, FloatArray] = {
-        CEILING: np.stack([pass_at_k(sizes, [sum(map(bool, p.correct)) for p in problems], k) for k in grid], axis=1),
+        CEILING: np.stack([pass_at_k(sizes, hits, k) for k in grid], axis=1),
         MAJORITY: np.array([[maj_at_k(p.votes, p.correct, k) for k in grid] for p in problems]),
     }
     for name, per_problem in scores.items():
-        best, vote = np.empty((len(problems), len(grid))), np.empty((len(problems), len(grid)))
-        for i, (problem, own) in enumerate(zip(problems, per_problem, strict=True)):
+        best, vote = np.empty((2, len(problems), len(grid)))
+        for i, (p, own) in enumerate(zip(problems, per_problem, strict=True)):
             try:
-                best[i] = [best_of_k(own, problem.correct, k) for k in grid]
-                vote[i] = [
-                    weighted_vote_at_k(own, problem.votes, problem.correct, k, seed=seed, key=problem.id) for k in grid
-                ]
+                best[i] = [best_of_k(own, p.correct, k) for k in grid]
+                vote[i] = [weighted_vote_at_k(own, p.votes, p.correct, k, seed=seed, key=p.id) for k in grid]
             except DataError as error:
-                raise DataError(f"problem {problem.id!r}, score {name!r}: {error}") from None
+                raise DataError(f"problem {p.id!r}, score {name!r}: {error}") from None
         curves[name], curves[f"{name}_vote"] = best, vote
     pairs = list(combinations([name for name in curves if name != CEILING], 2))
     differences = tuple(
@@ -231,8 +222,6 @@ def bon_curve(
     for a, b in pairs if first < len(grid) - 1 else []:
         gap = curves[b] - curves[a]
         growth.append(PairedDifference(a, b, grid[-1], cluster_bootstrap(gap[:, -1] - gap[:, first], **settings)))
-    # Rounding must not make a flat curve prefer a later k.
-    best_at = {name: int(np.argmax(np.round(values.mean(axis=0), 12))) for name, values in curves.items()}
     return CurveResult(
         ks=grid,
         curves={
@@ -241,11 +230,6 @@ def bon_curve(
         },
         differences=differences,
         growth=tuple(growth),
-        best_k={name: grid[i] for name, i in best_at.items()},
-        fall={
-            name: cluster_bootstrap(values[:, -1] - values[:, best_at[name]], **settings)
-            for name, values in curves.items()
-        },
         unscored={name: sum(score is None for own in rows for score in own) for name, rows in scores.items()},
         problems=len(problems),
         per_problem=curves,
@@ -255,18 +239,13 @@ def bon_curve(
 @lru_cache(maxsize=1024)
 def _missed(n: int, k: int) -> FloatArray:
     """(n + 1,) probability that a draw of k of n samples holds none of the a highest, a = 0..n."""
-    missed = 1.0 - pass_at_k(n, np.arange(n + 1), k)
-    missed.flags.writeable = False  # shared between callers
-    return missed
+    return 1.0 - pass_at_k(n, np.arange(n + 1), k)
 
 
 @lru_cache(maxsize=8)
 def _all_subsets(n: int, k: int) -> FloatArray:
     members = np.array(list(combinations(range(n), k)))
-    chosen = np.zeros((members.shape[0], n))
-    np.put_along_axis(chosen, members, 1.0, axis=1)
-    chosen.flags.writeable = False
-    return chosen
+    return np.asarray((members[:, :, None] == np.arange(n)).any(axis=1), dtype=np.float64)
 
 
 def _subsets(n: int, k: int, seed: int, key: str) -> FloatArray:
@@ -277,39 +256,32 @@ def _subsets(n: int, k: int, seed: int, key: str) -> FloatArray:
     return np.asarray(order < k, dtype=np.float64)
 
 
-def _ranks(scores: Sequence[float | None], n: int) -> FloatArray:
+def _ranks(scores: Sequence[float | None], n: int, k: int) -> FloatArray:
+    """The scores of n samples, of which k are drawn; -inf for an unscored one."""
     ranks = np.array([-math.inf if score is None else score for score in scores], dtype=np.float64)
     if ranks.size != n or not (ranks < math.inf).all():
         raise DataError(f"{n} samples need a finite score each, or None for an unscored one; found {list(scores)}")
-    return ranks
-
-
-def _check_k(k: int, n: int) -> None:
     if not 1 <= k <= n:
         raise ConfigError(f"k={k} samples of {n} cannot be drawn; it must lie between 1 and {n}")
+    return ranks
 
 
 def _check_problems(
     problems: Sequence[ProblemSamples], ks: Sequence[int], scores: Mapping[str, Sequence[Sequence[float | None]]]
-) -> FloatArray:
-    """Samples per problem, after all checks."""
-    if not problems or not ks or min(ks) < 1:
-        raise ConfigError(
-            f"a best-of-N curve needs at least one problem and numbers of samples of at least 1: found {len(problems)} "
-            f"problems, ks={list(ks)}"
-        )
+) -> None:
+    if not problems or not ks:
+        raise ConfigError(f"a best-of-N curve needs a problem and an N, found {len(problems)} problems, ks={list(ks)}")
     names = [CEILING, MAJORITY, *(each for name in scores for each in (name, f"{name}_vote"))]
     if len(set(names)) < len(names):
         raise ConfigError(
             f"methods {names} would share a name: rename the scores, {CEILING!r} and {MAJORITY!r} are taken"
         )
-    for problem in problems:
-        if len(problem.correct) < max(ks):
-            raise ConfigError(
-                f"problem {problem.id!r} has {len(problem.correct)} samples, k={max(ks)} needs as many: draw more "
-                "samples or lower k"
-            )
-    return np.array([len(problem.correct) for problem in problems], dtype=np.float64)
+    fewest = min(problems, key=lambda problem: len(problem.correct))
+    if not 1 <= min(ks) <= max(ks) <= len(fewest.correct):
+        raise ConfigError(
+            f"ks={list(ks)} must lie between 1 and the samples of every problem, and {fewest.id!r} has "
+            f"{len(fewest.correct)}: draw more samples or lower k"
+        )
 
 
 # --- curves from files of scored completions --------------------------------------------------------------------------
@@ -331,7 +303,7 @@ def best_of_n_from_files(
     Args:
         files: name of a scorer -> folder of ``stepkd score``, or file of completion rows with ``score`` and
             ``correct``, all of the same completions.
-        ks: numbers of samples; none: powers of two up to the samples per problem.
+        ks: numbers of samples; none: those of :func:`~stepkd.data.benchmarks.default_ks`.
         grading: how answers are found and compared for the vote; None: the defaults.
         seed: seed of intervals and drawn subsets.
         samples: how many were drawn of every problem. One that is in no file, or not in all, has no text or no step to
@@ -339,11 +311,9 @@ def best_of_n_from_files(
             None: every sample must be in every file.
 
     Raises:
-        ConfigError: no file, a reserved name, or files of different completions.
+        ConfigError: a reserved name, or files of different completions.
         DataError: a row without score or grade, or problems with too few samples.
     """
-    if not files:
-        raise ConfigError("best-of-N needs at least one file of scored completions (stepkd score)")
     loaded = {name: _by_key(path) for name, path in files.items()}
     found = {key: row for rows in reversed(loaded.values()) for key, row in rows.items()}
     first_name, first = next(iter(loaded.items()))
@@ -367,11 +337,11 @@ def best_of_n_from_files(
     with Grader(grading) as grader:
         votes = votes_of([[found[key] for key in keys] for keys in groups.values()], grader.extractors, grader)
     problems = [
-        ProblemSamples(problem, padded([bool(found[key]["correct"]) for key in keys], False), padded(list(own)))
+        ProblemSamples(problem, padded([found[key]["correct"] for key in keys], False), padded(list(own)))
         for (problem, keys), own in zip(groups.items(), votes, strict=True)
     ]
-    smallest = min(len(problem.correct) for problem in problems)
-    chosen = ks or [k for k in (2**i for i in range(20)) if k <= smallest]
+    smallest = min((len(problem.correct) for problem in problems), default=0)
+    chosen = ks or default_ks(smallest)
     scores = {
         name: [padded([rows[key]["score"] if key in rows else None for key in keys]) for keys in groups.values()]
         for name, rows in loaded.items()
@@ -383,10 +353,10 @@ def _by_key(path: str | Path) -> dict[tuple[str, str], Mapping[str, Any]]:
     rows: dict[tuple[str, str], Mapping[str, Any]] = {}
     path = Path(path) / RESULTS_NAME if Path(path).is_dir() else path
     for row, number in read_rows(path):
-        for column in ("score", "correct"):
-            if column not in row:
-                hint = "score it with stepkd score" if column == "score" else "give graded completions"
-                raise DataError(f"no {column!r}: {hint}", path=path, line=number, column=column)
+        if "score" not in row:
+            raise DataError("no 'score': score it with stepkd score", path=path, line=number, column="score")
+        if not isinstance(row.get("correct"), bool):
+            raise DataError("no verdict: give graded completions", path=path, line=number, column="correct")
         if (row.get("labelling") or {}).get("dedupe"):
             raise DataError(
                 "these completions lost their duplicates when they were labelled, so that their shares are biased: "
@@ -394,8 +364,6 @@ def _by_key(path: str | Path) -> dict[tuple[str, str], Mapping[str, Any]]:
                 path=path,
                 line=number,
             )
-        if not isinstance(row["correct"], bool):
-            raise DataError("the completion is not graded (correct is null)", path=path, line=number, column="correct")
         problem = str(row.get("problem_id", row.get("prompt")))
         key = (problem, str(row.get("sample", row.get("id", number))))
         if key in rows:

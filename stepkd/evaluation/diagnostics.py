@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -79,10 +80,7 @@ def argmin_positions(
     for index, (row, owner) in enumerate(zip(scores, owners, strict=True)):
         values = np.asarray(row, dtype=np.float64)
         if np.isnan(values).any():
-            raise DataError(
-                f"solution {index}, step {int(np.isnan(values).argmax())} has no score (NaN): the lowest score has no "
-                "position in a cut-off solution, nor with an outcome scorer"
-            )
+            raise DataError(f"solution {index} has a step without a score (NaN): its lowest score has no position")
         if values.size < 2:
             continue
         lowest = values == values.min()
@@ -153,7 +151,7 @@ def task_swaps(row: Mapping[str, Any]) -> list[tuple[list[str], list[str]]]:
 
 
 def order_swap_test(
-    scores: Sequence[Sequence[Sequence[float]]],
+    scores: Sequence[Sequence[Sequence[float | None]]],
     problems: Sequence[Hashable],
     *,
     meaning: Meaning,
@@ -162,7 +160,7 @@ def order_swap_test(
     """Compare the scores of original and swapped solutions.
 
     Args:
-        scores: per swap the step scores of its two solutions (:func:`task_swaps`).
+        scores: per swap the step scores of its two solutions (:func:`task_swaps`); NaN or None: no score.
         problems: per swap the id of its problem.
         meaning: decides how step scores become one (:func:`~stepkd.scorers.scorer.reduce_scores`).
         **settings: see :class:`~stepkd.statistics.Resampling`; problems are resampled.
@@ -172,7 +170,8 @@ def order_swap_test(
     """
     counted, owners = [], []
     for pair, owner in zip(scores, problems, strict=True):
-        before, after = (reduce_scores(each, meaning=meaning) for each in pair)
+        numbers = ([math.nan if value is None else value for value in each] for each in pair)
+        before, after = (reduce_scores(each, meaning=meaning) for each in numbers)
         if before is not None and after is not None:
             drop = before - after
             counted.append((drop > TOLERANCE + 1e-12, 1.0, drop))  # a change of the tolerance is none

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,6 @@ from stepkd.errors import ConfigError
 from stepkd.runs.files import write_file
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -54,7 +52,8 @@ def reliability_diagram(result: Mapping[str, Any], path: str | Path) -> Path:
         upper.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), ylabel="share of correct labels")
         upper.set_title(f"Reliability (n = {result['n']}, ECE {_number(result, 'ece')})")
         figure.legend(loc="outside lower center", ncols=2)
-        _bars(lower, [(each["low"], each["high"]) for each in bins], [each["count"] for each in bins], COLOURS[0], None)
+        edges = [*(each["low"] for each in bins), bins[-1]["high"]]
+        lower.stairs([each["count"] for each in bins], edges, fill=True, color=COLOURS[0])
         lower.set(xlabel="score", ylabel="count")
 
     return _write(draw, path, size=(5.0, 5.5))
@@ -71,7 +70,7 @@ def argmin_histogram(result: Mapping[str, Any], path: str | Path) -> Path:
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        _bars(axes, list(pairwise(edges)), observed, COLOURS[0], "observed")
+        axes.stairs(observed, edges, fill=True, color=COLOURS[0], label="observed")
         axes.stairs(expected, edges, color=COLOURS[1], linestyle="--", linewidth=2, label="random place")
         share, chance = _number(result, "share_last"), result["expected_last"]
         axes.set_title(f"Lowest score at the last step: {share} (random {chance:.3f})")
@@ -116,18 +115,6 @@ def best_of_n_figure(result: Mapping[str, Any], path: str | Path) -> Path:
     return _write(draw, path, size=(7.5, 4.5))
 
 
-def _bars(axes: Axes, spans: list[tuple[float, float]], heights: Any, colour: str, label: str | None) -> None:
-    axes.bar(
-        [low for low, _ in spans],
-        heights,
-        width=[high - low for low, high in spans],
-        align="edge",
-        color=colour,
-        edgecolor="white",
-        label=label,
-    )
-
-
 def _number(result: Mapping[str, Any], name: str) -> str:
     value = result[name]["value"]
     return "undefined" if value is None else f"{value:.3f}"
@@ -138,14 +125,12 @@ def _write(draw: Any, path: str | Path, *, size: tuple[float, float]) -> Path:
     kind = path.suffix.lower().lstrip(".")
     if kind not in ("svg", "png"):
         raise ConfigError(f"cannot write a figure to {path}: its name must end in .svg or .png")
-    import matplotlib
+    from matplotlib import style
     from matplotlib.figure import Figure
 
     content = io.BytesIO()
     # A bare Figure draws with Agg or the SVG writer, whatever backend is set: no display, no global state.
-    # The user's own style is left out of it; the backend is not part of a style.
-    style: dict[Any, Any] = {key: value for key, value in matplotlib.rcParamsDefault.items() if key != "backend"}
-    with matplotlib.rc_context(style | _STYLE):
+    with style.context(["default", _STYLE]):  # not the user's own style
         figure = Figure(figsize=size, layout="constrained")
         draw(figure)
         figure.savefig(content, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else {"Software": None})

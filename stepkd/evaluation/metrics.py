@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from stepkd.errors import ConfigError, DataError
-from stepkd.runs.job import RESULTS_NAME, differences, read_results, read_settings
+from stepkd.runs.job import differences, read_results, read_settings
 from stepkd.statistics import (
     FloatArray,
     Interval,
@@ -36,7 +36,6 @@ from stepkd.statistics import (
     cluster_bootstrap,
     mcnemar_exact,
     mean_interval,
-    paired_bootstrap,
     ratio_interval,
 )
 from stepkd.steps.labels import tally
@@ -161,10 +160,6 @@ def summarise(
     for first, second in pairwise(problems):
         if first.id == second.id:
             raise DataError(f"problem id {first.id!r} occurs twice in the results", column="id")
-    fewest = min(problems, key=lambda problem: len(problem.correct))
-    for k in ks:
-        if not 1 <= k <= len(fewest.correct):
-            raise ConfigError(_too_few_samples("pass", k, len(fewest.correct), fewest.id))
     n = np.array([len(problem.correct) for problem in problems], dtype=np.float64)
 
     def counted(name: str) -> FloatArray:
@@ -220,9 +215,8 @@ def problem_counts(row: Mapping[str, Any]) -> ProblemCounts:
     return ProblemCounts(str(row["id"]), [sample.get("vote") for sample in samples], correct, counts)
 
 
-def _too_few_samples(metric: str, k: int, n: int, problem_id: str | None = None) -> str:
-    where = "" if problem_id is None else f" (problem {problem_id!r})"
-    return f"{metric}@{k} needs 1 <= k <= samples per problem, and there are {n}{where}; draw more samples or lower k"
+def _too_few_samples(metric: str, k: int, n: int) -> str:
+    return f"{metric}@{k} needs 1 <= k <= samples per problem, and there are {n}; draw more samples or lower k"
 
 
 # --- two runs of one benchmark, compared problem by problem -----------------------------------------------------------
@@ -308,7 +302,9 @@ def compare_runs(dir_a: str | Path, dir_b: str | Path, **resampling: Unpack[Resa
             raise ConfigError(
                 f"{dir_a} and {dir_b} hold different {what}: {a!r} and {b!r}; compare runs on the same problems"
             )
-    a_rows, b_rows = _by_id(dir_a), _by_id(dir_b)
+    a_rows, b_rows = (
+        {row["id"]: problem_counts(row).correct for row in read_results(folder)} for folder in (dir_a, dir_b)
+    )
     ids = [problem_id for problem_id in a_rows if problem_id in b_rows]
     if not ids:
         raise DataError(f"{dir_a} and {dir_b} have no finished problem in common ({len(a_rows)} and {len(b_rows)})")
@@ -324,7 +320,7 @@ def compare_runs(dir_a: str | Path, dir_b: str | Path, **resampling: Unpack[Resa
         problems=len(ids),
         pass1_a=mean_interval(a_rate, **resampling),
         pass1_b=mean_interval(b_rate, **resampling),
-        difference=paired_bootstrap(a_rate, b_rate, **resampling),
+        difference=cluster_bootstrap(np.subtract(b_rate, a_rate), **resampling),
         fixed=fixed,
         broken=broken,
         mcnemar_p=mcnemar_exact(len(broken), len(fixed)),
@@ -332,18 +328,6 @@ def compare_runs(dir_a: str | Path, dir_b: str | Path, **resampling: Unpack[Resa
         settings=settings,
         warnings=(left_out,) if only_a or only_b else (),
     )
-
-
-def _by_id(directory: str | Path) -> dict[str, list[bool]]:
-    """Problem id -> whether each sample is correct."""
-    path = Path(directory) / RESULTS_NAME
-    correct: dict[str, list[bool]] = {}
-    for row in read_results(directory):
-        samples = row.get("samples")
-        if not samples:
-            raise DataError(f"problem {row['id']!r} has no samples", path=path, column="samples")
-        correct[row["id"]] = [sample.get("verdict") == "correct" for sample in samples]
-    return correct
 
 
 def _shorten(ids: Sequence[str]) -> str:

@@ -19,7 +19,6 @@ from numpy.typing import ArrayLike, NDArray
 from stepkd.errors import ConfigError, DataError
 from stepkd.evaluation.diagnostics import argmin_positions, order_swap_test
 from stepkd.evaluation.step_metrics import calibration_report, labelled_steps, step_metrics
-from stepkd.randomness import generator
 from stepkd.runs.job import read_results
 from stepkd.scorers.scorer import Meaning
 from stepkd.statistics import FloatArray, Interval, Resampling, Result, cluster_bootstrap, wilson_interval
@@ -209,36 +208,25 @@ def _candidates(scores: FloatArray) -> FloatArray:
     return np.unique(np.concatenate([[0.0, 0.5], middle, top]))
 
 
-def random_baseline(
-    labels: Sequence[int], n_steps: Sequence[int], *, threshold: float = 0.5, draws: int = 1000, seed: int = 0
-) -> dict[str, float]:
-    """F1 of uniformly random step scores under the same rule.
+def random_baseline(labels: Sequence[int], n_steps: Sequence[int], threshold: float = 0.5) -> dict[str, float]:
+    """What uniformly random step scores are expected to give under the same rule.
 
     With scores uniform on [0, 1] the first error falls on step l with probability ``(1-t)^l t``, and nowhere in H
-    steps with ``(1-t)^H``; so whole draws of hits are made, not single scores.
+    steps with ``(1-t)^H``.
 
     Args:
         labels: (n,) true indices of the first incorrect step, or -1; both kinds of solutions among them.
         n_steps: (n,) steps of every solution.
         threshold: t in [0, 1].
-        draws: random score sets, at least 1; draw i does not depend on how many there are.
-        seed: seed of the draws.
 
     Returns:
-        ``acc_error`` and ``acc_correct``, exact expected accuracies, and ``f1``, its mean over the draws.
+        ``acc_error`` and ``acc_correct``, the expected accuracies, and ``f1``, their harmonic mean.
     """
-    truth = np.asarray(labels)
+    truth, lengths = np.asarray(labels), np.asarray(n_steps)
     error = truth != NO_ERROR
-    chance = np.where(
-        error, (1 - threshold) ** np.maximum(truth, 0) * threshold, (1 - threshold) ** np.asarray(n_steps)
-    )
-    hits = np.array([generator(seed, "random-baseline", draw).random(truth.size) < chance for draw in range(draws)])
-    f1 = harmonic_mean(hits[:, error].mean(axis=1), hits[:, ~error].mean(axis=1))
-    return {
-        "acc_error": float(chance[error].mean()),
-        "acc_correct": float(chance[~error].mean()),
-        "f1": float(f1.mean()),
-    }
+    acc_error = float(((1 - threshold) ** truth[error] * threshold).mean())
+    acc_correct = float(((1 - threshold) ** lengths[~error]).mean())
+    return {"acc_error": acc_error, "acc_correct": acc_correct, "f1": float(harmonic_mean(acc_error, acc_correct))}
 
 
 # --- the summary of a set ---------------------------------------------------------------------------------------------
@@ -276,25 +264,21 @@ def summarise_process(
     undefined: dict[str, str] = {}
     if tune_on is not None:
         scores, labels = _located(whole[tune_on])
+        lengths = list(map(len, scores))
         try:
             tuned = tune_threshold(scores, labels)
-            random_f1 = [
-                random_baseline(labels, list(map(len, scores)), threshold=value, draws=50, seed=seed)["f1"]
-                for value in _RANDOM_GRID
-            ]
-            random_threshold = float(_RANDOM_GRID[np.argmax(random_f1)])
+            random_threshold = max(_RANDOM_GRID, key=lambda value: random_baseline(labels, lengths, value)["f1"])
         except DataError as error:
             undefined["tuned_threshold"] = str(error)
     sections = {}
     for name, rows in whole.items():
         if not rows:
             raise DataError(f"no solution of {name!r} has a score for each of its steps: the context is too short")
-        section = sections[name] = _section(rows, threshold, seed)
-        section["order_swap"] = _order_swap(rows, meaning, seed)
+        section = sections[name] = _section(rows, threshold, meaning, seed)
         section["unscored_solutions"] = len(sets[name]) - len(rows)
         if tuned is not None:
             section["tuned"] = _f1(rows, tuned, seed) | {"optimistic": name == tune_on}
-            section["baselines"]["random, tuned"] = _random(rows, random_threshold, seed)
+            section["baselines"]["random, tuned"] = _random(rows, random_threshold)
     return {
         "kind": "process",
         "threshold": threshold,
@@ -305,23 +289,25 @@ def summarise_process(
     }
 
 
-def _section(rows: Sequence[Row], threshold: float, seed: int) -> dict[str, Any]:
+def _section(rows: Sequence[Row], threshold: float, meaning: Meaning, seed: int) -> dict[str, Any]:
     scores, problems = [row["scores"] for row in rows], [str(row["prompt"]) for row in rows]
     labels = _located(rows)[1]
     steps = labelled_steps(scores, [row["labels"] for row in rows], problems=problems, up_to_first_error=True)
     several_steps = any(len(found) > 1 for found in scores)
-    calibration = calibration_report(steps.scores, steps.labels, problems=steps.problems, seed=seed)
+    swaps = [(pair, row["prompt"]) for row in rows for pair in row.get("swaps", ())]
+    order_swap = order_swap_test([pair for pair, _ in swaps], [owner for _, owner in swaps], meaning=meaning, seed=seed)
     return {
         "solutions": len(rows),
         "unknown_first_error": len(rows) - len(labels),
         "fixed": _f1(rows, threshold, seed),
         "baselines": {
             "always positive": processbench_f1([NO_ERROR] * len(labels), labels, seed=seed).to_dict(),
-            "random": _random(rows, threshold, seed),
+            "random": _random(rows, threshold),
         },
         "argmin": argmin_positions(scores, problems=problems, seed=seed).to_dict() if several_steps else None,
+        "order_swap": None if order_swap is None else order_swap.to_dict(),
         "steps": step_metrics(steps, threshold=threshold, seed=seed).to_dict(),
-        "calibration": calibration.to_dict(),
+        "calibration": calibration_report(steps.scores, steps.labels, problems=steps.problems, seed=seed).to_dict(),
     }
 
 
@@ -331,12 +317,11 @@ def _located(rows: Sequence[Row]) -> tuple[list[list[float]], list[int]]:
     return [row["scores"] for row in known], [row["first_error"] for row in known]
 
 
-def _random(rows: Sequence[Row], threshold: float, seed: int) -> dict[str, float] | None:
+def _random(rows: Sequence[Row], threshold: float) -> dict[str, float] | None:
     """The random baseline; None where the F1 is undefined (no solution with an error, or none without)."""
     scores, labels = _located(rows)
-    if all(label == NO_ERROR for label in labels) or NO_ERROR not in labels:
-        return None
-    return random_baseline(labels, list(map(len, scores)), threshold=threshold, seed=seed)
+    both_kinds = len({label == NO_ERROR for label in labels}) == 2
+    return random_baseline(labels, list(map(len, scores)), threshold) if both_kinds else None
 
 
 def _f1(rows: Sequence[Row], threshold: float, seed: int) -> dict[str, Any]:
@@ -345,22 +330,11 @@ def _f1(rows: Sequence[Row], threshold: float, seed: int) -> dict[str, Any]:
     return processbench_f1(predictions, labels, seed=seed).to_dict() | {"threshold": threshold}
 
 
-def _order_swap(rows: Sequence[Row], meaning: Meaning, seed: int) -> dict[str, Any] | None:
-    """The order-swap test over the rows that have swaps; None without one that is scored."""
-    swaps = [
-        ([[math.nan if value is None else value for value in part] for part in pair], row["prompt"])
-        for row in rows
-        for pair in row.get("swaps", ())
-    ]
-    result = order_swap_test([pair for pair, _ in swaps], [owner for _, owner in swaps], meaning=meaning, seed=seed)
-    return None if result is None else result.to_dict()
-
-
 def compare_process(a: str | Path, b: str | Path, summaries: tuple[Row, Row], *, seed: int = 0) -> dict[str, Interval]:
     """F1 of B minus F1 of A on the solutions both scored, per set and threshold rule, with intervals.
 
     Args:
-        a, b: two folders of :func:`~stepkd.evaluation.process_runner.evaluate_process`.
+        a, b: two folders of :func:`~stepkd.evaluation.score_rows.evaluate_process`.
         summaries: their summaries.
         seed: seed of the intervals.
 
@@ -384,11 +358,10 @@ def compare_process(a: str | Path, b: str | Path, summaries: tuple[Row, Row], *,
             thresholds = [summary[key] for summary in summaries]
             if None in thresholds:
                 continue
-            predictions = [
+            a_found, b_found = (
                 [predicted_first_error(side[i]["scores"], value) for i in ids]
                 for side, value in zip(sides, thresholds, strict=True)
-            ]
-            found = f1_difference(predictions[0], predictions[1], labels, seed=seed)
-            if found is not None:
+            )
+            if (found := f1_difference(a_found, b_found, labels, seed=seed)) is not None:
                 differences[f"{name}, {rule}"] = found
     return differences

@@ -15,8 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from stepkd.data.benchmarks import benchmark_data, default_ks, get_benchmark
 from stepkd.data.io import fingerprint
 from stepkd.data.rows import PROBLEM, check_unique_ids
@@ -25,13 +23,14 @@ from stepkd.data.spec import DataConfig, load_rows, resolve_split
 from stepkd.data.templates import PromptTemplate, get_template
 from stepkd.evaluation.config import EvaluateConfig
 from stepkd.evaluation.metrics import COMPARISON_NAME, summarise
+from stepkd.evaluation.score_rows import machine_settings
 from stepkd.grading.extract import EXTRACTOR_VERSION
 from stepkd.grading.judge import judge
 from stepkd.grading.pool import Grader
 from stepkd.models.checkpoint import load_trained, tokenizer_fingerprint, weights_fingerprint
 from stepkd.models.policy import Policy
 from stepkd.models.source import template_for
-from stepkd.runs.job import ALONE, RESULTS_NAME, SUMMARY_NAME, Job, JobOptions, numbered, package_versions
+from stepkd.runs.job import ALONE, RESULTS_NAME, SUMMARY_NAME, Job, JobOptions, numbered
 from stepkd.sampling.transformers_sampler import TransformersSampler, encode_prompts, fixed_batches
 from stepkd.scorers.load import pick_device
 
@@ -162,9 +161,6 @@ def _model_settings(policy: Policy, template: PromptTemplate) -> dict[str, Any]:
         "tokenizer": tokenizer_fingerprint(policy.tokenizer),
         "end_ids": sorted(policy.eos_ids),
         "dtype": str(next(policy.parameters()).dtype).removeprefix("torch."),
-        "attention": policy.causal_lm.config._attn_implementation,
         "backend": "transformers",
-        "device": policy.device.type,
-        "threads": torch.get_num_threads(),
-        "versions": package_versions(),
+        **machine_settings(policy),
     }

@@ -1,7 +1,8 @@
-"""``stepkd score``: rows with solutions in, the same rows with scores out, a job of batches (:mod:`stepkd.runs.job`).
+"""The jobs that run a step scorer (:mod:`stepkd.runs.job`): ``stepkd score`` scores rows with solutions, ``stepkd
+evaluate-prm`` scores every step of a labelled set and sums up how well that tells incorrect steps.
 
-The folder is that of any job; ``results.jsonl`` holds the scored rows in the order of the input, ``summary.json`` also
-a temperature that was fitted.
+Both folders hold ``settings.json`` (what decides the numbers), ``results.jsonl`` (the scored rows in the order of the
+input; for a labelled set a line per solution with its step scores) and ``summary.json``.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from stepkd.data.io import fingerprint
 from stepkd.data.spec import load_rows, parse_spec
 from stepkd.data.step_labels import LabelRule, step_targets
 from stepkd.errors import ConfigError, DataError
-from stepkd.evaluation.config import ScoreConfig
+from stepkd.evaluation.config import EvaluatePRMConfig, ScoreConfig
+from stepkd.evaluation.diagnostics import task_swaps
+from stepkd.evaluation.process import summarise_process
+from stepkd.models.policy import Policy
 from stepkd.runs.job import (
     ALONE,
     PARTS,
@@ -35,17 +39,34 @@ from stepkd.scorers.calibration import fit_temperature, scaled
 from stepkd.scorers.load import load_scorer
 from stepkd.scorers.prm import packed
 from stepkd.scorers.scorer import (
+    Row,
+    Solutions,
     StepScorer,
     by_problem,
+    declared_steps,
     default_reduction,
     reduce_scores,
     score_rows,
     step_scores,
 )
+from stepkd.steps.labels import first_incorrect, verdicts
+from stepkd.tasks.rows import is_task_row
 
-KIND = "scoring job"
 SOLUTIONS, TEMPERATURE = "solutions", "temperature"
-"""The phases of a scoring job."""
+"""The phases of a scoring job; judging a scorer has the first one only."""
+
+
+def machine_settings(policy: Policy | None) -> dict[str, Any]:
+    """What of machine and libraries decides a model's numbers; None: there is no model."""
+    return {
+        "device": "cpu" if policy is None else policy.device.type,
+        "attention": None if policy is None else policy.causal_lm.config._attn_implementation,
+        "versions": package_versions(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+# --- stepkd score -----------------------------------------------------------------------------------------------------
 
 
 def score_file(config: ScoreConfig, *, scorer: StepScorer | None = None, options: JobOptions = ALONE) -> dict[str, Any]:
@@ -57,16 +78,20 @@ def score_file(config: ScoreConfig, *, scorer: StepScorer | None = None, options
         options: which rank this is, and whether to replace an earlier result of such a job.
 
     Returns:
-        Counts and mean scores, see :func:`summarise_scores`; empty while other ranks have work left: the last one to
-        finish writes the rows.
+        Counts and mean scores, and the temperature that was fitted; empty while other ranks have work left: the last
+        one to finish writes the rows.
 
     Raises:
         ConfigError: the folder holds another job, or settings contradict each other.
         DataError, ModelError: rows or scorer cannot be used.
     """
-    job = Job(Path(config.out), KIND, (RESULTS_NAME, SUMMARY_NAME), options)
+    job = Job(Path(config.out), "scoring job", (RESULTS_NAME, SUMMARY_NAME), options)
     job.check()
-    rows = _to_cut(load_rows(parse_spec(config.completions)), config.segmenter)
+    rows = load_rows(parse_spec(config.completions))
+    if config.segmenter is not None:
+        has_steps = ("completions", "steps", "step_ends", "segmenter")
+        named = {"segmenter": config.segmenter}
+        rows = [row if any(row.get(name) is not None for name in has_steps) else row | named for row in rows]
     labelled = None if config.fit_temperature is None else load_rows(parse_spec(config.fit_temperature))
     if labelled is not None and fingerprint(labelled) == fingerprint(rows):
         raise ConfigError("the rows to fit a temperature on are the rows to score: give held-out ones")
@@ -76,7 +101,7 @@ def score_file(config: ScoreConfig, *, scorer: StepScorer | None = None, options
         (job.out / SETTINGS_NAME).unlink(missing_ok=True)  # nothing is done: mended rows are not refused
     settings = job.begin(
         {
-            **scorer_settings(loaded, config.max_rows),
+            **_scorer_settings(loaded, config.max_rows),
             "reduction": reduction,
             "rows": fingerprint(rows),
             "temperature_fitted_on": None if labelled is None else fingerprint(labelled),
@@ -109,22 +134,15 @@ def score_file(config: ScoreConfig, *, scorer: StepScorer | None = None, options
                 **({} if result["error"] is None else {"score_error": result["error"]}),
             }
         )
-    summary = summarise_scores(scored) | {"temperature_fit": fit}
+    summary = _summarise_scores(scored) | {"temperature_fit": fit}
     job.finish(RESULTS_NAME, scored, summary)
     return summary
 
 
-def scorer_settings(scorer: StepScorer, batch_size: int) -> dict[str, Any]:
+def _scorer_settings(scorer: StepScorer, batch_size: int) -> dict[str, Any]:
     """What decides the scores of given rows."""
-    policy = getattr(scorer, "policy", None)
-    return {
-        "scorer": scorer.provenance(),
-        "batch_size": batch_size,
-        "device": "cpu" if policy is None else policy.device.type,
-        "attention": None if policy is None else policy.causal_lm.config._attn_implementation,
-        "versions": package_versions(),
-        "threads": torch.get_num_threads(),
-    }
+    settings = machine_settings(getattr(scorer, "policy", None))
+    return settings | {"scorer": scorer.provenance(), "batch_size": batch_size}
 
 
 def _blocks(rows: Sequence[Mapping[str, Any]], limit: int) -> list[list[int]]:
@@ -138,9 +156,7 @@ def _blocks(rows: Sequence[Mapping[str, Any]], limit: int) -> list[list[int]]:
     return [[number for i in block for number in problems[i]] for block in blocks]
 
 
-def _scored(
-    scorer: StepScorer, rows: Sequence[Mapping[str, Any]], block: Sequence[int], *, first: bool
-) -> list[dict[str, Any]]:
+def _scored(scorer: StepScorer, rows: Sequence[Row], block: Sequence[int], *, first: bool) -> list[dict[str, Any]]:
     """Scores of the rows of a block; a row that cannot be read goes without.
 
     Raises:
@@ -149,39 +165,26 @@ def _scored(
     try:
         found = score_rows(scorer, [rows[number] for number in block])
         return [_row_scores(scorer, rows[n], n, scores) for n, scores in zip(block, found, strict=True)]
-    except DataError:
-        results, failure = [], None
-    for number in block:
-        row = rows[number]
-        try:
-            results.append(_row_scores(scorer, row, number, score_rows(scorer, [row])[0]))
-        except DataError as error:
-            failure = failure or error
-            steps = row.get("completions") if row.get("step_ends") is None else row["step_ends"]
-            results.append({"index": number, "scores": [None] * len(steps or [None]), "error": str(error)})
-    if first and failure and all(result["error"] for result in results):
-        raise failure
+    except DataError as error:
+        row, reason = rows[block[0]], str(error)
+    if len(block) > 1:
+        results = [_scored(scorer, rows, [number], first=False)[0] for number in block]
+    else:
+        results = [{"index": block[0], "scores": [None] * len(declared_steps(row) or [None]), "error": reason}]
+    if first and all(result["error"] for result in results):
+        raise DataError(reason)
     return results
 
 
-def _row_scores(scorer: StepScorer, row: Mapping[str, Any], number: int, scores: Sequence[float]) -> dict[str, Any]:
+def _row_scores(scorer: StepScorer, row: Row, number: int, scores: Sequence[float]) -> dict[str, Any]:
     """A row's scores, with the reason where the scorer could not read the solution at all."""
     reason = getattr(scorer, "unreadable", None)
     error = None if reason is None or not all(map(math.isnan, scores)) else reason(row)
     return {"index": number, "scores": [None if math.isnan(value) else value for value in scores], "error": error}
 
 
-def summarise_scores(scored: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Counts and means of scored rows.
-
-    Args:
-        scored: rows with their scores.
-
-    Returns:
-        ``rows``, ``problems``, ``steps``, ``unscored_rows``, ``unreadable_rows`` among them with the first
-        ``unreadable_reason``, ``reduction``, ``temperature``, ``mean_score``, and ``mean_score_correct`` and
-        ``mean_score_incorrect`` by the rows' ``correct`` or ``outcome``; a mean without a row is null.
-    """
+def _summarise_scores(scored: Sequence[Row]) -> dict[str, Any]:
+    """Counts of scored rows, and means: of all, and by the rows' ``correct`` or ``outcome``; null without a row."""
     errors = [row["score_error"] for row in scored if "score_error" in row]
     verdicts = [row.get("outcome") if row.get("correct") is None else row["correct"] for row in scored]
     kept = [(row["score"], good) for row, good in zip(scored, verdicts, strict=True) if row["score"] is not None]
@@ -236,11 +239,100 @@ def labelled_scores(scorer: StepScorer, rows: Sequence[Mapping[str, Any]]) -> tu
     return scores, labels
 
 
-def _to_cut(rows: list[Any], segmenter: str | None) -> list[Any]:
-    """Rows with the name of the segmenter that cuts them, where they have no steps."""
-    if segmenter is None:
-        return rows
-    has_steps = ("completions", "steps", "step_ends", "segmenter")
-    return [
-        row if any(row.get(name) is not None for name in has_steps) else row | {"segmenter": segmenter} for row in rows
-    ]
+# --- stepkd evaluate-prm ----------------------------------------------------------------------------------------------
+
+
+def figure_names(name: str) -> tuple[str, str]:
+    """File names of a set's figures: reliability, and where the lowest score falls."""
+    safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+    return f"reliability-{safe}.svg", f"argmin-{safe}.svg"
+
+
+def evaluate_process(
+    config: EvaluatePRMConfig, scorer: StepScorer | None = None, *, options: JobOptions = ALONE
+) -> dict[str, Any]:
+    """Score every step of the sets (or resume) and sum up.
+
+    Args:
+        config: what to evaluate, and where to write.
+        scorer: an already loaded scorer to use in place of loading ``config.scorer``.
+        options: which rank this is, and whether to overwrite an earlier evaluation in the folder.
+
+    Returns:
+        The summary that ``summary.json`` holds, and the settings; empty while other ranks have work left: the last one
+        to finish writes the results.
+
+    Raises:
+        ConfigError: the folder holds another evaluation, or the scorer gives one score per solution only.
+        DataError: rows without step labels.
+    """
+    sets, tune_on = config.data()
+    figures = [name for each in sets for name in figure_names(each)]
+    job = Job(Path(config.out), "judgement of a step scorer", (RESULTS_NAME, SUMMARY_NAME, *figures), options)
+    job.check()
+    rows = [(name, _with_steps(row)) for name, data in sets.items() for row in load_rows(data, contract=None)]
+    loaded = scorer or load_scorer(config.scorer, device=config.device, max_rows=config.max_rows)
+    if loaded.meaning == "outcome":
+        raise ConfigError("an outcome reward model has one score per solution and finds no first error: use best-of-N")
+    data = {
+        "name": config.benchmark,
+        "sets": list(sets),
+        "data": fingerprint([row for _, row in rows]),
+        "limit": config.limit,
+    }
+    settings = job.begin({**_scorer_settings(loaded, config.max_rows), "benchmark": data})
+
+    def work(batch: list[int]) -> list[dict[str, Any]]:
+        # Sampled rows are read by their own token ids where the scorer wrote with the same tokenizer.
+        found = score_rows(loaded, [rows[i][1] for i in batch])
+        return [_judged(loaded, *rows[i], i, scores) for i, scores in zip(batch, found, strict=True)]
+
+    starts = range(0, len(rows), config.max_rows)
+    units = numbered([list(range(start, min(start + config.max_rows, len(rows)))) for start in starts])
+    job.work(SOLUTIONS, units, work, lambda done: {"solutions/s": (len(done), None)})
+    results = job.rows(SOLUTIONS, units)
+    if results is None:
+        return {}
+    summary = summarise_process(
+        results, threshold=config.threshold, tune_on=tune_on, meaning=loaded.meaning, seed=config.seed
+    )
+    summary |= {"benchmark": config.benchmark, "model": str(config.scorer), "scorer": loaded.provenance()}
+    job.finish(RESULTS_NAME, results, summary)
+    return summary | {"settings": settings}
+
+
+def _with_steps(row: Row) -> dict[str, Any]:
+    """The row with ``completions`` and ``labels``, also where it is a labelled completion (``steps``,
+    ``step_labels``)."""
+    steps = row.get("completions", row.get("steps"))
+    labels = row.get("labels", row.get("step_labels"))
+    if steps is None or labels is None or len(steps) != len(labels):
+        raise DataError(
+            "judging a step scorer needs a step-labelled row: 'completions' and 'labels', or 'steps' and "
+            f"'step_labels', of one length; found {len(steps or ())} steps and {len(labels or ())} labels",
+            path=str(row.get("id", "?")),
+            column="labels",
+        )
+    return {**row, "completions": steps, "labels": labels}
+
+
+def _judged(scorer: StepScorer, name: str, row: Row, index: int, scores: Sequence[float]) -> dict[str, Any]:
+    """A line of the results; with the scores for the order-swap test, where the exact checker knows which steps need
+    each other (the tiny world)."""
+
+    def rounded(values: Sequence[float | None]) -> list[float | None]:
+        return [None if value is None or math.isnan(value) else round(float(value), 6) for value in values]
+
+    result = {
+        "id": f"{name}/{row['id']}",
+        "index": index,
+        "set": name,
+        "prompt": row["prompt"],
+        "scores": rounded(step_scores(row, scores)),
+        "labels": verdicts(row["labels"]),
+        "first_error": first_incorrect(row["labels"]),
+    }
+    if is_task_row(row) and (swaps := task_swaps(row)):
+        swapped = scorer.score([Solutions(row, pair) for pair in swaps])
+        result["swaps"] = [[rounded(part) for part in pair] for pair in swapped]
+    return result

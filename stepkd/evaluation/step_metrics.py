@@ -4,8 +4,8 @@ Accuracy and AUROC at the step level; ECE, reliability bins, Brier score and ski
 for outcome scores and a model's own P(True). On imbalanced labels the Brier skill tells a scorer that is no better than
 its base rate (standard definitions; core-methods 5, card KalshiBench, arXiv 2512.16030).
 
-Steps of one problem are not independent, so every interval resamples problems. An undefined value is None, with the
-reason beside it.
+Steps of one problem are not independent, so every interval resamples problems. A value that labels of one kind only
+cannot give is None.
 
 torchmetrics' ``binary_calibration_error`` agrees on the value where no probability lies on the edge of a bin. It was
 tried and is not used: it puts 0.3 below the edge 3/10 (an error of 0.525 in place of 0.175 on four scores) and gives
@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from stepkd.errors import DataError
-from stepkd.scorers.calibration import checked_labels
+from stepkd.scorers.calibration import checked
 from stepkd.statistics import (
     FloatArray,
     IntArray,
@@ -58,10 +58,6 @@ class LabelledSteps:
     """(steps,) whether each step is correct."""
     problems: IntArray
     """(steps,) number of the problem each step belongs to, from 0."""
-    unlabelled: int
-    """Steps left out because they have no label (None)."""
-    after_error: int
-    """Labelled steps left out because an earlier step of their solution is incorrect."""
 
 
 @dataclass(frozen=True)
@@ -82,12 +78,6 @@ class StepMetrics(Result):
     """Steps judged."""
     problems: int
     """Problems they come from."""
-    unlabelled: int
-    """Steps left out because they have no label."""
-    after_error: int
-    """Steps left out because they follow an incorrect one."""
-    undefined: Mapping[str, str]
-    """Name of a value that is None -> why."""
 
 
 def labelled_steps(
@@ -101,7 +91,7 @@ def labelled_steps(
 
     Args:
         scores: per solution its step scores; a step that has a label must have a score.
-        labels: per solution its step labels: True/1 correct, False/0 incorrect, None unknown (left out, counted).
+        labels: per solution its step labels: True/1 correct, False/0 incorrect, None unknown (left out).
         problems: per solution the id of its problem; None when every solution belongs to another problem.
         up_to_first_error: leave out the labelled steps after the first incorrect one of a solution.
 
@@ -111,39 +101,23 @@ def labelled_steps(
     """
     owners = range(len(scores)) if problems is None else problems
     kept: list[tuple[float, bool, Hashable]] = []
-    unlabelled = after_error = 0
     for index, (row, marks, owner) in enumerate(zip(scores, labels, owners, strict=True)):
         if len(row) != len(marks):
             raise DataError(f"solution {index} has {len(row)} scores but {len(marks)} labels: give one for each step")
-        failed = False
         for step, (score, mark) in enumerate(zip(row, marks, strict=True)):
-            if mark not in (0, 1, None):
+            if mark not in (0, 1, None) or (mark is not None and math.isnan(score)):
                 raise DataError(
-                    f"solution {index}, step {step}: label {mark!r} is none of True, False and None; map neutral "
-                    "labels to one of them first"
+                    f"solution {index}, step {step}: label {mark!r}, score {score}: a label is True, False or None "
+                    "(map neutral ones first), and a labelled step has a score (leave cut-off solutions out)"
                 )
-            if mark is None:
-                unlabelled += 1
-            elif failed and up_to_first_error:
-                after_error += 1
-            elif math.isnan(score):
-                raise DataError(
-                    f"solution {index}, step {step} has a label but no score (NaN): leave the solution out and count "
-                    "it, or set the label to None"
-                )
-            else:
-                failed = failed or not mark
+            if mark is not None:
                 kept.append((score, bool(mark), owner))
+            if up_to_first_error and mark == 0:
+                break
     if not kept:
-        raise DataError(f"there is no labelled step to judge ({unlabelled} steps have the label None)")
+        raise DataError("there is no labelled step to judge")
     found, correct, owner_of = zip(*kept, strict=True)
-    return LabelledSteps(
-        np.array(found, dtype=np.float64),
-        np.array(correct, dtype=np.bool_),
-        numbered(owner_of),
-        unlabelled,
-        after_error,
-    )
+    return LabelledSteps(np.array(found, dtype=np.float64), np.array(correct, dtype=np.bool_), numbered(owner_of))
 
 
 def step_metrics(
@@ -168,11 +142,7 @@ def step_metrics(
     )
     sums = cluster_sums(columns, steps.problems)
     balanced = area = None
-    undefined = {}
-    if correct.all() or not correct.any():
-        reason = f"all {correct.size} steps are labelled {'correct' if correct.all() else 'incorrect'}"
-        undefined = {"balanced_accuracy": reason, "auroc": reason}
-    else:
+    if correct.any() and not correct.all():
         balanced = proper_width(cluster_bootstrap(sums[:, 2:], _balanced, **settings))
         area = proper_width(cluster_bootstrap(np.arange(sums.shape[0]), _auroc_statistic(steps), **settings))
     return StepMetrics(
@@ -183,9 +153,6 @@ def step_metrics(
         threshold=threshold,
         steps=int(correct.size),
         problems=int(sums.shape[0]),
-        unlabelled=steps.unlabelled,
-        after_error=steps.after_error,
-        undefined=undefined,
     )
 
 
@@ -231,22 +198,6 @@ def _auroc_statistic(steps: LabelledSteps) -> Statistic:
 
 
 @dataclass(frozen=True)
-class ReliabilityBin(Result):
-    """One bin of the reliability diagram."""
-
-    low: float
-    """Lower edge, included."""
-    high: float
-    """Upper edge, excluded; included in the last bin."""
-    count: int
-    """Probabilities in the bin."""
-    confidence: float | None
-    """Their mean; None when the bin is empty."""
-    accuracy: float | None
-    """Share of positive labels among them; None when the bin is empty."""
-
-
-@dataclass(frozen=True)
 class CalibrationReport(Result):
     """Calibration of probabilities against 0/1 labels."""
 
@@ -265,25 +216,13 @@ class CalibrationReport(Result):
     """Share of positive labels."""
     over_confidence: Mapping[str, Interval | None]
     """c, 0.8 and 0.9, -> share of negative labels among probabilities >= c."""
-    bins: tuple[ReliabilityBin, ...]
-    """The reliability diagram."""
+    bins: tuple[Mapping[str, float | None], ...]
+    """The reliability diagram: per bin ``low`` (included), ``high`` (excluded, save in the last bin), ``count``, and
+    its mean ``confidence`` and share of positive labels ``accuracy``, None when it is empty."""
     n: int
     """Probabilities."""
     problems: int
     """Problems they come from."""
-    undefined: Mapping[str, str]
-    """Name of a value that is None -> why."""
-
-
-def _diagram(p: FloatArray, y: FloatArray, place: IntArray, bins: int) -> tuple[ReliabilityBin, ...]:
-    """Bins of equal width of the reliability diagram; ``place`` is the bin of every probability."""
-    result = []
-    for index in range(bins):
-        inside = place == index
-        count = int(inside.sum())
-        confidence, accuracy = (float(p[inside].mean()), float(y[inside].mean())) if count else (None, None)
-        result.append(ReliabilityBin(index / bins, (index + 1) / bins, count, confidence, accuracy))
-    return tuple(result)
 
 
 def calibration_report(
@@ -309,7 +248,7 @@ def calibration_report(
     Raises:
         DataError: no data, different lengths, a missing or impossible probability, another label.
     """
-    p, y = checked_labels(probabilities, labels)
+    p, y = checked(probabilities, labels)
     owners = range(p.size) if problems is None else problems
     edges = np.arange(1, bins) / bins  # not linspace: 3/10 is the float a score of 0.3 is
     place = np.searchsorted(edges, p, side="right")
@@ -319,19 +258,17 @@ def calibration_report(
     brier = proper_width(cluster_bootstrap(squares[:, :2], ratio_of_sums, **settings))
     coin = 1 - brier.value / COIN_BRIER, 1 - brier.high / COIN_BRIER, 1 - brier.low / COIN_BRIER
     base_rate = float(y.mean())
-    undefined, skill = {}, None
-    if 0.0 < base_rate < 1.0:
-        skill = proper_width(cluster_bootstrap(squares, _skill, **settings))
-    else:
-        undefined["skill_base_rate"] = f"all {y.size} labels are {int(base_rate)}: the base rate makes no error"
+    skill = proper_width(cluster_bootstrap(squares, _skill, **settings)) if 0.0 < base_rate < 1.0 else None
     over: dict[str, Interval | None] = {}
     for c in CONFIDENT:
-        sure = p >= c
-        if not sure.any():
-            over[f"{c:g}"], undefined[f"over_confidence at {c:g}"] = None, f"no probability is {c:g} or more"
-            continue
-        sums = cluster_sums(np.stack([sure & (y == 0), sure], axis=1), owners)
-        over[f"{c:g}"] = ratio_interval(sums[:, 0], sums[:, 1], **settings)
+        sums = cluster_sums(np.stack([(p >= c) & (y == 0), p >= c], axis=1), owners)
+        over[f"{c:g}"] = ratio_interval(sums[:, 0], sums[:, 1], **settings) if sums[:, 1].any() else None
+    diagram = []
+    for index in range(bins):
+        count, inside = int((place == index).sum()), place == index
+        means = (float(p[inside].mean()), float(y[inside].mean())) if count else (None, None)
+        low, high = index / bins, (index + 1) / bins
+        diagram.append({"low": low, "high": high, "count": count, "confidence": means[0], "accuracy": means[1]})
     return CalibrationReport(
         ece=proper_width(cluster_bootstrap(cluster_sums(gaps, owners), _ece, **settings)),
         brier=brier,
@@ -340,10 +277,9 @@ def calibration_report(
         skill_coin=Interval(*coin, brier.method),
         base_rate=base_rate,
         over_confidence=over,
-        bins=_diagram(p, y, place, bins),
+        bins=tuple(diagram),
         n=int(p.size),
         problems=len(squares),
-        undefined=undefined,
     )
 
 

@@ -183,30 +183,22 @@ def test_over_optimisation_shows() -> None:
     scores: dict[str, list[Scores]] = {"prm": [[1.0, *[0.9] * 4, *[0.1] * 11]] * 9}
     result = bon_curve(problems, [1, 2, 4, 8, 16], scores, **FAST)
     values = [point.value for point in result.curves["prm"]]
-    assert result.best_k["prm"] == result.ks[int(np.argmax(values))] == 4
-    assert result.fall["prm"].value == pytest.approx(0 - max(values))
-    assert result.fall["prm"].high < 0
-    assert result.best_k["pass"] == 16
-    assert result.fall["pass"].value == 0.0
-
-
-def test_flat_curve_is_best_at_the_smallest_k() -> None:
-    problems = [ProblemSamples("a", [True, False] * 3, ["1", "2"] * 3), ProblemSamples("b", [False] * 6, ["3"] * 6)]
-    assert bon_curve(problems, [1, 2, 5], {"prm": [[0.5] * 6] * 2}, **FAST).best_k["prm"] == 1
+    assert result.ks[int(np.argmax(values))] == 4
+    assert values[-1] == 0.0
 
 
 def test_unequal_numbers_of_samples() -> None:
     problems = [ProblemSamples("a", [True] * 4, ["1"] * 4), ProblemSamples("b", [False] * 6, ["1"] * 6)]
     scores: dict[str, list[Scores]] = {"prm": [[0.5, None, 0.5, 0.5], [0.5] * 6]}
     assert bon_curve(problems, [4], scores, **FAST).unscored == {"prm": 1}
-    with pytest.raises(ConfigError, match=r"problem 'a' has 4 samples, k=5 needs as many"):
+    with pytest.raises(ConfigError, match=r"the samples of every problem, and 'a' has 4"):
         bon_curve(problems, [2, 5], scores)
 
 
 def test_bad_input() -> None:
     one = [ProblemSamples("a", [True, False], ["1", "2"])]
     for problems, ks, scores, error, message in [
-        ([], [1], {}, ConfigError, "at least one problem"),
+        ([], [1], {}, ConfigError, "found 0 problems"),
         (one, [], {}, ConfigError, r"found 1 problems, ks=\[\]"),
         (one, [0], {}, ConfigError, r"ks=\[0\]"),
         (one, [1], {"majority": [[0.1, 0.2]]}, ConfigError, "would share a name"),
@@ -221,8 +213,6 @@ def test_bad_input() -> None:
         best_of_k([0.1, 0.2], [True, False], 3)
     with pytest.raises(DataError, match="2 samples need a finite score each"):
         best_of_k([0.1], [True, False], 1)
-    with pytest.raises(DataError, match="1 votes for 2 samples"):
-        weighted_vote_at_k([0.1, 0.2], ["1"], [True, False], 1)
 
 
 # --- curves from files ------------------------------------------------------------------------------------------------
@@ -270,8 +260,6 @@ def test_spellings_of_an_incorrect_answer_are_not_outvoted_by_fewer_correct_ones
 
 def test_what_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", ROWS)
-    with pytest.raises(ConfigError, match="at least one file"):
-        best_of_n_from_files({})
     with pytest.raises(ConfigError, match="would share a name: rename the scores, 'pass' and 'majority' are taken"):
         best_of_n_from_files({"majority": path})
     with pytest.raises(ConfigError, match=r"scored different completions \(1 are in one only\)"):
@@ -283,7 +271,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         best_of_n_from_files({"a": path, "b": write(tmp_path / "f.jsonl", other)})
     with pytest.raises(DataError, match=r"--solutions\.dedupe false"):
         best_of_n_from_files({"a": write(tmp_path / "g.jsonl", [{**ROWS[0], "labelling": {"dedupe": True}}])})
-    with pytest.raises(DataError, match="not graded"):
+    with pytest.raises(DataError, match="give graded completions"):
         best_of_n_from_files({"a": write(tmp_path / "d.jsonl", [{**ROWS[0], "correct": None}])})
     with pytest.raises(DataError, match=r"sample 0 of problem 'p' occurs twice"):
         best_of_n_from_files({"a": write(tmp_path / "e.jsonl", [ROWS[0], ROWS[0]])})

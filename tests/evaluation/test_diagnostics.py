@@ -50,7 +50,7 @@ def test_random_scores_show_no_excess_and_an_orm_does() -> None:
 
 
 def test_positions_that_cannot_be_compared() -> None:
-    with pytest.raises(DataError, match="solution 1, step 0 has no score"):
+    with pytest.raises(DataError, match="solution 1 has a step without a score"):
         argmin_positions([[0.1, 0.2], [math.nan, 0.2]])
     with pytest.raises(DataError, match="none of 1 solutions has two steps"):
         argmin_positions([[0.1]])

@@ -225,7 +225,7 @@ def test_summarise_bad_input() -> None:
         summarise([])
     with pytest.raises(DataError, match="'p0' occurs twice"):
         summarise([rows()[0], rows()[0]])
-    with pytest.raises(ConfigError, match=r"pass@5 needs .* there are 4 \(problem 'p0'\)"):
+    with pytest.raises(ConfigError, match=r"pass@5 needs .* there are 4"):
         summarise(rows(), [5])
     with pytest.raises(DataError, match="'a' has no id or no samples"):
         summarise([{"id": "a", "index": 0, "samples": []}])
@@ -245,7 +245,13 @@ def write_run(folder: Path, correct: dict[str, list[bool]], **changes: Any) -> P
     }
     write_json(folder / "settings.json", settings | changes)
     rows = [
-        {"id": key, "index": i, "samples": [{"verdict": "correct" if good else "incorrect"} for good in verdicts]}
+        {
+            "id": key,
+            "index": i,
+            "samples": [
+                {"verdict": "correct" if good else "incorrect", "tokens": 1, "finish": "stop"} for good in verdicts
+            ],
+        }
         for i, (key, verdicts) in enumerate(correct.items())
     ]
     write_jsonl(folder / "results.jsonl", rows)
@@ -340,5 +346,5 @@ def test_refusals(tmp_path: Path) -> None:
     (a / "results.jsonl").unlink()
     with pytest.raises(DataError, match=r"no results there: .*is it finished"):
         compare_runs(a, tmp_path / "later")
-    with pytest.raises(DataError, match="'x' has no samples"):
+    with pytest.raises(DataError, match="'x' has no id or no samples"):
         compare_runs(write_run(tmp_path / "none", {"x": []}), write_run(tmp_path / "d", {"x": [True]}))

@@ -13,7 +13,7 @@ import pytest
 from stepkd.errors import ConfigError, DataError
 from stepkd.evaluation.config import EvaluatePRMConfig
 from stepkd.evaluation.process import compare_process
-from stepkd.evaluation.process_runner import evaluate_process
+from stepkd.evaluation.score_rows import evaluate_process
 from stepkd.runs.job import JobOptions, read_results
 from stepkd.scorers.scorer import Meaning, Solutions
 

@@ -74,7 +74,6 @@ def test_threshold_metrics() -> None:
     assert metrics.balanced_accuracy.value == pytest.approx((2 / 3 + 1 / 2) / 2)
     assert metrics.positive_share.value == pytest.approx(3 / 5)
     assert (metrics.steps, metrics.problems) == (5, 2)
-    assert metrics.undefined == {}
 
 
 def test_constant_answer_has_balanced_accuracy_one_half() -> None:
@@ -86,32 +85,31 @@ def test_constant_answer_has_balanced_accuracy_one_half() -> None:
     assert math.isnan(metrics.balanced_accuracy.low)  # no spread is no certainty
 
 
-def test_one_class_is_undefined_with_a_reason() -> None:
+def test_one_class_has_neither_auroc_nor_balanced_accuracy() -> None:
     metrics = step_metrics(labelled_steps([[0.9, 0.1]], [[1, 1]]), **FAST).to_dict()
     assert metrics["auroc"] is None
     assert metrics["balanced_accuracy"] is None
-    assert metrics["undefined"]["auroc"] == "all 2 steps are labelled correct"
 
 
 def test_up_to_the_first_error() -> None:
     scores, labels = [[0.1, 0.2, 0.3, 0.4], [0.5, 0.6]], [[1, 0, 1, 0], [None, 1]]
     everything = labelled_steps(scores, labels)
     assert everything.scores.tolist() == [0.1, 0.2, 0.3, 0.4, 0.6]
-    assert (everything.unlabelled, everything.after_error) == (1, 0)
+    assert everything.labels.tolist() == [True, False, True, False, True]
     cut = labelled_steps(scores, labels, up_to_first_error=True)
     assert cut.scores.tolist() == [0.1, 0.2, 0.6]
-    assert (cut.unlabelled, cut.after_error) == (1, 2)
+    assert cut.problems.tolist() == [0, 0, 1]
 
 
 def test_steps_that_cannot_be_judged() -> None:
-    with pytest.raises(DataError, match=r"solution 0, step 1 has a label but no score \(NaN\)"):
+    with pytest.raises(DataError, match="solution 0, step 1: label 1, score nan"):
         labelled_steps([[0.5, NAN]], [[1, 1]])
     assert labelled_steps([[0.5, NAN]], [[1, None]]).scores.tolist() == [0.5]
     with pytest.raises(DataError, match="solution 0 has 1 scores but 2 labels"):
         labelled_steps([[0.5]], [[1, 1]])
-    with pytest.raises(DataError, match="label -1 is none of"):
+    with pytest.raises(DataError, match=r"label -1, score 0\.5: a label is True, False or None"):
         labelled_steps([[0.5]], [[-1]])
-    with pytest.raises(DataError, match=r"no labelled step to judge \(1 steps"):
+    with pytest.raises(DataError, match="no labelled step to judge"):
         labelled_steps([[0.5]], [[None]])
 
 
@@ -137,9 +135,9 @@ def test_ece_closed_form() -> None:
 
 def test_bins_hold_their_lower_edge_and_the_last_is_closed() -> None:
     bins = calibration_report([0.0, 0.1, 0.3, 0.6, 0.7, 0.999, 1.0], [0, 1, 0, 1, 1, 1, 0], **FAST).bins
-    assert [each.count for each in bins] == [1, 1, 0, 1, 0, 0, 1, 1, 0, 2]
-    assert (bins[9].confidence, bins[9].accuracy) == (pytest.approx(0.9995), 0.5)
-    assert (bins[2].confidence, bins[2].accuracy) == (None, None)
+    assert [each["count"] for each in bins] == [1, 1, 0, 1, 0, 0, 1, 1, 0, 2]
+    assert (bins[9]["confidence"], bins[9]["accuracy"]) == (pytest.approx(0.9995), 0.5)
+    assert (bins[2]["confidence"], bins[2]["accuracy"]) == (None, None)
 
 
 def test_brier_and_skill() -> None:
@@ -167,9 +165,9 @@ def test_report_agrees_with_the_formulas() -> None:
     y = rng.random(300) < p**2
     report = calibration_report(p, y, problems=np.repeat(np.arange(60), 5), **FAST)
     gaps = [
-        b.count / 300 * abs(b.accuracy - b.confidence)
+        b["count"] / 300 * abs(b["accuracy"] - b["confidence"])
         for b in calibration_report(p, y, **FAST).bins
-        if b.accuracy is not None and b.confidence is not None
+        if b["accuracy"] is not None and b["confidence"] is not None
     ]
     assert report.ece.value == pytest.approx(sum(gaps))
     assert report.brier.value == pytest.approx(np.mean((p - y) ** 2))
@@ -209,14 +207,10 @@ def test_skill_interval_equals_the_bootstrap_done_by_hand() -> None:
     assert (skill.low, skill.high) == (pytest.approx(low), pytest.approx(high))
 
 
-def test_undefined_values_have_reasons() -> None:
+def test_what_labels_of_one_kind_cannot_give_is_none() -> None:
     report = calibration_report([0.2, 0.85], [1, 1], **FAST)
     assert report.skill_base_rate is None
     assert report.over_confidence["0.9"] is None
-    assert report.undefined == {
-        "skill_base_rate": "all 2 labels are 1: the base rate makes no error",
-        "over_confidence at 0.9": "no probability is 0.9 or more",
-    }
     same = calibration_report([0.5] * 4, [1] * 4, **FAST)
     assert math.isnan(same.brier.low)
     assert math.isnan(same.ece.low)

@@ -20,7 +20,7 @@ from stepkd.errors import DataError
 from stepkd.evaluation.config import EvaluatePRMConfig
 from stepkd.evaluation.metrics import summarise
 from stepkd.evaluation.process import predicted_first_error
-from stepkd.evaluation.process_runner import evaluate_process
+from stepkd.evaluation.score_rows import evaluate_process
 from stepkd.evaluation.step_metrics import labelled_steps, step_metrics
 from stepkd.iteration.measure import differences
 from stepkd.labels.consensus import consensus_filter
