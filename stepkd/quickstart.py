@@ -22,7 +22,8 @@ from stepkd.data.spec import LABELS_NAME
 from stepkd.errors import ConfigError, StepkdError
 from stepkd.grading.judge import solution_steps
 from stepkd.grading.pool import GradingConfig
-from stepkd.labels.labellers import LabellerConfig, MonteCarlo, TaskChecker
+from stepkd.labels.labellers import LabellerConfig, TaskChecker
+from stepkd.labels.monte_carlo import MonteCarlo
 from stepkd.labels.settings import Existing, LabelConfig, Sampled, SolutionsConfig
 from stepkd.runs.files import write_json
 from stepkd.runs.job import RESULTS_NAME, SUMMARY_NAME, Job, read_results

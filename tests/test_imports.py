@@ -123,7 +123,6 @@ LONG_FILES = {
     "runs/job.py": 600,  # the one job mechanism, with what a kill at any moment leaves
     "data/rows.py": 520,  # the row contracts, one page
     "statistics.py": 510,  # every interval and paired test
-    "labels/convert.py": 500,
     "training/fit.py": 480,
     "quickstart.py": 460,
     "settings.py": 460,

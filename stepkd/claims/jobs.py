@@ -167,7 +167,7 @@ def _label(settings: dict[str, Any], out: Path) -> Measured:
 
 def _pairs(settings: dict[str, Any], out: Path) -> Measured:
     """As ``stepkd pairs``, with ``to: step`` or ``tree``. Columns: the numbers of its summary."""
-    from stepkd.labels.pair_job import run_pair_job
+    from stepkd.labels.job import run_pair_job
 
     summary = run_pair_job(job_config("pairs", settings, out))
     assert summary is not None, "one process does all the work"
@@ -238,7 +238,7 @@ def _draw(settings: dict[str, Any], out: Path) -> Measured:
 
 def _consensus(settings: dict[str, Any], out: Path) -> Measured:
     """As ``stepkd consensus``: ``first`` and ``second``. Columns: its counts."""
-    from stepkd.labels.consensus import consensus_filter
+    from stepkd.labels.convert import consensus_filter
     from stepkd.runs.files import write_jsonl
 
     first, second = (_load(settings.pop(name)) for name in ("first", "second"))

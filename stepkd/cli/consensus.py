@@ -36,7 +36,7 @@ class ConsensusConfig:
 def run(config: ConsensusConfig) -> int:
     """Run ``stepkd consensus``."""
     from stepkd.data.spec import load_rows, parse_spec
-    from stepkd.labels.consensus import consensus_filter
+    from stepkd.labels.convert import consensus_filter
     from stepkd.labels.quality import label_quality
     from stepkd.runs.files import write_jsonl
 
@@ -61,10 +61,6 @@ def print_counts(counts: dict[str, int]) -> None:
 
 
 def _print_quality(name: str, quality: LabelQuality) -> None:
-    facts = (
-        *("precision", "recall", "error_precision", "error_recall", "balanced_accuracy", "always_positive"),
-        *("first_error_accuracy", "recoverable"),
-    )
-    shown = [(fact.replace("_", " "), getattr(quality, fact)) for fact in facts]
-    texts = [f"{fact} {'-' if value is None else f'{value.value:.1%}'}" for fact, value in shown]
+    shares = {fact.replace("_", " "): value for fact, value in vars(quality).items() if not isinstance(value, int)}
+    texts = [f"{fact} {'-' if value is None else f'{value.value:.1%}'}" for fact, value in shares.items()]
     print(f"{name}: {', '.join(texts)}  ({quality.solutions} solutions, {quality.steps} steps up to the first error)")

@@ -1,7 +1,7 @@
 """Convert labelled rows to another kind of rows.
 
 stepkd convert agreed.jsonl --to TRLStepwise --out trl.jsonl
-stepkd convert runs/labels --to Binary --out feedback.jsonl                           (KTO and Step-KTO; also: Unpaired)
+stepkd convert runs/labels --to Unpaired --out unpaired.jsonl                         (TRL's KTO; ours reads labels)
 stepkd convert runs/labels --to Preference --to.max_pairs 2 --out pairs.jsonl         (DPO)
 stepkd convert runs/labels --to Demonstrations --to.clean true --out clean.jsonl      (SFT on one's own solutions)
 """
@@ -24,8 +24,7 @@ class ConvertConfig:
     rows: str
     """Labelled rows: a file, or the folder of a labelling job."""
     to: ConverterConfig
-    """Kind of the new rows: Stepwise, TRLStepwise, MathShepherd, Balanced, Binary, Unpaired, Preference or
-    Demonstrations."""
+    """Kind of the new rows: Stepwise, TRLStepwise, MathShepherd, Balanced, Unpaired, Preference or Demonstrations."""
     out: str
     """File of rows to write."""
 

@@ -23,7 +23,7 @@ ACTIONS = PAIR_JOBS
 def run(config: PairJobConfig) -> int:
     """Run ``stepkd pairs``."""
     config, job = config.start({"pairs": "building pairs of"})
-    from stepkd.labels.pair_job import run_pair_job
+    from stepkd.labels.job import run_pair_job
 
     summary = run_pair_job(config, options=job.options)
     if summary is None:

@@ -143,7 +143,7 @@ class FeedbackEncoder(Encoder):
                     row,
                     "step_labels",
                     f"a step label of {target[1]:g} is neither correct nor incorrect, and feedback is binary: set "
-                    "labels.harden (0.001 is 'any continuation succeeded'), or convert the rows with --to Binary",
+                    "labels.harden (0.001 is 'any continuation succeeded')",
                 )
         return [UNKNOWN if target is None else int(target[1]) for target in targets]
 

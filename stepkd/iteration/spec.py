@@ -14,7 +14,8 @@ import yaml
 from stepkd.data.spec import parse_spec, resolve_split
 from stepkd.errors import ConfigError, check_bounds
 from stepkd.labels.convert import ConverterConfig
-from stepkd.labels.labellers import LabellerConfig, MonteCarlo
+from stepkd.labels.labellers import LabellerConfig
+from stepkd.labels.monte_carlo import MonteCarlo
 from stepkd.labels.settings import (
     Fitted,
     LabelConfig,

@@ -22,7 +22,8 @@ from stepkd.data.spec import LABELS_NAME, PAIRS_NAME, load_rows, parse_spec
 from stepkd.errors import ConfigError, DataError, StepkdError
 from stepkd.iteration.spec import IterateConfig, iteration_seed
 from stepkd.labels.convert import Demonstrations
-from stepkd.labels.labellers import MonteCarlo, Outcome
+from stepkd.labels.labellers import Outcome
+from stepkd.labels.monte_carlo import MonteCarlo
 from stepkd.labels.settings import PAIR_JOBS, Existing, LabelConfig, OwnSteps, PairJobConfig, Sampled
 from stepkd.runs.files import write_file, write_jsonl
 from stepkd.runs.job import RESULTS_NAME, SUMMARY_NAME, Job, JobOptions
@@ -188,8 +189,7 @@ def evaluate_model(it: Iteration) -> dict[str, dict[str, Any]]:
 
 def _run_job(it: Iteration, job: LabelConfig | PairJobConfig, rows: str) -> dict[str, Any]:
     """Run a labelling or pair job to its end, under the launcher where one is given; its summary."""
-    from stepkd.labels.job import run_label_job
-    from stepkd.labels.pair_job import run_pair_job
+    from stepkd.labels.job import run_label_job, run_pair_job
 
     out = Path(job.out)
     if it.spec.launcher is not None:

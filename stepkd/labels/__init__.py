@@ -10,24 +10,21 @@ from typing import Any
 from stepkd.lazy import lazily
 
 _HOMES = {
-    "consensus": "consensus_filter",
     "convert": (
-        "Balanced Binary Converted ConverterConfig Demonstrations MathShepherd Preference Stepwise TRLStepwise "
-        "Unpaired completion_of convert_rows even_pairs"
+        "Balanced Converted ConverterConfig Demonstrations MathShepherd Preference Stepwise TRLStepwise Unpaired "
+        "consensus_filter convert_rows even_pairs"
     ),
-    "job": "JobParts job_parts run_label_job",
-    "labellers": "LabellerConfig MonteCarlo Outcome Scored ScorerLabeller Sums TaskChecker",
-    "monte_carlo": "MonteCarloLabeller",
-    "pair_job": "run_pair_job",
+    "job": "run_label_job run_pair_job",
+    "labellers": ("Labeller LabellerConfig Outcome Scored ScorerLabeller Solution StepLabels Sums TaskChecker"),
+    "monte_carlo": "MonteCarlo MonteCarloLabeller",
     "quality": "LabelQuality label_quality",
     "settings": (
         "Cut Existing Fitted LabelConfig OwnSteps PAIR_JOBS Reject ContinuationShare Sampled SelfEvaluation "
         "StepPairConfig StepScore TreePairConfig"
     ),
-    "step_labels": "Labeller Solution StepLabels reduce_values",
-    "step_pairs": "StepPairBuilder step_pair_builder",
-    "tree_pairs": "TreePairBuilder tree_pair_builder",
-    "workbench": "PairBuilder Workbench pair_record",
+    "step_pairs": "StepPairBuilder",
+    "tree_pairs": "TreePairBuilder",
+    "workbench": "Workbench pair_record",
 }
 
 

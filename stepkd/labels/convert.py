@@ -1,12 +1,11 @@
-"""From labelled rows to other kinds of rows, for ``stepkd convert``.
+"""From labelled rows to other kinds of rows, for ``stepkd convert``; and the consensus of two labellings.
 
 A converter is a class of settings with a method from rows to rows and counts of what was left out: step-labelled rows
-in other layouts, feedback for Step-KTO and KTO, pairs for DPO, demonstrations for fine-tuning. What a row says of its
-solution is read in one place, :func:`completion_of`.
+in other layouts, unpaired rows for KTO, pairs for DPO, demonstrations for fine-tuning. Step-KTO and KTO need no
+conversion: they read labelled rows as they are.
 
-Sources: Step-KTO (arXiv 2501.10799) takes a binary label per step and per answer; KTO (arXiv 2402.01306); the outcome
-pairs of DPO (arXiv 2305.18290) on self-generated solutions, as in iterative reasoning preference optimisation
-(arXiv 2404.19733).
+Sources: KTO (arXiv 2402.01306); the outcome pairs of DPO (arXiv 2305.18290) on self-generated solutions, as in
+iterative reasoning preference optimisation (arXiv 2404.19733).
 """
 
 from __future__ import annotations
@@ -18,25 +17,21 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Literal, TypeVar
 
-import numpy as np
-
-from stepkd.data.completion import Completion, Finish
-from stepkd.data.rows import COMPLETION, DEMONSTRATION, PREFERENCE, STEPWISE, UNPAIRED, Contract, passed_on, validate
+from stepkd.data.rows import check_unique_ids, detect_contract, passed_on, validate
 from stepkd.data.step_labels import to_stepwise, trl_row, write_math_shepherd, write_stepwise
-from stepkd.errors import DataError, check_bounds, check_choice
-from stepkd.labels.quality import label_column, row_labels
-from stepkd.labels.step_labels import PROBLEM_COLUMNS, Row, outcome_of
+from stepkd.errors import DataError, check_bounds
+from stepkd.labels.labellers import PROBLEM_COLUMNS, Row, outcome_of
+from stepkd.labels.quality import check_same_steps, label_column, row_labels
 from stepkd.randomness import generator
 from stepkd.runs.files import write_jsonl
 from stepkd.scorers.scorer import problem_key
 from stepkd.steps.format import written_steps
-from stepkd.steps.labels import Label, Neutral, check_threshold, label_kind, tally, verdicts
+from stepkd.steps.labels import Label, Neutral, check_threshold, first_incorrect, label_kind, verdicts
 
 T = TypeVar("T")
 PURPOSE = "preference_pairs"
-NO_IDS = np.empty(0, np.int64)
 KEPT = ("labelling", "label_facts", "step_values", "task", "meta", "problem_id")
 """Columns of a labelled completion that its stepwise row keeps."""
 
@@ -54,55 +49,13 @@ class Converted:
 class ConverterConfig(ABC):
     """A kind of rows that labelled rows are converted to."""
 
-    contracts: ClassVar[tuple[Contract, ...]] = ()
-    """What the new rows are, the first whose required columns a row has; none: step-labelled rows in their own way."""
-
     @abstractmethod
     def convert(self, rows: Sequence[Row]) -> Converted:
         """Labelled rows (completion or stepwise contract) to new rows."""
 
     def write(self, rows: Iterable[Row], path: str | Path) -> int:
-        """Write the new rows; returns their number."""
-        if not self.contracts:
-            return write_stepwise(rows, path)
-
-        def checked(row: Row) -> dict[str, Any]:
-            fitting = (each for each in self.contracts if set(each.required) <= set(row))
-            return validate(dict(row), next(fitting, self.contracts[0]), path=path, extra="keep")
-
-        return write_jsonl(path, map(checked, rows))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cast(ConverterConfig):
-    """What conversions read step labels by that know only correct and incorrect."""
-
-    neutral: Neutral = "correct"
-    """What a rating of 0 becomes: correct, incorrect, or mask, which leaves the step without a label."""
-    threshold: float = 0.5
-    """Chance from which on a soft label says correct, in (0, 1)."""
-
-    def __post_init__(self) -> None:
-        check_choice("neutral", self.neutral, get_args(Neutral))
-        check_threshold(self.threshold)
-
-    def marks(self, each: Completion) -> list[bool | None] | None:
-        """What the step labels of a solution's row say; None where it has none.
-
-        Raises:
-            DataError: another number of labels than steps, or labels that are none.
-        """
-        row, column = each.row, label_column(each.row)
-        labels = row.get(column)
-        if labels is None or all(label is None for label in labels):
-            return None
-        steps = row["step_ends"] if len(each.token_ids) else row["completions"]
-        if len(labels) != len(steps):
-            raise DataError(f"has {len(labels)} labels for {len(steps)} steps", path=each.id)
-        try:
-            return verdicts(labels, neutral=self.neutral, threshold=self.threshold)
-        except DataError as error:
-            raise DataError(str(error), path=each.id, column=column) from error
+        """Write the new rows, each checked against its contract; returns their number."""
+        return write_jsonl(path, (validate(dict(row), detect_contract(row), path=path, extra="keep") for row in rows))
 
 
 def convert_rows(rows: Sequence[Row], to: ConverterConfig) -> Converted:
@@ -122,39 +75,31 @@ def convert_rows(rows: Sequence[Row], to: ConverterConfig) -> Converted:
     return converted
 
 
-def completion_of(row: Row) -> Completion:
-    """What a completion row or a stepwise row says of its solution as a whole; no step labels are needed.
+def solution_text(row: Row) -> str:
+    """The whole solution of a completion row or a stepwise row.
 
     Raises:
         DataError: another kind of row.
     """
-    name = str(row.get("id", "?"))
     if "completions" in row:
-        return Completion(NO_IDS, NO_IDS, text="".join(written_steps(row["completions"])), id=name, row=row)
-    if "token_ids" not in row or "completion" not in row:
+        return "".join(written_steps(row["completions"]))
+    if "completion" not in row:
+        name = str(row.get("id", "?"))
         raise DataError("neither a completion (completion, token_ids) nor a stepwise row (completions)", path=name)
-    finish: Finish = "length" if row.get("finish") == "length" else "stop"
-    return Completion(NO_IDS, np.asarray(row["token_ids"]), finish=finish, text=row["completion"], id=name, row=row)
+    return str(row["completion"])
 
 
-def drop_repeated(solutions: Sequence[Completion], *, by_outcome: bool = False) -> tuple[list[Completion], int, int]:
-    """Keep the first of several solutions of a problem with the same text; a cut-off one is not a finished one.
+def drop_repeated(rows: Sequence[Row]) -> list[Row]:
+    """Keep the first of several solutions of a problem with the same text, outcome and end."""
+    first: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        first.setdefault((problem_key(row), solution_text(row), row.get("finish") == "length", outcome_of(row)), row)
+    return list(first.values())
 
-    Args:
-        solutions: of any number of problems.
-        by_outcome: keep one of each outcome.
 
-    Returns:
-        Those kept, in order; how many were dropped; and how many problems had several solutions, all equal.
-    """
-    first: dict[tuple[str, str, str, bool | None], Completion] = {}
-    for each in solutions:
-        key = (problem_key(each.row), each.text, each.finish, outcome_of(each.row) if by_outcome else None)
-        first.setdefault(key, each)
-    kept = list(first.values())
-    before, after = (Counter(problem_key(each.row) for each in group) for group in (solutions, kept))
-    identical = sum(count > 1 and after[problem] == 1 for problem, count in before.items())
-    return kept, len(solutions) - len(kept), identical
+def holds_incorrect_step(row: Row) -> bool:
+    """Whether a row's labels call one of its steps incorrect; a row without labels holds none."""
+    return False in verdicts(row.get(label_column(row)) or ())
 
 
 # ---- step-labelled rows --------------------------------------------------------------------------------------------
@@ -169,12 +114,24 @@ class Stepwise(ConverterConfig):
         done = [to_stepwise(row, keep=KEPT) for row in rows]
         return Converted(done, {"rows": len(done)})
 
+    def write(self, rows: Iterable[Row], path: str | Path) -> int:
+        """See :func:`~stepkd.data.step_labels.write_stepwise`, which writes Parquet files too."""
+        return write_stepwise(rows, path)
+
 
 @dataclass(frozen=True, kw_only=True)
-class TRLStepwise(Cast):
+class TRLStepwise(Stepwise):
     """TRL's stepwise-supervision type: one true or false per step."""
 
+    neutral: Neutral = "correct"
+    """What a rating of 0 becomes: correct, incorrect, or mask, which leaves the step without a label."""
+    threshold: float = 0.5
+    """Chance from which on a soft label says correct, in (0, 1)."""
     columns: ClassVar[tuple[str, ...] | None] = ("prompt", "completions", "labels")
+
+    def __post_init__(self) -> None:
+        check_bounds("", self)
+        check_threshold(self.threshold)
 
     def convert(self, rows: Sequence[Row]) -> Converted:
         """See :class:`ConverterConfig`."""
@@ -192,7 +149,7 @@ class MathShepherd(TRLStepwise):
     columns = None
 
     def write(self, rows: Iterable[Row], path: str | Path) -> int:
-        """See :class:`ConverterConfig`."""
+        """See :func:`~stepkd.data.step_labels.write_math_shepherd`."""
         return write_math_shepherd(rows, path)
 
 
@@ -203,15 +160,13 @@ class Balanced(ConverterConfig):
     seed: int = 0
     """Keys which labels in surplus go."""
 
-    contracts = (COMPLETION, STEPWISE)
-
     def convert(self, rows: Sequence[Row]) -> Converted:
         """See :class:`ConverterConfig`."""
         before = [row_labels(row) for row in rows]
         for row, labels in zip(rows, before, strict=True):
-            if odd := [label for label in labels if isinstance(label, float) or label not in (None, -1, 0, 1)]:
+            if label_kind(labels) == "soft":
                 raise DataError(
-                    f"{odd[0]!r} is no hard label (true, false, -1, 0, 1): soft labels cannot be balanced",
+                    "soft labels cannot be balanced: give rows labelled true/false or -1, 0, 1",
                     path=str(row.get("id", "?")),
                     column=label_column(row),
                 )
@@ -256,86 +211,28 @@ def _sign(label: Label) -> int:
     return -1 if label is False else 0 if label is None else int(label)
 
 
-# ---- feedback ------------------------------------------------------------------------------------------------------
-
-_BINARY_COUNTS = (
-    "correct_steps", "incorrect_steps", "neutral_steps", "unlabelled_steps", "correct_answers_with_an_incorrect_step",
-    "rows_without_labels", "rows_without_outcome", "duplicates", "problems_all_identical",
-)  # fmt: skip
-_UNPAIRED_COUNTS = (
-    "correct", "incorrect", "cut_off", "rows_without_outcome", "empty_completions", "duplicates",
-    "problems_all_identical",
-)  # fmt: skip
-
-
-def _distinct(rows: Sequence[Row], names: Sequence[str]) -> tuple[list[Completion], dict[str, int]]:
-    """The distinct solutions of rows, and counts of these names that say how many were left out so far."""
-    kept, duplicates, identical = drop_repeated(list(map(completion_of, rows)))
-    left_out = {"duplicates": duplicates, "problems_all_identical": identical}
-    return kept, dict.fromkeys(("rows", *names), 0) | left_out
-
-
-@dataclass(frozen=True, kw_only=True)
-class Binary(Cast):
-    """The same rows, with their sampled ids, and correct or incorrect for every step (for Step-KTO)."""
-
-    contracts = (COMPLETION, STEPWISE)
-
-    def convert(self, rows: Sequence[Row]) -> Converted:
-        """See :class:`ConverterConfig`."""
-        done = []
-        kept, counts = _distinct(rows, _BINARY_COUNTS)
-        for each in kept:
-            marks, outcome = self.marks(each), outcome_of(each.row)
-            if marks is None or all(mark is None for mark in marks):
-                counts["rows_without_labels"] += 1
-                continue
-            labels = each.row[label_column(each.row)]
-            counts["correct_steps"] += marks.count(True)
-            counts["incorrect_steps"] += marks.count(False)
-            counts["unlabelled_steps"] += list(labels).count(None)
-            counts["neutral_steps"] += list(labels).count(0) if label_kind(labels) == "rating" else 0
-            counts["rows_without_outcome"] += outcome is None
-            counts["correct_answers_with_an_incorrect_step"] += tally([outcome], [marks]).flawed
-            done.append(dict(each.row) | {"step_labels" if len(each.token_ids) else "labels": marks})
-        return Converted(done, counts | {"rows": len(done)})
+# ---- feedback, pairs, demonstrations -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Unpaired(ConverterConfig):
-    """TRL's unpaired preference type (for KTO): prompt, completion, and the outcome as label."""
-
-    contracts = (UNPAIRED,)
+    """TRL's unpaired preference type (for its KTO trainer): prompt, completion, and the outcome as label."""
 
     def convert(self, rows: Sequence[Row]) -> Converted:
         """See :class:`ConverterConfig`."""
+        kept = drop_repeated(rows)
+        counts = Counter({"duplicates": len(rows) - len(kept)})
         done = []
-        kept, counts = _distinct(rows, _UNPAIRED_COUNTS)
-        for each in kept:
-            outcome = outcome_of(each.row)
-            if outcome is None:
-                counts["rows_without_outcome"] += 1
-            elif not each.text.strip():
-                counts["empty_completions"] += 1
-            else:
-                counts["correct" if outcome else "incorrect"] += 1
-                counts["cut_off"] += each.finish == "length"
-                done.append(
-                    passed_on(each.row, "id", "problem_id")
-                    | {"prompt": each.row["prompt"], "completion": each.text, "label": outcome}
-                    | passed_on(each.row, *PROBLEM_COLUMNS)
-                )
-        return Converted(done, counts | {"rows": len(done)})
-
-
-# ---- pairs ---------------------------------------------------------------------------------------------------------
-
-_PAIR_COUNTS = (
-    "problems", "problems_all_correct", "problems_all_incorrect", "problems_with_a_single_sample", "problems_ungraded",
-    "problems_without_a_correct_one_to_choose", "problems_identical_sides", "ungraded", "empty_completions",
-    "duplicates", "correct_but_cut_off", "correct_but_an_incorrect_step",
-)  # fmt: skip
-"""What is counted: problems with pairs, problems without by reason, then solutions left out by reason."""
+        for row in kept:
+            outcome, text = outcome_of(row), solution_text(row)
+            if outcome is None or not text.strip():
+                counts["rows_without_outcome" if outcome is None else "empty_completions"] += 1
+                continue
+            counts["correct" if outcome else "incorrect"] += 1
+            counts["cut_off"] += row.get("finish") == "length"
+            new = {"prompt": row["prompt"], "completion": text, "label": outcome}
+            done.append(passed_on(row, "id", "problem_id") | new | passed_on(row, *PROBLEM_COLUMNS))
+        return Converted(done, {"rows": len(done)} | dict(counts))
 
 
 def even_pairs(first: Sequence[T], second: Sequence[T]) -> Iterator[tuple[T, T]]:
@@ -353,7 +250,7 @@ def even_pairs(first: Sequence[T], second: Sequence[T]) -> Iterator[tuple[T, T]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Preference(Cast):
+class Preference(ConverterConfig):
     """Pairs of a correct and an incorrect solution of each problem (for DPO)."""
 
     seed: int = 0
@@ -364,77 +261,66 @@ class Preference(Cast):
     """Whether the better side may hold incorrect steps (any), or a solution with one is left out (clean)."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("chosen_steps", self.chosen_steps, ("any", "clean"))
         check_bounds("", self, max_pairs="[1, inf)")
-
-    contracts = (PREFERENCE,)
 
     def convert(self, rows: Sequence[Row]) -> Converted:
         """See :class:`ConverterConfig`."""
-        counts = dict.fromkeys(("rows", *_PAIR_COUNTS), 0)
-        problems: dict[str, list[Completion]] = {}
+        counts: Counter[str] = Counter()
+        problems: dict[str, list[Row]] = {}
         for row in rows:
-            problems.setdefault(problem_key(row), []).append(completion_of(row))
+            problems.setdefault(problem_key(row), []).append(row)
         done: list[dict[str, Any]] = []
         for name, solutions in problems.items():
             pairs = self._pairs(name, solutions, counts)
             counts["problems"] += bool(pairs)
             done += [self._row(number, *pair) for number, pair in enumerate(pairs)]
-        return Converted(done, counts | {"rows": len(done)})
+        return Converted(done, {"rows": len(done)} | dict(counts))
 
-    def _pairs(
-        self, name: str, solutions: Sequence[Completion], counts: dict[str, int]
-    ) -> list[tuple[Completion, Completion]]:
+    def _pairs(self, name: str, solutions: Sequence[Row], counts: Counter[str]) -> list[tuple[Row, Row]]:
         """The pairs of one problem; counts why there are none, and the solutions left out."""
-        told = [each for each in solutions if outcome_of(each.row) is not None]
-        graded = [each for each in told if each.text.strip()]
-        counts["ungraded"] += len(solutions) - len(told)
-        counts["empty_completions"] += len(told) - len(graded)
-        outcomes = {outcome_of(each.row) for each in graded}
+        graded = [row for row in solutions if outcome_of(row) is not None and solution_text(row).strip()]
+        counts["ungraded_or_empty"] += len(solutions) - len(graded)
+        outcomes = {outcome_of(row) for row in graded}
         if len(outcomes) < 2:
-            few = ("problems_ungraded", "problems_with_a_single_sample")
             same = "problems_all_correct" if True in outcomes else "problems_all_incorrect"
-            counts[few[len(graded)] if len(graded) < 2 else same] += 1
+            counts[same if outcomes else "problems_ungraded"] += 1
             return []
-        distinct, repeated, _ = drop_repeated(graded, by_outcome=True)
-        counts["duplicates"] += repeated
-        correct: list[Completion] = []
-        for each in (each for each in distinct if outcome_of(each.row)):
-            if each.finish == "length":
+        distinct = drop_repeated(graded)
+        counts["duplicates"] += len(graded) - len(distinct)
+        correct: list[Row] = []
+        for row in filter(outcome_of, distinct):
+            if row.get("finish") == "length":
                 counts["correct_but_cut_off"] += 1
-            elif self.chosen_steps == "clean" and False in (self.marks(each) or ()):
+            elif self.chosen_steps == "clean" and holds_incorrect_step(row):
                 counts["correct_but_an_incorrect_step"] += 1
             else:
-                correct.append(each)
-        if not correct:
-            counts["problems_without_a_correct_one_to_choose"] += 1
-            return []
+                correct.append(row)
         draw = generator(self.seed, PURPOSE, name)
-        incorrect = [each for each in distinct if not outcome_of(each.row)]
+        incorrect = [row for row in distinct if not outcome_of(row)]
         correct, incorrect = ([side[i] for i in draw.permutation(len(side))] for side in (correct, incorrect))
         # An answer can be graded both ways (a grader that ran out of time); text against itself teaches nothing.
-        differing = (pair for pair in even_pairs(correct, incorrect) if pair[0].text != pair[1].text)
+        differing = (pair for pair in even_pairs(correct, incorrect) if len({*map(solution_text, pair)}) == 2)
         pairs = list(islice(differing, self.max_pairs))
-        counts["problems_identical_sides"] += not pairs
+        if not pairs:
+            counts["problems_identical_sides" if correct else "problems_without_a_correct_one_to_choose"] += 1
         return pairs
 
-    def _row(self, number: int, chosen: Completion, rejected: Completion) -> dict[str, Any]:
-        problem = chosen.row.get("problem_id")
-        row: dict[str, Any] = {"id": f"{chosen.id if problem is None else problem}/pair-{number}"}
-        row |= {} if problem is None else {"problem_id": str(problem)}
-        row |= {"prompt": chosen.row["prompt"], "chosen": chosen.text, "rejected": rejected.text}
-        for side, each in (("chosen", chosen), ("rejected", rejected)):
-            if len(each.token_ids):
-                row[f"{side}_ids"] = each.token_ids.tolist()
-        row |= passed_on(chosen.row, *PROBLEM_COLUMNS)
+    def _row(self, number: int, chosen: Row, rejected: Row) -> dict[str, Any]:
         settings = {name: getattr(self, name) for name in ("seed", "max_pairs", "chosen_steps")}
-        row["pairing"] = {"builder": "outcome", **settings, **passed_on(chosen.row, "model", "sampling")}
-        row["pair_facts"] = {"chosen": chosen.id, "rejected": rejected.id}
-        return row
-
-
-# ---- demonstrations ------------------------------------------------------------------------------------------------
+        row = {"id": f"{chosen.get('problem_id') or chosen.get('id', '?')}/pair-{number}"}
+        row |= passed_on(chosen, "problem_id")
+        row |= {"prompt": chosen["prompt"], "chosen": solution_text(chosen), "rejected": solution_text(rejected)}
+        row |= {
+            f"{side}_ids": each["token_ids"]
+            for side, each in (("chosen", chosen), ("rejected", rejected))
+            if each.get("token_ids")
+        }
+        return (
+            row
+            | passed_on(chosen, *PROBLEM_COLUMNS)
+            | {"pairing": {"builder": "outcome", **settings, **passed_on(chosen, "model", "sampling")}}
+            | {"pair_facts": {"chosen": chosen.get("id", "?"), "rejected": rejected.get("id", "?")}}
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -446,29 +332,64 @@ class Demonstrations(ConverterConfig):
     clean: bool = False
     """Whether those that hold an incorrect step are left out."""
 
-    contracts = (DEMONSTRATION,)
-
     def convert(self, rows: Sequence[Row]) -> Converted:
         """See :class:`ConverterConfig`."""
         counts: Counter[str] = Counter()
         kept = []
         for row in rows:
-            if (reason := self._refused(row)) is not None:
-                counts[reason] += 1
+            correct = outcome_of(row)
+            refused = {
+                "ungraded": correct is None,
+                "incorrect_answer": not correct,
+                "cut_off": row.get("finish") == "length",  # there is no end: it would teach to go on for ever
+                "incorrect_step": self.clean and holds_incorrect_step(row),
+            }
+            if True in refused.values():
+                counts[next(reason for reason, holds in refused.items() if holds)] += 1
                 continue
-            done = {"prompt": row["prompt"], "solution": completion_of(row).text}
+            done = {"prompt": row["prompt"], "solution": solution_text(row)}
             kept.append(done | passed_on(row, "id", "answer", "problem_id", "task", "meta", "labelling"))
         return Converted(kept, {"rows": len(kept)} | dict(sorted(counts.items())))
 
-    def _refused(self, row: Row) -> str | None:
-        """Why a solution is no demonstration; None if it is one."""
-        correct = outcome_of(row)
-        if correct is None:
-            return "ungraded"
-        if not correct:
-            return "incorrect_answer"
-        if row.get("finish") == "length":  # the answer is there, and no end: it would teach to go on for ever
-            return "cut_off"
-        if self.clean and row.get(label_column(row)) is not None and False in verdicts(row_labels(row)):
-            return "incorrect_step"
-        return None
+
+# ---- two labellings ------------------------------------------------------------------------------------------------
+
+
+def consensus_filter(first: Sequence[Row], second: Sequence[Row], *, names: tuple[str, str] = ("A", "B")) -> Converted:
+    """Keep of one labelling the solutions whose first incorrect step another one places alike (or both find none).
+
+    With Monte-Carlo labels and a judge it is the filter of Zhang et al. 2025 (arXiv 2501.07301), who keep about 40%.
+
+    Args:
+        first: labelled rows (completion or stepwise contract), each with an ``id``; these are kept.
+        second: the other labelling; solutions are matched by id.
+        names: what to call the two in messages.
+
+    Returns:
+        Rows of the first labelling, whose ``labelling`` holds both provenances; counts of solutions: ``kept``,
+        ``disagree``, ``unlabelled``, ``only_in_first``, ``only_in_second``.
+
+    Raises:
+        DataError: repeated ids, no solution in common, or steps that are not the same; the message names the row.
+    """
+    for labelling, name in ((first, names[0]), (second, names[1])):
+        check_unique_ids(labelling, path=name)
+    others = {row["id"]: row for row in second}
+    counts: Counter[str] = Counter({"kept": 0, "disagree": 0, "unlabelled": 0, "only_in_first": 0})
+    rows = []
+    for row in first:
+        if row["id"] not in others:
+            counts["only_in_first"] += 1
+            continue
+        other = others[row["id"]]
+        check_same_steps(row, other, names=names)
+        places = first_incorrect(row_labels(row)), first_incorrect(row_labels(other))
+        found = "unlabelled" if None in places else "kept" if places[0] == places[1] else "disagree"
+        counts[found] += 1
+        if found == "kept":
+            both = {"first": row.get("labelling"), "second": other.get("labelling")}
+            rows.append(dict(row) | {"labelling": {"labeller": "consensus", "mode": "first_error", **both}})
+    counts["only_in_second"] = len(set(others) - {row["id"] for row in first})
+    if counts["only_in_first"] == len(first):
+        raise DataError(f"no solution of {names[0]} is in {names[1]}: are they labellings of the same solutions?")
+    return Converted(rows, dict(counts))

@@ -10,40 +10,64 @@ draws 8 continuations per step in the same way.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from stepkd.data.completion import Completion
-from stepkd.errors import DataError
+from stepkd.errors import check_bounds
 from stepkd.grading.extract import extract_answer
 from stepkd.grading.pool import Grader
-from stepkd.labels.step_labels import Reduce, Solution, StepLabels, reduce_values
-from stepkd.models.checkpoint import weights_fingerprint
-from stepkd.models.policy import Policy
+from stepkd.labels.labellers import Labeller, LabellerConfig, Solution, StepLabels, check_noise
 from stepkd.sampling.sampler import Branch, SamplingConfig, decode_text
-from stepkd.sampling.transformers_sampler import TransformersSampler
-from stepkd.steps.segment import check_partition
+from stepkd.steps.labels import Reduce, reduce_values
 
 _MARKS = ("hash", "boxed")
 """Extractors of answers that are marked as final; a last number is in nearly every prefix."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MonteCarlo(LabellerConfig):
+    """How often continuations of a step's prefix reach the correct answer (Math-Shepherd, arXiv 2312.08935)."""
+
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(n=8))
+    """How every step's prefix is continued, 8 times by default."""
+    reduce: Reduce = "any"
+    """From shares of successes to labels: correct where any succeeds (the default, Math-Shepherd's hard estimate), the
+    mean itself (its soft estimate), correct up to the first_error and nothing behind it (Qwen2.5-Math-PRM, arXiv
+    2501.07301), or propagate, correct where any of this step or of a later one succeeds (GLoRe, arXiv 2402.10963)."""
+    continues = True
+    needs = (
+        (
+            ("answer",),
+            "has no 'answer', and Monte-Carlo labels compare continuations with it: add it, or use another labeller",
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        check_bounds("", self)
+        check_noise(self.sampling, "continuations of a step")
+
+    def build(self, bench: Any, sampler: Any) -> Labeller:
+        """A :class:`MonteCarloLabeller`."""
+        return MonteCarloLabeller(sampler, bench.policy, bench.grader, bench.limited(self.sampling), reduce=self.reduce)
 
 
 class MonteCarloLabeller:
     """Label steps by continuing every prefix.
 
     Args:
-        sampler: draws the continuations.
-        policy: the sampler's model, whose tokenizer turns ids into text.
+        sampler: draws the continuations (:class:`~stepkd.sampling.transformers_sampler.TransformersSampler`).
+        policy: the sampler's model (:class:`~stepkd.models.policy.Policy`), whose tokenizer turns ids into text.
         grader: compares the final answers with the row's ``answer``.
         sampling: how to draw; ``n`` is J, the continuations per step. Its ``seed`` and the solution's ``index`` key the
             noise.
-        reduce: from values to labels; see :func:`~stepkd.labels.step_labels.reduce_values`.
+        reduce: from values to labels; see :func:`~stepkd.steps.labels.reduce_values`.
     """
 
     def __init__(
         self,
-        sampler: TransformersSampler,
-        policy: Policy,
+        sampler: Any,
+        policy: Any,
         grader: Grader,
         sampling: SamplingConfig,
         *,
@@ -52,23 +76,17 @@ class MonteCarloLabeller:
         self.sampler, self.policy, self.grader, self.sampling, self.reduce = sampler, policy, grader, sampling, reduce
 
     def label(self, solutions: Sequence[Solution]) -> list[StepLabels]:
-        """See :class:`~stepkd.labels.step_labels.Labeller`.
+        """See :class:`~stepkd.labels.labellers.Labeller`.
 
         No continuations are drawn where the solution is over: at its end (unless it was cut off), once it holds an end
         token or, marked as such, the answer it ends with, and where the context is full. The value there is 1 or 0 by
-        the solution's own answer. ``facts`` has ``successes`` and ``trials`` of every step (0 trials where the solution
+        ``solution.correct``. ``facts`` has ``successes`` and ``trials`` of every step (0 trials where the solution
         is over), and the ``generated_tokens`` and ``prefill_tokens`` spent on it.
 
-        Raises:
-            DataError: a solution without steps, prompt or answer.
-            ValueError: spans that do not fit its tokens.
+        Args:
+            solutions: cut into steps, each with a prompt and with the ``answer`` in its row.
         """
-        for solution in solutions:
-            _check(solution)
         open_steps = [self._open_steps(solution) for solution in solutions]
-        correct = self._outcomes(
-            [s for s, steps in zip(solutions, open_steps, strict=True) if len(steps) < len(s.steps)]
-        )
         cuts = [[s.spans[step][1] for step in steps] for s, steps in zip(solutions, open_steps, strict=True)]
         branches = [continued(solution, ends) for solution, ends in zip(solutions, cuts, strict=True)]
         results = self.sampler.sample_branches(branches, self.sampling, purpose="monte-carlo")
@@ -81,16 +99,14 @@ class MonteCarloLabeller:
         labels = []
         for solution, steps, result in zip(solutions, open_steps, results, strict=True):
             successes, trials = [0] * len(solution.steps), [0] * len(solution.steps)
-            values = [float(correct.get(solution.id, False))] * len(solution.steps)
+            values = [float(solution.correct is True)] * len(solution.steps)
             for step in steps:
                 found = next(verdicts)
                 successes[step], trials[step], values[step] = sum(found), len(found), sum(found) / len(found)
             facts = {
                 "successes": successes,
                 "trials": trials,
-                "generated_tokens": sum(
-                    len(each.token_ids) for continuations in result.continuations for each in continuations
-                ),
+                "generated_tokens": sum(len(each.token_ids) for group in result.continuations for each in group),
                 "prefill_tokens": result.prefill_tokens,
             }
             labels.append(StepLabels(reduce_values(values, self.reduce), values=tuple(values), facts=facts))
@@ -98,6 +114,8 @@ class MonteCarloLabeller:
 
     def provenance(self) -> dict[str, Any]:
         """What the labels came from."""
+        from stepkd.models.checkpoint import weights_fingerprint
+
         spec, sampling = self.policy.spec, asdict(self.sampling)
         return {
             "labeller": "monte_carlo",
@@ -131,17 +149,6 @@ class MonteCarloLabeller:
         marks = [name for name in self.grader.extractors if name in _MARKS]
         return extract_answer(decode_text(self.policy.tokenizer, ids), marks) if marks else None
 
-    def _outcomes(self, solutions: Sequence[Solution]) -> dict[str, bool]:
-        """Whether each solution's own answer is correct, by its id; graded where that is not known."""
-        ungraded = [s for s in solutions if s.correct is None]
-        grades = self.grader.grade(
-            [until_stop(s.token_ids.tolist(), 0, self.policy, self.sampling) for s in ungraded],
-            [str(s.row["answer"]) for s in ungraded],
-            cut_off=[s.finish == "length" for s in ungraded],
-        )
-        known = {s.id: s.correct for s in solutions if s.correct is not None}
-        return known | {s.id: g.verdict == "correct" for s, g in zip(ungraded, grades, strict=True)}
-
 
 def continued(solution: Solution, ends: Sequence[int]) -> Branch:
     """A solution whose prefixes of these lengths, in tokens of its own, are to be continued."""
@@ -152,7 +159,7 @@ def continued(solution: Solution, ends: Sequence[int]) -> Branch:
 
 def grade_continuations(
     drawn: Sequence[tuple[Solution, int, Sequence[Completion]]],
-    policy: Policy,
+    policy: Any,
     grader: Grader,
     sampling: SamplingConfig,
 ) -> list[list[bool]]:
@@ -179,7 +186,7 @@ def grade_continuations(
     return [[next(grades).verdict == "correct" for _ in continuations] for _, _, continuations in drawn]
 
 
-def until_stop(ids: Sequence[int], known: int, policy: Policy, sampling: SamplingConfig) -> str:
+def until_stop(ids: Sequence[int], known: int, policy: Any, sampling: SamplingConfig) -> str:
     """Text of all ids, decoded together, up to a stop string that comes after the first ``known`` ids."""
     text = decode_text(policy.tokenizer, ids)
     if not sampling.stop:
@@ -187,11 +194,3 @@ def until_stop(ids: Sequence[int], known: int, policy: Policy, sampling: Samplin
     start = len(decode_text(policy.tokenizer, ids[:known]))
     cuts = [found for word in sampling.stop if (found := text.find(word, start)) >= 0]
     return text[: min(cuts, default=len(text))]
-
-
-def _check(solution: Solution) -> None:
-    lacking = not len(solution.prompt_ids) or not solution.steps or solution.row.get("answer") in (None, "")
-    if lacking or len(solution.spans) != len(solution.steps):
-        what = "needs a prompt, steps with a span each, and an answer to grade continuations by"
-        raise DataError(what, path=solution.id)
-    check_partition(solution.spans, len(solution.token_ids))

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from stepkd.data.rows import check_unique_ids
 from stepkd.errors import DataError
-from stepkd.labels.step_labels import Row, outcome_of
-from stepkd.statistics import FloatArray, Interval, cluster_bootstrap, ratio_interval
+from stepkd.labels.labellers import Row, outcome_of
+from stepkd.statistics import FloatArray, Interval, Result, cluster_bootstrap, ratio_interval
 from stepkd.steps.labels import ANY_SUCCESS, Label, first_incorrect, passes, tally, verdicts
 
 
@@ -39,28 +39,26 @@ def check_same_steps(row: Row, other: Row, *, names: tuple[str, str] = ("A", "B"
     Raises:
         DataError: naming the row and what differs.
     """
-    where = f"row {row['id']!r} of {names[0]} and {names[1]}"
-    hint = "label the same solutions, cut by the same segmenter"
-    for column, what in (("token_ids", "other tokens"), ("step_ends", "steps that end elsewhere")):
-        if row.get(column) is not None and other.get(column) is not None and row[column] != other[column]:
-            raise DataError(f"{where} has {what}: {hint}", column=column)
-    ours, theirs = len(row_labels(row)), len(row_labels(other))
-    if ours != theirs:
-        raise DataError(f"{where} has {ours} and {theirs} steps: {hint}")
-    texts, other_texts = _step_texts(row), _step_texts(other)
-    if texts is not None and other_texts is not None and texts != other_texts:
-        step = next(i for i, (a, b) in enumerate(zip(texts, other_texts, strict=True)) if a != b)
-        raise DataError(f"{where} has another step {step} ({texts[step]!r} and {other_texts[step]!r}): {hint}")
 
+    def facts(each: Row) -> dict[str, Any]:
+        steps = each.get("completions") if each.get("steps") is None else each["steps"]
+        # A stepwise file may have dropped the white space between steps.
+        texts = steps and [text.strip() for text in steps]
+        return {"token_ids": each.get("token_ids"), "step_ends": each.get("step_ends"), "steps": texts}
 
-def _step_texts(row: Row) -> list[str] | None:
-    """Step texts without the white space around them: a stepwise file may have dropped separators."""
-    texts = row["steps"] if row.get("steps") is not None else row.get("completions")
-    return None if texts is None else [text.strip() for text in texts]
+    ours, theirs = facts(row), facts(other)
+    differing = [name for name, value in ours.items() if None not in (value, theirs[name]) and value != theirs[name]]
+    counts = len(row_labels(row)), len(row_labels(other))
+    if differing or counts[0] != counts[1]:
+        what = f"{counts[0]} and {counts[1]} steps" if counts[0] != counts[1] else f"other {differing[0]}"
+        raise DataError(
+            f"row {row['id']!r} of {names[0]} and {names[1]} has {what}: label the same solutions, cut by the same "
+            "segmenter"
+        )
 
 
 @dataclass(frozen=True)
-class LabelQuality:
+class LabelQuality(Result):
     """Agreement of labels with the truth; intervals resample problems. A share of nothing is None."""
 
     balanced_accuracy: Interval | None
@@ -87,17 +85,6 @@ class LabelQuality:
     """Steps judged."""
     solutions: int
     """Solutions they come from."""
-    problems: int
-    """Problems they come from."""
-    unlabelled: int
-    """Steps left out because either side has no label for them."""
-    after_error: int
-    """Steps left out because they follow the first truly incorrect one."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain dict for JSON."""
-        shares = {name: value for name, value in vars(self).items() if value is None or isinstance(value, Interval)}
-        return asdict(self) | {name: value and value.to_dict() for name, value in shares.items()}
 
 
 def label_quality(rows: Sequence[Row], truth_rows: Sequence[Row], *, seed: int = 0) -> LabelQuality:
@@ -117,7 +104,6 @@ def label_quality(rows: Sequence[Row], truth_rows: Sequence[Row], *, seed: int =
         check_unique_ids(each, path=name)
     truths = {row["id"]: row for row in truth_rows}
     found: dict[str, FloatArray] = {}
-    unlabelled = after_error = 0
     has_values = False
     for row in rows:
         if row["id"] not in truths:
@@ -129,43 +115,35 @@ def label_quality(rows: Sequence[Row], truth_rows: Sequence[Row], *, seed: int =
         values = row.get("step_values") or [None] * len(marks)
         first = true.index(False) if False in true else -1
         judged = len(true) if first < 0 else first + 1
-        after_error += len(true) - judged
         for mark, correct, value in zip(marks[:judged], true[:judged], values[:judged], strict=True):
-            if mark is None or correct is None:
-                unlabelled += 1
-            else:
+            if mark is not None and correct is not None:
                 counts[2 * (not mark) + (not correct)] += 1
                 counts[4] += not correct and passes(value, ANY_SUCCESS) is True
                 has_values |= value is not None
         counts[5:] += (first_incorrect(row_labels(row)) == first, 1)
     if not sum(each[:4].sum() for each in found.values()):
-        raise DataError(f"no step has both a label and a true one ({unlabelled} steps of {len(rows)} rows lack one)")
+        raise DataError(f"no step of {len(rows)} rows has both a label and a true one")
     columns = np.array(list(found.values()))
     steps = columns[:, :4]
 
-    def share(top: FloatArray, bottom: FloatArray = steps) -> Interval | None:
-        top, bottom = (each.reshape(len(steps), -1).sum(1) for each in (top, bottom))
+    def share(top: FloatArray, *cells: int) -> Interval | None:
+        bottom = steps[:, cells].sum(1)
         return ratio_interval(top, bottom, seed=seed) if bottom.sum() else None
 
     both_correct, both_incorrect = steps[:, 0], steps[:, 3]  # of label and truth; between them one of the two
-    accuracy, positive = share(steps[:, [0, 3]]), share(steps[:, [0, 2]])
-    assert accuracy is not None
-    assert positive is not None
+    every, truly_correct = steps.sum(1), steps[:, [0, 2]].sum(1)
     return LabelQuality(
         balanced_accuracy=_balanced(steps, seed),
-        accuracy=accuracy,
-        always_positive=positive,
-        precision=share(both_correct, steps[:, :2]),
-        recall=share(both_correct, steps[:, [0, 2]]),
-        error_precision=share(both_incorrect, steps[:, 2:]),
-        error_recall=share(both_incorrect, steps[:, [1, 3]]),
+        accuracy=ratio_interval(both_correct + both_incorrect, every, seed=seed),
+        always_positive=ratio_interval(truly_correct, every, seed=seed),
+        precision=share(both_correct, 0, 1),
+        recall=share(both_correct, 0, 2),
+        error_precision=share(both_incorrect, 2, 3),
+        error_recall=share(both_incorrect, 1, 3),
         first_error_accuracy=ratio_interval(columns[:, 5], columns[:, 6], seed=seed),
-        recoverable=share(columns[:, 4], steps[:, [1, 3]]) if has_values else None,
+        recoverable=share(columns[:, 4], 1, 3) if has_values else None,
         steps=int(steps.sum()),
         solutions=int(columns[:, 6].sum()),
-        problems=len(columns),
-        unlabelled=unlabelled,
-        after_error=after_error,
     )
 
 
@@ -248,7 +226,5 @@ def _totals(records: Sequence[Row]) -> dict[str, int]:
         facts = record["row"].get("label_facts", {}) if "row" in record else record.get("facts", {})
         if "trials" in facts:
             totals["continuations"] += sum(facts["trials"])
-        totals.update(
-            {name: value for name, value in facts.items() if isinstance(value, int) and not isinstance(value, bool)}
-        )
+        totals.update({name: value for name, value in facts.items() if isinstance(value, int)})
     return dict(sorted(totals.items()))

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from stepkd.errors import ConfigError, check_bounds, check_choice
+from stepkd.errors import ConfigError, check_bounds
 from stepkd.grading.pool import GradingConfig
-from stepkd.labels.labellers import LabellerConfig, MonteCarlo, check_noise
+from stepkd.labels.labellers import LabellerConfig, check_noise
+from stepkd.labels.monte_carlo import MonteCarlo
 from stepkd.runs.job import JobConfig
 from stepkd.sampling.sampler import SamplingConfig
 from stepkd.scorers.load import load_scorer
 from stepkd.scorers.scorer import Reduction, ScorerConfig, StepScorer
 from stepkd.search.mcts import PairConfig, SearchConfig
+from stepkd.steps.confidence import SIGNALS
 from stepkd.steps.labels import Neutral, check_threshold
 from stepkd.steps.segment import get_segmenter, segmenter_settings
-
-Take = Literal["incorrect", "all"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,14 +111,25 @@ class Existing(SolutionsConfig):
 class StepsConfig(ABC):
     """How solutions are cut into steps."""
 
-    signals: tuple[str, ...] = ()
-    """Per-token signals that it reads, as named in :class:`~stepkd.steps.text.TokenizedText`."""
+    segmenter: str = "newline"
+    """Segmenter by name, with its argument behind a colon."""
     teacher: str | None = None
     """Second model, for signals under a teacher."""
+
+    @property
+    def kind(self) -> str:
+        """Name of the segmenter without its argument."""
+        return self.segmenter.partition(":")[0]
+
+    @property
+    def signals(self) -> tuple[str, ...]:
+        """Per-token signals that it reads, as named in :class:`~stepkd.steps.text.TokenizedText`."""
+        return SIGNALS.get(self.kind, ())
 
     @abstractmethod
     def settings(self) -> dict[str, Any] | None:
         """What decides where a solution is cut, as JSON values: a threshold file counts by what it says."""
+        return {"name": self.kind, **segmenter_settings(get_segmenter(self.segmenter))}
 
 
 @dataclass(frozen=True)
@@ -143,19 +154,9 @@ class Cut(StepsConfig):
         if self.kind == "reject":
             raise ConfigError("segmenter 'reject' needs a teacher's signals: choose Reject, with the teacher")
 
-    @property
-    def kind(self) -> str:
-        """Name of the segmenter without its argument."""
-        return self.segmenter.partition(":")[0]
-
-    @property
-    def signals(self) -> tuple[str, ...]:  # type: ignore[override]
-        """The sampler's confidence, or its entropies."""
-        return {"adaptive_step": ("logprobs",), "entropy": ("entropies",)}.get(self.kind, ())
-
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any] | None:
         """Its name and what its argument says."""
-        return {"name": self.kind, **segmenter_settings(get_segmenter(self.segmenter))}
+        return super().settings()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,13 +170,7 @@ class Fitted(StepsConfig):
     """Share of all tokens that the threshold is to divide, in (0, 1); the paper has 2%."""
 
     def __post_init__(self) -> None:
-        check_choice("segmenter", self.segmenter, ("adaptive_step", "entropy"))
         check_bounds("", self, quantile="(0, 1)")
-
-    @property
-    def signals(self) -> tuple[str, ...]:  # type: ignore[override]
-        """The one that the threshold is on."""
-        return ("logprobs",) if self.segmenter == "adaptive_step" else ("entropies",)
 
     def settings(self) -> dict[str, Any]:
         """The threshold is not known yet."""
@@ -190,19 +185,18 @@ class Reject(StepsConfig):
     """Second model with the policy's vocabulary, loaded as the policy is."""
     probability: float = 0.5
     """Probability that the teacher has rejected a token of the step so far, above which the step ends, in (0, 1)."""
-    signals = ("logprobs", "teacher_logprobs")
 
     def __post_init__(self) -> None:
         get_segmenter(self.segmenter)
 
     @property
-    def segmenter(self) -> str:
+    def segmenter(self) -> str:  # type: ignore[override]
         """The segmenter by name."""
         return f"reject:{self.probability}"
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any] | None:
         """Its probability; the teacher's weights are a setting of the job."""
-        return {"name": "reject", **segmenter_settings(get_segmenter(self.segmenter))}
+        return super().settings()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,7 +236,7 @@ class StepPairing:
 
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(n=20, temperature=0.8, top_p=0.95))
     """How every correct prefix is continued, 20 times by default."""
-    take: Take = "incorrect"
+    take: Literal["incorrect", "all"] = "incorrect"
     """Which solutions give pairs: those with an incorrect answer, or all, also those with a correct answer and an
     incorrect step."""
     max_pairs: int = 1
@@ -257,10 +251,8 @@ class StepPairing:
     settings such as Judge, or a word such as judge:MODEL; null takes every step whose continuation ends correctly."""
 
     def __post_init__(self) -> None:
-        check_choice("take", self.take, get_args(Take))
         check_bounds("", self, max_pairs="[1, inf)")
         check_threshold(self.threshold)
-        check_choice("neutral", self.neutral, get_args(Neutral))
         check_noise(self.sampling, "continuations of a prefix")
 
 

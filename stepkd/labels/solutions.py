@@ -12,7 +12,7 @@ import numpy as np
 from stepkd.data.completion import Completion, Finish
 from stepkd.data.encode import Encoder, with_end
 from stepkd.data.rows import COMPLETION, STEPWISE, passed_on, validate
-from stepkd.labels.step_labels import PROBLEM_COLUMNS, Row, Solution, StepLabels, outcome_of
+from stepkd.labels.labellers import PROBLEM_COLUMNS, Row, Solution, StepLabels, outcome_of
 from stepkd.labels.workbench import Workbench
 from stepkd.models.policy import Policy
 from stepkd.sampling.annotate import annotate
@@ -29,7 +29,6 @@ STALE = (
     *("labelling", "label_facts", "segmenter"),
 )
 """Columns that labelling writes; what a row had there before is dropped."""
-_SAMPLED = ("token_ids", "logprobs", "raw_logprobs", "finish", "text")  # what is kept of a sampled completion
 
 
 @dataclass(eq=False)
@@ -68,7 +67,9 @@ class SampledSolutions:
         )
         signals = _signals([name for name in self.signals if name != "logprobs"], self.bench, self.teacher, flat)
         samples = [
-            {name: _plain(getattr(each, name)) for name in _SAMPLED} | {"correct": grade.verdict == "correct"} | extra
+            {name: getattr(each, name).tolist() for name in ("token_ids", "logprobs", "raw_logprobs")}
+            | {"finish": each.finish, "text": each.text, "correct": grade.verdict == "correct"}
+            | extra
             for each, grade, extra in zip(flat, grades, signals, strict=True)
         ]
         n = self.sampling.n
@@ -174,7 +175,8 @@ class ExistingSolutions:
         finish: Finish = "stop"
         if "token_ids" in row:
             finish, text, ids = row["finish"], row["completion"], row["token_ids"]
-            signals = _confidence(row, self.signals) | signals
+            own = row.get("raw_logprobs") or (row["logprobs"] if at_temperature_one(row["sampling"]) else None)
+            signals = ({"logprobs": own} if "logprobs" in self.signals and own is not None else {}) | signals
         elif "completions" in row:
             text, finish = "".join(written_steps(row["completions"])), "length" if record.get("unfinished") else "stop"
             ids = tokenize_text(tokenizer, text).token_ids
@@ -196,13 +198,6 @@ class ExistingSolutions:
         )
 
 
-def _confidence(row: Row, names: Sequence[str]) -> dict[str, Sequence[float]]:
-    """The signal that a completion row has where it is asked for: log-probabilities at temperature 1."""
-    if "logprobs" not in names or (row.get("raw_logprobs") is None and not at_temperature_one(row["sampling"])):
-        return {}
-    return {"logprobs": row["logprobs"] if row.get("raw_logprobs") is None else row["raw_logprobs"]}
-
-
 def _signals(
     names: Sequence[str], bench: Workbench, teacher: Policy | None, completions: Sequence[Completion]
 ) -> list[dict[str, list[float]]]:
@@ -218,32 +213,6 @@ def _signals(
     return [{name: list(getattr(signals, name)) for name in sorted(names)} for signals in found]
 
 
-def _plain(value: Any) -> Any:
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
-def drop_duplicates(solutions: Sequence[Solution]) -> tuple[list[Solution], int]:
-    """Keep the first of several solutions of one problem with the same text.
-
-    Returns:
-        The solutions kept, in order, and how many were dropped.
-    """
-    first: dict[tuple[str, str, str], Solution] = {}
-    for each in solutions:
-        first.setdefault((str(each.row["id"]), each.text, each.finish), each)
-    return list(first.values()), len(solutions) - len(first)
-
-
-def tokenized(solution: Solution, tokenizer: Any) -> TokenizedText:
-    """The one tokenisation of a solution."""
-    ids = tuple(solution.token_ids.tolist())
-    if "token_ids" in solution.columns:
-        return text_from_ids(tokenizer, ids)
-    text = tokenize_text(tokenizer, solution.text)
-    ends = [len(text.text)] * (len(ids) - len(text))  # of the end token, which is no text
-    return TokenizedText(ids, text.text, (*text.char_ends, *ends))
-
-
 def cut(solution: Solution, tokenizer: Any, segmenter: Segmenter) -> Solution | str:
     """Cut a solution into the steps that its row came with; by a segmenter where those were not kept.
 
@@ -255,7 +224,13 @@ def cut(solution: Solution, tokenizer: Any, segmenter: Segmenter) -> Solution | 
     Returns:
         The solution with its steps, or why there is none: ``no_steps`` (it is empty), ``steps_share_a_token``.
     """
-    text = tokenized(solution, tokenizer)
+    ids = tuple(solution.token_ids.tolist())
+    if "token_ids" in solution.columns:
+        text = text_from_ids(tokenizer, ids)
+    else:
+        text = tokenize_text(tokenizer, solution.text)
+        ends = [len(text.text)] * (len(ids) - len(text))  # of the end token, which is no text
+        text = TokenizedText(ids, text.text, (*text.char_ends, *ends))
     if not text.text.strip():
         return "no_steps"
     if "completions" in solution.columns:

@@ -9,32 +9,39 @@ Source: Step-DPO (Lai et al. 2024, arXiv 2406.18629), section 3.2.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import repeat
 from typing import Any, NamedTuple
 
 from stepkd.data.completion import Completion
 from stepkd.data.rows import passed_on
 from stepkd.errors import ConfigError, DataError
-from stepkd.labels.labellers import ScorerLabeller, check_has, check_task_row
+from stepkd.labels.labellers import A_TASK, PROBLEM_COLUMNS, Need, Row, ScorerLabeller, Solution
 from stepkd.labels.monte_carlo import continued, grade_continuations
 from stepkd.labels.settings import StepPairConfig
 from stepkd.labels.solutions import ExistingSolutions, cut
-from stepkd.labels.step_labels import PROBLEM_COLUMNS, Row, Solution
-from stepkd.labels.workbench import PairBuilder, Workbench, open_workbench, pair_record
+from stepkd.labels.workbench import Workbench, pair_record
 from stepkd.models.checkpoint import weights_fingerprint
 from stepkd.models.policy import Policy
 from stepkd.sampling.annotate import annotate
-from stepkd.sampling.sampler import BranchContinuations
 from stepkd.sampling.transformers_sampler import TransformersSampler
 from stepkd.scorers.load import load_scorer
 from stepkd.scorers.rules import Checker
 from stepkd.steps.confidence import EntropySegmenter
-from stepkd.steps.labels import verdicts
+from stepkd.steps.labels import first_incorrect
 from stepkd.steps.segment import SEGMENTERS, Segmenter, get_segmenter, segment
 from stepkd.steps.text import TokenizedText, text_from_ids
 
 PURPOSE = "step_preference"
+NEEDS: tuple[Need, ...] = (
+    (
+        ("token_ids",),
+        "is no completion, and a pair keeps sampled ids: sample solutions of problems with `stepkd label`",
+    ),
+    (("answer",), "has no 'answer' to grade continuations by"),
+)
+"""What a labelled row must have."""
 _LIGHT = 256  # rows per group where nothing is drawn
 
 
@@ -67,26 +74,14 @@ def first_incorrect_step(row: Row, config: StepPairConfig) -> int | str:
     Reasons: ``no_labels``, ``ungraded``, ``correct_answer``, ``no_incorrect_step``, ``first_error_unknown`` (an
     unlabelled step before it), ``incorrect_step_cut_off``.
     """
-    labels = row.get("step_labels")
-    if labels is None or all(label is None for label in labels):
+    if (labels := row.get("step_labels")) is None:
         return "no_labels"
     if config.take == "incorrect" and row["correct"] is not False:
         return "ungraded" if row["correct"] is None else "correct_answer"
-    marks = verdicts(labels, neutral=config.neutral, threshold=config.threshold)
-    if False not in marks:
-        return "no_incorrect_step"
-    step = marks.index(False)
-    if None in marks[:step]:
-        return "first_error_unknown"
-    return "incorrect_step_cut_off" if row["finish"] == "length" and step == len(marks) - 1 else step
-
-
-def continuation_text(tokenizer: Any, prefix_ids: Sequence[int], token_ids: Sequence[int]) -> TokenizedText:
-    """A continuation as it reads behind its prefix: some tokenizers decode the first token of a text differently."""
-    whole = text_from_ids(tokenizer, (*prefix_ids, *token_ids))
-    known = len(prefix_ids)
-    start = whole.char_ends[known - 1] if known else 0
-    return TokenizedText(whole.token_ids[known:], whole.text[start:], tuple(e - start for e in whole.char_ends[known:]))
+    step = first_incorrect(labels, neutral=config.neutral, threshold=config.threshold)
+    if step is None or step < 0:
+        return "first_error_unknown" if step is None else "no_incorrect_step"
+    return "incorrect_step_cut_off" if row["finish"] == "length" and step == len(labels) - 1 else step
 
 
 def next_step(continuation: Completion, known: int, segmenter: Segmenter, policy: Policy) -> Better | None:
@@ -102,16 +97,22 @@ def next_step(continuation: Completion, known: int, segmenter: Segmenter, policy
         None when it has no text (an end token alone), or is cut off by the length limit.
     """
     before, ids = continuation.prompt_ids.tolist(), continuation.token_ids.tolist()
-    text = continuation_text(policy.tokenizer, before[len(before) - known :], ids)
-    if not text.text.strip():
+    # As it reads behind its prefix: some tokenizers decode the first token of a text differently.
+    whole = text_from_ids(policy.tokenizer, (*before[len(before) - known :], *ids))
+    start = whole.char_ends[known - 1] if known else 0
+    if not whole.text[start:].strip():
         return None
-    signals: dict[str, Any] = {"logprobs": tuple(continuation.raw_logprobs.tolist())}
-    if isinstance(segmenter, EntropySegmenter):
-        signals["entropies"] = annotate(policy, [before], [ids])[0].entropies
-    start, end = segment(segmenter, replace(text, **signals))[0]
-    if not text.span_text(start, end).strip() or (end == len(text) and continuation.finish == "length"):
+    text = TokenizedText(
+        tuple(ids),
+        whole.text[start:],
+        tuple(end - start for end in whole.char_ends[known:]),
+        logprobs=tuple(continuation.raw_logprobs.tolist()),
+        entropies=annotate(policy, [before], [ids])[0].entropies if isinstance(segmenter, EntropySegmenter) else None,
+    )
+    _, end = segment(segmenter, text)[0]
+    if not text.span_text(0, end).strip() or (end == len(text) and continuation.finish == "length"):
         return None
-    return Better(text.span_text(start, end), text.token_ids[start:end], continuation.sample)
+    return Better(text.span_text(0, end), text.token_ids[:end], continuation.sample)
 
 
 def segmenter_of(row: Row) -> Segmenter:
@@ -132,28 +133,41 @@ def segmenter_of(row: Row) -> Segmenter:
     return get_segmenter(kind if kind in SEGMENTERS else "newline")
 
 
-class StepPairBuilder(PairBuilder):
-    """Makes Step-DPO pairs; an item is a labelled completion row.
+class StepPairBuilder:
+    """Makes Step-DPO pairs; an item is a labelled completion row. Everything that can be checked before the work begins
+    is checked when it is made.
 
     Args:
         config: the job's settings.
-        bench: rows with step labels and answers, policy, template and grader.
-        sampler: draws the continuations; its model is ``bench.policy``.
-        check: says whether better steps are correct; None: not asked.
+        policy, sampler: already made ones to use in place of those that ``config`` describes.
+
+    Raises:
+        ConfigError, DataError, ModelError: settings, data or models that cannot be used.
     """
 
     def __init__(
         self,
         config: StepPairConfig,
-        bench: Workbench,
-        sampler: TransformersSampler,
-        check: ScorerLabeller | None = None,
+        *,
+        policy: Policy | None = None,
+        sampler: TransformersSampler | None = None,
     ) -> None:
-        self.config, self.bench, self.sampler, self.check = config, bench, sampler, check
-        self.policy = bench.policy
+        needs = (*NEEDS, A_TASK) if config.check in ("checker", Checker()) else NEEDS
+        self.config = config
+        self.bench = bench = Workbench(config, config.completions, config.model, needs, problems=False, policy=policy)
+        self._found = [first_incorrect_step(row, config) for row in bench.rows]
+        for row, found in zip(bench.rows, self._found, strict=True):
+            if isinstance(found, int):
+                segmenter_of(row)
+        bench.check_prompt()
+        self.policy = bench.policy.to(bench.device)
+        self.check = None
+        if config.check is not None:
+            scorer = load_scorer(config.check, device=config.device, max_rows=config.max_rows)
+            self.check = ScorerLabeller(scorer, threshold=config.threshold)
+        self.sampler = sampler or TransformersSampler(bench.policy, max_rows=config.max_rows)
         self.sampling = bench.limited(config.sampling)
         self._source = ExistingSolutions(bench, keep_steps=True)
-        self._found = [first_incorrect_step(row, config) for row in bench.rows]
         sampling = asdict(self.sampling)
         self.pairing = {
             "builder": "step_dpo",
@@ -167,12 +181,13 @@ class StepPairBuilder(PairBuilder):
             "neutral": config.neutral,
             "threshold": config.threshold,
             "segmenter": "of the row",
-            "check": None if check is None else check.provenance(),
+            "check": None if self.check is None else self.check.provenance(),
             "prompt": bench.prompt_id,
         }
 
     def groups(self) -> list[list[int]]:
-        """See :class:`~stepkd.labels.workbench.PairBuilder`: those with an incorrect step first, then all others."""
+        """Item numbers of every group: those with an incorrect step first, then all others; depends on nothing but the
+        data and the settings."""
         groups: list[list[int]] = []
         for drawn, size in ((True, max(1, self.config.max_rows // self.sampling.n)), (False, _LIGHT)):
             items = [item for item, found in enumerate(self._found) if isinstance(found, int) is drawn]
@@ -180,16 +195,13 @@ class StepPairBuilder(PairBuilder):
         return groups
 
     def work(self, items: Sequence[int]) -> list[dict[str, Any]]:
-        """See :class:`~stepkd.labels.workbench.PairBuilder`."""
+        """One record per item (:func:`~stepkd.labels.workbench.pair_record`), which does not depend on the others."""
         plans = {item: self._plan(item) for item in items}
-        flawed_ones = [plan for plan in plans.values() if isinstance(plan, Flawed)]
-        records = {each.solution.index: made for each, made in zip(flawed_ones, self._pair(flawed_ones), strict=True)}
-        return [
-            pair_record(str(self.bench.rows[item]["id"]), item, dropped={plan: 1})
-            if isinstance(plan, str)
-            else records[item]
-            for item, plan in plans.items()
-        ]
+        made = {each["index"]: each for each in self._pair([p for p in plans.values() if isinstance(p, Flawed)])}
+        for item, plan in plans.items():
+            if isinstance(plan, str):
+                made[item] = pair_record(str(self.bench.rows[item]["id"]), item, dropped={plan: 1})
+        return [made[item] for item in items]
 
     def _plan(self, item: int) -> Flawed | str:
         """The incorrect step of an item, or why it is left out."""
@@ -218,75 +230,65 @@ class StepPairBuilder(PairBuilder):
             return []
         branches = [continued(flawed.solution, [flawed.known]) for flawed in flawed_ones]
         drawn = self.sampler.sample_branches(branches, self.sampling, purpose=PURPOSE)
-        continuations = [
-            (w.solution, w.known, result.continuations[0]) for w, result in zip(flawed_ones, drawn, strict=True)
+        to_grade = [
+            (each.solution, each.known, result.continuations[0])
+            for each, result in zip(flawed_ones, drawn, strict=True)
         ]
-        verdicts = grade_continuations(continuations, self.policy, self.bench.grader, self.sampling)
-        found = [
-            self._better_steps(flawed, [each for each, good in zip(all_of_it, marks, strict=True) if good])
-            for flawed, (_, _, all_of_it), marks in zip(flawed_ones, continuations, verdicts, strict=True)
+        verdicts = grade_continuations(to_grade, self.policy, self.bench.grader, self.sampling)
+        found = []
+        for flawed, result, marks in zip(flawed_ones, drawn, verdicts, strict=True):
+            (continuations,) = result.continuations
+            facts = Counter(
+                continuations=len(continuations),
+                correct_continuations=sum(marks),
+                tokens_generated=sum(len(each.token_ids) for each in continuations),
+                tokens_prefilled=result.prefill_tokens,
+            )
+            correct = [each for each, good in zip(continuations, marks, strict=True) if good]
+            found.append((flawed, self._better_steps(flawed, correct, facts), facts))
+        to_check = [
+            replace(flawed.solution, steps=(*flawed.solution.steps[: flawed.step], step.text))
+            for flawed, steps, _ in found
+            for step in steps
         ]
-        passing = [[True] * len(steps) for steps, _ in found]
-        if self.check is not None:
-            asked = [
-                replace(flawed.solution, steps=(*flawed.solution.steps[: flawed.step], step.text))
-                for flawed, (steps, _) in zip(flawed_ones, found, strict=True)
-                for step in steps
-            ]
-            labels = iter(self.check.label(asked) if asked else ())
-            passing = [[next(labels).labels[-1] is True for _ in steps] for steps, _ in found]
-        return [
-            self._record(flawed, result, sum(marks), *steps, goods)
-            for flawed, result, marks, steps, goods in zip(flawed_ones, drawn, verdicts, found, passing, strict=True)
-        ]
+        good: Iterator[bool] = repeat(True)
+        if self.check is not None and to_check:
+            good = iter([each.labels[-1] is True for each in self.check.label(to_check)])
+        return [self._record(*each, passed=[step for step in each[1] if next(good)]) for each in found]
 
-    def _better_steps(self, flawed: Flawed, correct: Sequence[Completion]) -> tuple[list[Better], Counter[str]]:
-        """Distinct first steps of continuations that end correctly, and what was left out."""
+    def _better_steps(self, flawed: Flawed, correct: Sequence[Completion], facts: Counter[str]) -> list[Better]:
+        """Distinct first steps of continuations that end correctly; counts in the facts what is left out."""
         steps: dict[str, Better] = {}
-        counts: Counter[str] = Counter()
         segmenter = segmenter_of(flawed.solution.columns)
         for continuation in correct:
             step = next_step(continuation, flawed.known, segmenter, self.policy)
             # Steps that differ in the white space around them say the same.
             if step is None:
-                counts["unusable_steps"] += 1
+                facts["unusable_steps"] += 1
             elif step.text.strip() == flawed.solution.steps[flawed.step].strip():
-                counts["steps_like_the_incorrect_one"] += 1
+                facts["steps_like_the_incorrect_one"] += 1
             elif step.text.strip() in steps:
-                counts["repeated_steps"] += 1
+                facts["repeated_steps"] += 1
             else:
                 steps[step.text.strip()] = step
-        return list(steps.values()), counts
+        return list(steps.values())
 
     def _record(
-        self,
-        flawed: Flawed,
-        result: BranchContinuations,
-        num_correct: int,
-        steps: Sequence[Better],
-        counts: Counter[str],
-        passing: Sequence[bool],
+        self, flawed: Flawed, steps: Sequence[Better], facts: Counter[str], *, passed: Sequence[Better]
     ) -> dict[str, Any]:
-        solution, passed = flawed.solution, [step for step, passes in zip(steps, passing, strict=True) if passes]
         kept = passed[: self.config.max_pairs]
-        facts = {
-            "continuations": len(result.continuations[0]),
-            "correct_continuations": num_correct,
-            "steps_beyond_max_pairs": len(passed) - len(kept),
-            "steps_that_failed_the_check": len(steps) - len(passed),
-            "tokens_generated": sum(len(continuation.token_ids) for continuation in result.continuations[0]),
-            "tokens_prefilled": result.prefill_tokens,
-            **{name: counts[name] for name in ("repeated_steps", "steps_like_the_incorrect_one", "unusable_steps")},
-        }
+        facts.update(
+            steps_beyond_max_pairs=len(passed) - len(kept), steps_that_failed_the_check=len(steps) - len(passed)
+        )
         reasons = {
-            "no_correct_continuation": not num_correct,
-            "only_the_incorrect_step": not steps and counts["steps_like_the_incorrect_one"],
+            "no_correct_continuation": not facts["correct_continuations"],
+            "only_the_incorrect_step": not steps and facts["steps_like_the_incorrect_one"],
             "no_usable_step": not steps,
             "failed_the_check": not passed,
         }
         dropped = next(({reason: 1} for reason, holds in reasons.items() if holds), {})
         rows = [self._row(flawed, number, step, facts) for number, step in enumerate(kept)]
-        return pair_record(solution.id, solution.index, rows, dropped=dropped, facts=facts)
+        return pair_record(flawed.solution.id, flawed.solution.index, rows, dropped=dropped, facts=facts)
 
     def _row(self, flawed: Flawed, number: int, step: Better, facts: Mapping[str, int]) -> dict[str, Any]:
         solution, row = flawed.solution, flawed.solution.columns
@@ -312,45 +314,3 @@ class StepPairBuilder(PairBuilder):
             "correct_continuations": facts["correct_continuations"],
         }
         return out
-
-
-def step_pair_builder(
-    config: StepPairConfig, *, policy: Policy | None = None, sampler: TransformersSampler | None = None
-) -> StepPairBuilder:
-    """Load what a Step-DPO pair job needs, checking everything that can be checked before the work begins.
-
-    Args:
-        config: the job's settings.
-        policy, sampler: already made ones to use in place of those that ``config`` describes.
-
-    Raises:
-        ConfigError, DataError, ModelError: settings, data or models that cannot be used.
-    """
-    bench = open_workbench(
-        config,
-        config.completions,
-        config.model,
-        lambda row, place: _check_row(config, row, place),
-        problems=False,
-        policy=policy,
-    )
-    bench.check_prompt()
-    bench.policy.to(bench.device)
-    check = None
-    if config.check is not None:
-        scorer = load_scorer(config.check, device=config.device, max_rows=config.max_rows)
-        check = ScorerLabeller(scorer, threshold=config.threshold)
-    sampler = sampler or TransformersSampler(bench.policy, max_rows=config.max_rows)
-    return StepPairBuilder(config, bench, sampler, check)
-
-
-def _check_row(config: StepPairConfig, row: Row, place: str) -> None:
-    lacks = (
-        "is no completion, and a pair keeps the ids that were sampled: sample solutions of problems with `stepkd label`"
-    )
-    check_has(row, place, ["token_ids"], lacks)
-    check_has(row, place, ["answer"], "has no 'answer' to grade continuations by")
-    if isinstance(first_incorrect_step(row, config), int):
-        segmenter_of(row)
-    if config.check in ("checker", Checker()):
-        check_task_row(row, place, "give another scorer as check")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -12,49 +11,69 @@ import torch
 from stepkd.data.benchmarks import asking
 from stepkd.data.io import fingerprint
 from stepkd.data.rows import PROBLEM, check_unique_ids, detect_contract
-from stepkd.data.sources import Benchmark
-from stepkd.data.spec import DataConfig, load_rows, parse_spec, resolve_split
-from stepkd.data.templates import PromptTemplate, get_template
+from stepkd.data.spec import load_rows, parse_spec, resolve_split
+from stepkd.data.templates import get_template
 from stepkd.errors import ConfigError, DataError
 from stepkd.grading.extract import EXTRACTOR_VERSION
 from stepkd.grading.pool import Grader
+from stepkd.labels.labellers import Need, Row
 from stepkd.labels.settings import LabelJobConfig
-from stepkd.labels.step_labels import Row
 from stepkd.models.checkpoint import load_trained, tokenizer_fingerprint, weights_fingerprint
 from stepkd.models.policy import Policy
 from stepkd.models.source import template_for
-from stepkd.runs.files import write_json
-from stepkd.runs.job import SUMMARY_NAME, Job, package_versions
+from stepkd.runs.job import package_versions
 from stepkd.sampling.sampler import SamplingConfig
 from stepkd.scorers.load import pick_device
 from stepkd.tasks.rows import is_task_row
 
 
-@dataclass(frozen=True)
 class Workbench:
-    """What every job works with."""
+    """What every job works with.
 
-    config: LabelJobConfig
-    """The job's settings."""
-    data: DataConfig
-    """Where the rows came from."""
-    rows: list[dict[str, Any]]
-    """Problems, or solutions; their ids are unique."""
-    benchmark: Benchmark
-    """What the data's prompts, answers and longest completion are like where the settings do not say."""
-    policy: Policy
-    """Samples, continues and tokenises; still on the CPU."""
-    model: str
-    """Its name."""
-    template: PromptTemplate
-    """How a problem becomes a prompt."""
-    grader: Grader
-    """Judges final answers; closed at the job's end."""
+    Args:
+        config: the job's settings.
+        word: the rows in one word: file, folder or data settings.
+        model: the policy; None: the one that the rows name.
+        needs: what every row must have.
+        problems: whether the word names problems, not solutions.
+        policy: an already loaded one.
 
-    @property
-    def device(self) -> torch.device:
-        """Where models compute."""
-        return pick_device(self.config.device)
+    Raises:
+        ConfigError, DataError, ModelError: settings, rows or a model that cannot be used.
+    """
+
+    def __init__(
+        self,
+        config: LabelJobConfig,
+        word: str,
+        model: str | None,
+        needs: Sequence[Need],
+        *,
+        problems: bool,
+        policy: Policy | None = None,
+    ) -> None:
+        self.config = config
+        self.data = data = parse_spec(word)
+        self.rows = load_rows(data, contract=PROBLEM if problems else None)
+        """Problems, or solutions; their ids are unique."""
+        place = data.path or data.source
+        if not problems:
+            _check_solutions(self.rows, place)
+        check_unique_ids(self.rows, path=place)
+        for row in self.rows:
+            for names, lacks in needs:
+                if all(row.get(name) is None for name in names):
+                    raise DataError(f"row {str(row['id'])!r} {lacks}", path=place, column=names[0])
+        self.device = pick_device(config.device)  # an impossible one is refused before the model is loaded
+        self.benchmark = asking(data.source, is_task=all(map(is_task_row, self.rows)))
+        """What the data's prompts, answers and longest completion are like where the settings do not say."""
+        self.model = model or named_model(self.rows)
+        template = None if config.template is None else get_template(config.template)
+        self.policy = policy or load_trained(self.model, dtype=config.dtype)
+        """Samples, continues and tokenises; still on the CPU."""
+        self.template = template_for(self.model, self.benchmark.template, template)
+        self.grader = Grader(config.grading, extractors=self.benchmark.extractors)
+        """Judges final answers; closed at the job's end."""
 
     @property
     def prompt_id(self) -> str:
@@ -116,51 +135,6 @@ class Workbench:
                 )
 
 
-def open_workbench(
-    config: LabelJobConfig,
-    word: str,
-    model: str | None,
-    check_row: Callable[[Row, str], None],
-    *,
-    problems: bool,
-    policy: Policy | None = None,
-) -> Workbench:
-    """Load rows and policy, and choose template, extractors and length.
-
-    Args:
-        config: the job's settings.
-        word: the rows in one word: file, folder or data settings.
-        model: the policy; None: the one that the rows name.
-        check_row: refuses a row that the job has no use for; given the row and where it came from.
-        problems: whether the word names problems, not solutions.
-        policy: an already loaded one.
-
-    Raises:
-        ConfigError, DataError, ModelError: settings, rows or a model that cannot be used.
-    """
-    data = parse_spec(word)
-    rows, place = load_rows(data, contract=PROBLEM if problems else None), data.path or data.source
-    if not problems:
-        _check_solutions(rows, place)
-    check_unique_ids(rows, path=place)
-    for row in rows:
-        check_row(row, place)
-    pick_device(config.device)  # an impossible one is refused before the model is loaded
-    benchmark = asking(data.source, is_task=all(map(is_task_row, rows)))
-    model = model or named_model(rows)
-    template = None if config.template is None else get_template(config.template)
-    return Workbench(
-        config,
-        data,
-        rows,
-        benchmark,
-        policy or load_trained(model, dtype=config.dtype),
-        model,
-        template_for(model, benchmark.template, template),
-        Grader(config.grading, extractors=benchmark.extractors),
-    )
-
-
 def _check_solutions(rows: Sequence[Row], place: str) -> None:
     contract = detect_contract(rows[0])
     if contract.name.endswith("preference"):
@@ -187,27 +161,6 @@ def named_model(rows: Sequence[Row]) -> str:
     raise ConfigError(f"give the model whose tokenizer reads the solutions: {found}")
 
 
-class PairBuilder(ABC):
-    """What makes the preference pairs of an item: of a solution, or a problem."""
-
-    bench: Workbench
-    """What it works with."""
-    pairing: dict[str, Any]
-    """What the pairs come from, as JSON values: the column of that name."""
-
-    @abstractmethod
-    def groups(self) -> list[list[int]]:
-        """Item numbers of every group, all items once; depends on nothing but the data and the settings."""
-
-    @abstractmethod
-    def work(self, items: Sequence[int]) -> list[dict[str, Any]]:
-        """One record per item (:func:`pair_record`); the record of an item does not depend on the others."""
-
-    def summary(self, records: Sequence[Row]) -> dict[str, Any]:
-        """Further entries of the job's summary, from all records."""
-        return {}
-
-
 def pair_record(
     identity: str,
     index: int,
@@ -228,24 +181,3 @@ def pair_record(
     """
     reasons = {reason: count for reason, count in (dropped or {}).items() if count}
     return {"id": identity, "index": index, "rows": list(rows), "dropped": reasons, "facts": dict(facts or {})}
-
-
-def finish_job(job: Job, name: str, rows: Sequence[Row], summary: dict[str, Any], *, nothing: str) -> dict[str, Any]:
-    """Write a job's rows and its summary; where there are no rows the summary alone, and say why.
-
-    Args:
-        job: the job, whose units are all done.
-        name: file of the rows.
-        rows: what the job made.
-        summary: counts, with ``dropped`` by reason; also what is returned.
-        nothing: that there are no rows.
-
-    Raises:
-        DataError: there are none, and why.
-    """
-    if not rows:
-        write_json(job.out / SUMMARY_NAME, summary)
-        reasons = ", ".join(f"{count} {reason}" for reason, count in summary["dropped"].items())
-        raise DataError(f"{nothing} ({reasons or 'no reason given'})", path=job.out)
-    job.finish(name, rows, summary)
-    return summary

@@ -31,9 +31,9 @@ from stepkd.randomness import stream_key
 from stepkd.sampling.sampler import Sampler, SamplingConfig, before_stop, decode_text
 from stepkd.scorers.scorer import Reduction, Solutions, StepScorer, default_reduction, reduce_scores
 from stepkd.search.tree import End, State, Step, StepGenerator
+from stepkd.steps.confidence import SIGNAL_SEGMENTERS
 from stepkd.steps.segment import get_segmenter, segment, segmenter_settings
 from stepkd.steps.text import TokenizedText, text_from_ids
-from stepkd.steps.threshold import SIGNAL_SEGMENTERS
 
 STEP_STOPS: dict[str, tuple[str, ...]] = {"newline": ("\n",), "blank_line": ("\n\n",)}
 """Strings that end a step, by segmenter."""

@@ -7,15 +7,17 @@ from typing import Any
 from stepkd.lazy import lazily
 
 _HOMES = {
-    "confidence": "AdaptiveStepSegmenter EntropySegmenter RejectSegmenter",
+    "confidence": "AdaptiveStepSegmenter EntropySegmenter RejectSegmenter SegmentThreshold fit_threshold",
     "format": "MARKER_CANDIDATES Meaning StepFormat auto_marker marker_token_id written_steps",
-    "labels": ("THRESHOLD Label Tally correct_targets first_incorrect is_settled label_kind passes tally verdicts"),
+    "labels": (
+        "THRESHOLD Label Reduce Tally correct_targets first_incorrect is_settled label_kind passes reduce_values tally "
+        "verdicts"
+    ),
     "segment": (
         "SEGMENTERS RegexSegmenter Segmenter SentenceSegmenter Span WholeSegmenter check_partition get_segmenter "
         "segmenter_settings spans_from_ends step_ends"
     ),
     "text": "TokenizedText first_difference text_from_ids texts_from_ids tokenize_text tokenize_texts",
-    "threshold": "SIGNAL_SEGMENTERS SegmentThreshold fit_threshold",
 }
 
 

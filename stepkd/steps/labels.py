@@ -1,7 +1,13 @@
 """What a step label says: the one rule that labelling, training, search and evaluation share.
 
 A label is true or false; a rating -1, 0 or 1, where 0 is neutral; or a probability in [0, 1] that the step is correct.
-A probability is correct when it is **at least** the threshold, and so is a step score. None stands for no label.
+A probability is correct when it is **at least** the threshold, and so is a step score. None stands for no label. Where
+all labels of a file are whole numbers and none is -1, its reader takes 0 for incorrect (:mod:`stepkd.data.spec`).
+
+Monte-Carlo labels (:func:`reduce_values`) say whether the correct answer can still be reached from the end of a step,
+and stand in for whether the step is correct: an incorrect step from which the model recovers counts as correct.
+Training that keeps such shares as soft targets cuts a solution behind the first step from which **no** continuation
+succeeded (:data:`ANY_SUCCESS`); with a threshold (``labels.harden``) behind the first one below it.
 """
 
 from __future__ import annotations
@@ -17,6 +23,9 @@ Label = bool | int | float | None
 LabelKind = Literal["bool", "rating", "soft"]
 Neutral = Literal["correct", "incorrect", "mask"]
 """What a rating of 0 counts as: correct, incorrect, or (``mask``) no label."""
+
+Reduce = Literal["any", "mean", "first_error", "propagate"]
+"""From the values of a solution's steps to labels: see :func:`reduce_values`."""
 
 THRESHOLD = 0.5
 """The threshold where none is given."""
@@ -90,6 +99,25 @@ def first_incorrect(
     return -1
 
 
+def reduce_values(values: Sequence[float], reduce: Reduce) -> tuple[bool | float | None, ...]:
+    """Labels of the steps of one solution, from its estimated values.
+
+    Args:
+        values: v_i of every step, in [0, 1]: the share of continuations from its end that reach the correct answer.
+        reduce: ``any``: true where v_i > 0 (Math-Shepherd's hard estimate, arXiv 2312.08935; GLoRe's label of V*, arXiv
+            2402.10963); ``mean``: v_i (Math-Shepherd's soft estimate); ``first_error``: true up to the first step with
+            v_i = 0, false at it, None behind it (Qwen2.5-Math-PRM, arXiv 2501.07301); ``propagate``: true where any of
+            v_i, v_i+1, ... > 0, because what can still be solved from a later step could be solved before it (GLoRe).
+    """
+    if reduce == "mean":
+        return tuple(map(float, values))
+    labels = [passes(value, ANY_SUCCESS) is True for value in values]
+    if reduce == "propagate":
+        return tuple(any(labels[i:]) for i in range(len(labels)))
+    first = labels.index(False) if reduce == "first_error" and False in labels else len(labels)
+    return tuple(label if i <= first else None for i, label in enumerate(labels))
+
+
 class Tally(NamedTuple):
     """Correct answers of a set of completions, and what their step labels say of them."""
 
@@ -144,37 +172,23 @@ def label_kind(labels: Sequence[object]) -> LabelKind:
     Raises:
         DataError: no label at all, NaN, a value outside the range, or kinds mixed.
     """
-    kinds = {
-        _one_label_kind(label, place=f"label {index} of {len(labels)}")
-        for index, label in enumerate(labels, start=1)
-        if label is not None
-    }
-    if not kinds:
+    known = [label for label in labels if label is not None]
+    if not known:
         raise DataError("has zero labelled steps; give at least one label that is not null, or drop the row")
-    if kinds == {"bool"}:
+    for index, label in enumerate(labels, start=1):
+        whole = isinstance(label, int) and label in (-1, 0, 1)
+        if not (label is None or whole or (isinstance(label, float) and 0 <= label <= 1)):
+            raise DataError(
+                f"label {index} of {len(labels)} is {reprlib.repr(label)}: a label is true/false, a float in [0, 1] or "
+                "a whole number -1, 0 or 1; null for none"
+            )
+    booleans = sum(isinstance(label, bool) for label in known)
+    if booleans:
+        if booleans < len(known):
+            raise DataError("mixes true/false with numbers; use one kind per row, nothing is cast")
         return "bool"
-    if "bool" in kinds:
-        raise DataError("mixes true/false with numbers; use one kind per row, nothing is cast")
-    if "soft" not in kinds:
+    if not any(isinstance(label, float) for label in known):
         return "rating"
-    if "negative" in kinds:
+    if -1 in known:
         raise DataError("mixes the rating -1 with floats in [0, 1]; use one kind per row, nothing is cast")
     return "soft"
-
-
-def _one_label_kind(label: object, *, place: str) -> str:
-    if isinstance(label, bool):
-        return "bool"
-    if isinstance(label, int):
-        if label not in (-1, 0, 1):
-            raise DataError(f"{place} is {label}; whole numbers must be -1, 0 or 1")
-        return "negative" if label < 0 else "rating"
-    if isinstance(label, float):
-        if math.isnan(label):
-            raise DataError(f"{place} is NaN; write null for a step without a label")
-        if not 0.0 <= label <= 1.0:
-            hint = " (the rating -1 must be a whole number)" if label == -1.0 else ""
-            raise DataError(f"{place} is {label}; a float must lie in [0, 1]{hint}")
-        return "soft"
-    shown = f"{type(label).__name__} {reprlib.repr(label)}"
-    raise DataError(f"{place} must be true/false, a float in [0, 1] or -1/0/1, found {shown}")

@@ -15,11 +15,11 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from itertools import pairwise
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from stepkd.errors import ConfigError, nearest
+from stepkd.steps.confidence import SIGNAL_SEGMENTERS
 from stepkd.steps.text import TokenizedText
-from stepkd.steps.threshold import SIGNAL_SEGMENTERS
 
 Span = tuple[int, int]
 """``(start, end)`` token indices, counted from the first completion token."""
@@ -120,11 +120,9 @@ class RegexSegmenter:
     """
 
     pattern: str
-    cut: str = "after"
+    cut: Literal["after", "before"] = "after"
 
     def __post_init__(self) -> None:
-        if self.cut not in ("after", "before"):
-            raise ConfigError(f"segmenter cut={self.cut!r}: must be 'after' or 'before'")
         try:
             compiled = re.compile(self.pattern, re.MULTILINE)
         except re.error as error:
@@ -134,11 +132,8 @@ class RegexSegmenter:
 
     def ends(self, completion: TokenizedText) -> list[int]:
         """See :class:`Segmenter`."""
-        return ends_at(completion, self._boundaries(completion.text))
-
-    def _boundaries(self, text: str) -> Iterator[int]:
-        for match in re.finditer(self.pattern, text, re.MULTILINE):
-            yield match.end() if self.cut == "after" else match.start()
+        matches = re.finditer(self.pattern, completion.text, re.MULTILINE)
+        return ends_at(completion, (each.end() if self.cut == "after" else each.start() for each in matches))
 
 
 _ABBREVIATIONS = ("mr", "mrs", "ms", "dr", "prof", "st", "vs", "etc", "e.g", "i.e", "cf", "eq", "fig", "no", "approx")
@@ -191,7 +186,7 @@ SEGMENTERS: dict[str, Callable[[], Segmenter]] = {
     "whole": WholeSegmenter,
 }
 """Segmenters of plain text by name. ``regex:PATTERN`` cuts after, ``regex_before:PATTERN`` before every match; those
-that need per-token signals are in :data:`~stepkd.steps.threshold.SIGNAL_SEGMENTERS`."""
+that need per-token signals are in :data:`~stepkd.steps.confidence.SIGNAL_SEGMENTERS`."""
 
 
 def segmenter_settings(segmenter: Segmenter) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from stepkd.lazy import lazily
 
 _HOMES = {
     "base": "Given Task TaskProblem",
-    "families": "TASKS ArithmeticChain CellularAutomaton LongAddition ModularChain StarGraph get_task list_tasks",
+    "families": "TASKS ArithmeticChain CellularAutomaton LongAddition ModularChain StarGraph get_task",
     "rows": "Noise Split check_row demonstration is_task_row make_rows row_problem split_of",
 }
 

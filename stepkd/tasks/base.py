@@ -16,9 +16,9 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
-from stepkd.errors import ConfigError, check_choice
+from stepkd.errors import ConfigError
 
 ANSWER_MARK = "#### "
 INTEGER = r"(?:0|-?[1-9][0-9]{0,399})"  # canonical; bounded, because int() refuses very long digit strings
@@ -108,42 +108,20 @@ class Task(ABC):
             steps.append(step)
         return steps
 
-    def check_step(
-        self, problem: TaskProblem, previous_steps: Sequence[str], step: str, *, given: Given = "truth"
-    ) -> bool:
-        """Tell whether one step is correct; trailing newlines and spaces are ignored, nothing else is.
+    def check_solution(self, problem: TaskProblem, steps: Sequence[str], *, given: Given = "truth") -> list[bool]:
+        """Judge every step of a solution; trailing newlines and spaces are ignored, nothing else is.
 
         Args:
             problem: the problem.
-            previous_steps: the steps before it, correct or incorrect; any text is allowed.
-            step: the step to judge; any text is allowed.
+            steps: the steps, any text.
             given: ``"truth"``: correct iff it is what the problem demands at this position, so a line that consistently
                 carries on an earlier slip is incorrect and a silent recovery is correct. ``"claims"``: correct iff it
                 follows from what the previous steps claim.
 
         Returns:
-            True or False; malformed and surplus text is incorrect.
-
-        Raises:
-            ConfigError: an unknown `given`.
+            One bool per step; malformed and surplus text is incorrect. A solution that stops early can be all True:
+            that it answers is the grader's business.
         """
-        return self.check_solution(problem, [*previous_steps, step], given=given)[-1]
-
-    def check_solution(self, problem: TaskProblem, steps: Sequence[str], *, given: Given = "truth") -> list[bool]:
-        """Judge every step of a solution, as `check_step` would.
-
-        Args:
-            problem: the problem.
-            steps: the steps, any text.
-            given: as in `check_step`.
-
-        Returns:
-            One bool per step. A solution that stops early can be all True: that it answers is the grader's business.
-
-        Raises:
-            ConfigError: an unknown `given`.
-        """
-        check_choice("given", given, get_args(Given))
         texts = [trim(step) for step in steps]
         if given == "truth":
             expected = [*self.solution(problem), *[None] * len(texts)]
@@ -162,7 +140,7 @@ class Task(ABC):
         """
         value, place = getattr(self, name), f"{self.name}: {name}"
         match = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", str(value))
-        if match is None or isinstance(value, bool):
+        if match is None:
             raise ConfigError(f"{place}={value!r} is neither a number such as 5 nor a range such as 3-6")
         low, high = int(match[1]), int(match[2] or match[1])
         if low > high:
@@ -192,15 +170,6 @@ def answer_line(answer: str | int) -> str:
 def is_answer(step: str) -> bool:
     """Tell whether a step is an answer line."""
     return step.startswith(ANSWER_MARK)
-
-
-def check_integer(name: str, value: object, *, minimum: int, maximum: int | None = None) -> None:
-    """Raise a ConfigError if `value` is not a whole number in [minimum, maximum]."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(f"{name}={value!r} is not a whole number")
-    if value < minimum or (maximum is not None and value > maximum):
-        bounds = f"at least {minimum}" if maximum is None else f"between {minimum} and {maximum}"
-        raise ConfigError(f"{name}={value} is out of range; it must be {bounds}")
 
 
 def keyed_bits(*parts: str | int) -> int:

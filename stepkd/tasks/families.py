@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from stepkd.errors import ConfigError, check_choice
-from stepkd.tasks.base import INTEGER, Task, TaskProblem, answer_line, check_integer, draw_length, is_answer, trim
+from stepkd.errors import ConfigError, check_bounds, check_choice
+from stepkd.tasks.base import INTEGER, Task, TaskProblem, answer_line, draw_length, is_answer, trim
 
 OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 """What chains compute with."""
@@ -38,11 +38,8 @@ class EquationTask(Task):
     def slips(self, problem: TaskProblem, previous_steps: Sequence[str], step: str) -> list[str]:
         """The same equation with the results of `incorrect_results`."""
         result = self.claimed(step)
-        return (
-            []
-            if result is None
-            else [f"{step.split('=')[0]}={incorrect}\n" for incorrect in self.incorrect_results(result)]
-        )
+        results = [] if result is None else self.incorrect_results(result)
+        return [f"{step.split('=')[0]}={incorrect}\n" for incorrect in results]
 
     def operands(self, problem: TaskProblem, previous_steps: Sequence[str], step: str) -> str:
         """What stands before the equals sign, by which a systematic slip is keyed."""
@@ -118,7 +115,7 @@ class ArithmeticChain(ChainTask):
 
     def __post_init__(self) -> None:
         self._store_range("terms", minimum=2, maximum=100)
-        check_integer("arithmetic: maximum", self.maximum, minimum=1, maximum=999)
+        check_bounds("arithmetic: ", self, maximum="[1, 999]")
         check_operators(self.name, self.operators)
 
     def problem(self, rng: random.Random) -> TaskProblem:
@@ -151,7 +148,7 @@ class ModularChain(ChainTask):
 
     def __post_init__(self) -> None:
         self._store_range("terms", minimum=2, maximum=100)
-        check_integer("modular: modulus", self.modulus, minimum=2, maximum=1000)
+        check_bounds("modular: ", self, modulus="[2, 1000]")
         check_operators(self.name, self.operators)
 
     def problem(self, rng: random.Random) -> TaskProblem:
@@ -243,8 +240,7 @@ class CellularAutomaton(Task):
     """Rows to compute, 1 to 100; ``2-5`` draws the number for each problem."""
 
     def __post_init__(self) -> None:
-        check_integer("cellular: rule", self.rule, minimum=0, maximum=255)
-        check_integer("cellular: width", self.width, minimum=3, maximum=64)
+        check_bounds("cellular: ", self, rule="[0, 255]", width="[3, 64]")
         self._store_range("steps", minimum=1, maximum=100)
 
     def problem(self, rng: random.Random) -> TaskProblem:
@@ -302,7 +298,7 @@ class StarGraph(Task):
     def __post_init__(self) -> None:
         most_arms = self._store_range("arms", minimum=2, maximum=100)
         most_nodes = self._store_range("length", minimum=2, maximum=100)
-        check_integer("star_graph: nodes", self.nodes, minimum=5, maximum=99_999)
+        check_bounds("star_graph: ", self, nodes="[5, 99999]")
         needed = most_arms * most_nodes + 1
         if needed > self.nodes:
             raise ConfigError(
@@ -358,11 +354,6 @@ TASKS: dict[str, type[Task]] = {
     task.name: task for task in (ArithmeticChain, ModularChain, LongAddition, StarGraph, CellularAutomaton)
 }
 """Every task class by its name."""
-
-
-def list_tasks() -> list[str]:
-    """Return the names of all tasks."""
-    return list(TASKS)
 
 
 def get_task(spec: str) -> Task:

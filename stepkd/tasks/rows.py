@@ -12,20 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from stepkd.errors import ConfigError, DataError, check_choice
-from stepkd.tasks.base import (
-    Given,
-    Task,
-    TaskProblem,
-    answer_line,
-    check_integer,
-    keyed_bits,
-    keyed_fraction,
-    keyed_rng,
-)
+from stepkd.errors import ConfigError, DataError, check_bounds, check_choice
+from stepkd.tasks.base import Task, TaskProblem, answer_line, keyed_bits, keyed_fraction, keyed_rng
 from stepkd.tasks.families import get_task
-
-NoiseKind = Literal["random", "systematic"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +27,7 @@ class Noise:
     rate: float
     """Random: the probability that a line's result is replaced by an incorrect one. Systematic: the share of operand
     combinations that are mislearnt. In [0, 1]."""
-    kind: NoiseKind = "random"
+    kind: Literal["random", "systematic"] = "random"
     """``random``: every line slips independently, to an incorrect result drawn afresh. ``systematic``: whether a line
     slips, and to what, is a fixed function of its operands and operator (for the cellular automaton the whole row, for
     the star graph the node and the goal)."""
@@ -49,12 +38,10 @@ class Noise:
     """Which operands are mislearnt (systematic); which lines slip (random), together with the caller's generator."""
 
     def __post_init__(self) -> None:
-        check_choice("noise kind", self.kind, get_args(NoiseKind))
-        check_integer("noise seed", self.seed, minimum=0)
-        for name in ("rate", "recover"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-                raise ConfigError(f"noise {name}={value!r} is not a probability; it must lie between 0 and 1")
+        for name in ("rate", "recover", "seed"):
+            if not isinstance(value := getattr(self, name), int | float):
+                raise ConfigError(f"noise {name}={value!r} is not a number")
+        check_bounds("noise ", self, rate="[0, 1]", recover="[0, 1]", seed="[0, inf)")
 
 
 def demonstration(
@@ -69,17 +56,14 @@ def demonstration(
         noise: the slips; None for a clean demonstration.
 
     Returns:
-        The steps, and for each whether ``task.check_step`` finds it correct given the truth.
+        The steps, and for each whether it is correct given the truth.
     """
-    if noise is None:
-        steps = task.solution(problem)
-    else:
-        steps = _noisy_steps(task, problem, keyed_rng(noise.seed, rng.getrandbits(64)), noise)
+    steps = task.solution(problem) if noise is None else _noisy_steps(task, problem, rng, noise)
     return steps, task.check_solution(problem, steps)
 
 
 def _noisy_steps(task: Task, problem: TaskProblem, rng: random.Random, noise: Noise) -> list[str]:
-    truth = task.solution(problem)
+    truth, rng = task.solution(problem), keyed_rng(noise.seed, rng.getrandbits(64))
     steps: list[str] = []
     believed: list[str] = []  # what later lines build on: `steps`, or the truth after a recovered slip
     for index, true_step in enumerate(truth):
@@ -150,8 +134,8 @@ def make_rows(
     """
     if isinstance(task, str):
         task = get_task(task)
-    check_integer("number of rows", n, minimum=1)
-    check_integer("seed", seed, minimum=0)
+    if n < 1 or seed < 0:
+        raise ConfigError(f"n={n}, seed={seed}: ask for at least one row, and give a seed of 0 or more")
     check_choice("split", split, get_args(Split))
     seen: set[str] = set()
     rows = []
@@ -225,13 +209,12 @@ def is_task_row(row: Mapping[str, Any]) -> bool:
     return "task" in row and "meta" in row
 
 
-def check_row(row: Mapping[str, Any], steps: Sequence[str], *, given: Given = "truth") -> list[bool]:
+def check_row(row: Mapping[str, Any], steps: Sequence[str]) -> list[bool]:
     """Judge a model's steps against the problem of a row.
 
     Args:
         row: a row of `make_rows`; see `row_problem`.
         steps: the lines of a completion, any text.
-        given: as in `Task.check_step`.
 
     Returns:
         One bool per step.
@@ -240,4 +223,4 @@ def check_row(row: Mapping[str, Any], steps: Sequence[str], *, given: Given = "t
         DataError: the row is not a row of the tiny world.
     """
     task, problem = row_problem(row)
-    return task.check_solution(problem, steps, given=given)
+    return task.check_solution(problem, steps)

@@ -41,7 +41,7 @@ COMMANDS = {
     "export": "export tiny-0.1m --to {out}",
     "label": f"label --solutions Sampled --solutions.problems {PROBLEMS} --solutions.model tiny-0.1m "
     "--solutions.sampling.max_new_tokens 8 --labeller TaskChecker --out {out}",
-    "convert": "convert {rows} --to Binary --out {out}.jsonl",
+    "convert": "convert {rows} --to Stepwise --out {out}.jsonl",
     "score": "score --scorer checker --completions {rows} --out {out}",
     "evaluate": "evaluate --model tiny-0.1m --benchmark task --data task=modular,n=2 --sampling.max-new-tokens 8 "
     "--out {out}",

@@ -52,7 +52,7 @@ def test_label_consensus_and_convert(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["consensus", str(checked), str(checked), "--truth", str(checked), "--out", str(agreed)]) == 0
     shown = capsys.readouterr().out
     assert "6 kept, 0 disagree" in shown
-    assert "agreed: precision" in shown
+    assert "agreed: balanced accuracy" in shown
     assert f"6 rows in {agreed}" in shown
     trl = tmp_path / "trl.jsonl"
     assert main(["convert", str(agreed), "--to", "TRLStepwise", "--out", str(trl)]) == 0

@@ -352,7 +352,7 @@ def test_nothing_left_is_an_error_with_the_counts(
         ({"completions": ["1", " \n", "2"]}, "3 steps, some without text: drop empty steps"),
         ({"labels": [True, False]}, "2 labels for 3 steps"),
         ({"labels": None}, "no step labels: label the row first"),
-        ({"labels": [0.5, float("nan"), 1.0]}, "label 2 of 3 is NaN"),
+        ({"labels": [0.5, float("nan"), 1.0]}, "label 2 of 3 is nan"),
         ({"completions": None}, "the row has no steps: neither 'completions' nor a 'completion' text"),
         ({"prompt": "Q" * 40}, "the prompt has 40 tokens and max_length is 32"),
         ({"prompt": ""}, "must be text or chat messages"),

@@ -25,7 +25,8 @@ from stepkd.iteration.spec import (
 )
 from stepkd.iteration.stages import Iteration, training_settings
 from stepkd.labels.convert import Preference
-from stepkd.labels.labellers import MonteCarlo, TaskChecker
+from stepkd.labels.labellers import TaskChecker
+from stepkd.labels.monte_carlo import MonteCarlo
 from stepkd.labels.settings import Cut, LabelConfig, OwnSteps, Sampled, StepPairConfig, TreePairConfig
 from stepkd.runs.job import Job
 from stepkd.search.mcts import SearchConfig
@@ -245,7 +246,7 @@ def test_a_job_under_a_launcher_gets_the_same_settings(
     if pairs is not None:
         job = spec.pair_spec(1, job, out=str(tmp_path / "pairs"))
     given: list[Any] = []
-    for name in ("job.run_label_job", "pair_job.run_pair_job"):
+    for name in ("job.run_label_job", "job.run_pair_job"):
         monkeypatch.setattr(f"stepkd.labels.{name}", lambda config, options: given.append(config))
     monkeypatch.setattr(stages.subprocess, "run", lambda words, check: Done(cli.main(words[3:])))
     with pytest.raises(StepkdError, match=r"ended without rows\.jsonl"):

@@ -12,8 +12,8 @@ import pytest
 from stepkd.data.completion import Completion
 from stepkd.errors import StepkdError
 from stepkd.grading.pool import GradingConfig
-from stepkd.labels.job import job_parts, run_label_job
-from stepkd.labels.labellers import MonteCarlo
+from stepkd.labels.job import run_label_job
+from stepkd.labels.monte_carlo import MonteCarlo
 from stepkd.labels.settings import LabelConfig, Sampled
 from stepkd.models.policy import Policy
 from stepkd.models.spec import PolicyConfig
@@ -99,11 +99,10 @@ Run = Callable[..., dict[str, Any] | None]
 
 @pytest.fixture
 def run(policy: Policy) -> Run:
-    """Run a job in this process; ``sampler`` and ``labeller`` go to its parts."""
+    """Run a job in this process, perhaps with a sampler and a labeller that are made already."""
 
     def start(spec: LabelConfig, *, sampler: Any = None, labeller: Any = None, **options: Any) -> dict[str, Any] | None:
-        parts = job_parts(spec, policy=policy, sampler=sampler, labeller=labeller)
-        return run_label_job(spec, parts=parts, options=JobOptions(**options))
+        return run_label_job(spec, policy=policy, sampler=sampler, labeller=labeller, options=JobOptions(**options))
 
     return start
 

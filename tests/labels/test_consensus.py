@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from stepkd.errors import DataError
-from stepkd.labels.consensus import consensus_filter
+from stepkd.labels.convert import consensus_filter
 
 CHOICES = (True, False, None)
 
@@ -81,9 +81,9 @@ def test_a_completion_and_its_stepwise_form_match() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"step_ends": [1, 3]}, "row 'a' of mc and judge has steps that end elsewhere"),
-        ({"token_ids": [5, 6, 8]}, "row 'a' of mc and judge has other tokens"),
-        ({"steps": ["x", "z"]}, r"row 'a' of mc and judge has another step 1 \('y' and 'z'\)"),
+        ({"step_ends": [1, 3]}, "row 'a' of mc and judge has other step_ends"),
+        ({"token_ids": [5, 6, 8]}, "row 'a' of mc and judge has other token_ids"),
+        ({"steps": ["x", "z"]}, "row 'a' of mc and judge has other steps"),
         ({"steps": ["x"], "step_labels": [True], "step_ends": None}, "has 2 and 1 steps"),
         ({"step_labels": None}, "a: no step labels: label the rows first"),
     ],

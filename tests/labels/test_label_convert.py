@@ -150,8 +150,8 @@ def test_neutral_labels_stay() -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (completion(1, [0.5]), "p1/0, column 'step_labels': 0.5 is no hard label"),
-        (completion(1, [2]), "2 is no hard label"),
+        (completion(1, [0.5]), "p1/0, column 'step_labels': soft labels cannot be balanced"),
+        (completion(1, [2]), "label 1 of 1 is 2: a label is true/false"),
         ({"id": "a", "label": 1}, "a: no step labels: label the rows first"),
     ],
 )

@@ -13,10 +13,9 @@ import pytest
 from stepkd.data.rows import STEPWISE
 from stepkd.data.spec import DataConfig, load_rows, parse_spec
 from stepkd.errors import ConfigError, DataError
-from stepkd.labels.labellers import Outcome, TaskChecker
+from stepkd.labels.labellers import Outcome, Solution, TaskChecker
 from stepkd.labels.settings import Cut, Existing, Fitted, LabelConfig, Reject
 from stepkd.labels.solutions import cut
-from stepkd.labels.step_labels import Solution
 from stepkd.steps.segment import get_segmenter
 from stepkd.tasks.rows import make_rows
 

@@ -16,13 +16,13 @@ from stepkd.data.completion import Completion
 from stepkd.data.rows import COMPLETION
 from stepkd.data.spec import DataConfig, load_rows
 from stepkd.errors import ConfigError, DataError, StepkdError
-from stepkd.labels.labellers import MonteCarlo, Outcome, Scored, TaskChecker
+from stepkd.labels.labellers import Outcome, Scored, Solution, StepLabels, TaskChecker
+from stepkd.labels.monte_carlo import MonteCarlo
 from stepkd.labels.settings import Cut, Fitted, LabelConfig, OwnSteps, Reject, Sampled, StepsConfig
-from stepkd.labels.step_labels import Solution, StepLabels
 from stepkd.runs.files import write_json
 from stepkd.runs.job import Job, read_settings
 from stepkd.sampling.sampler import SamplingConfig
-from stepkd.steps.threshold import SegmentThreshold, fit_threshold
+from stepkd.steps.confidence import SegmentThreshold, fit_threshold
 from stepkd.tasks.rows import check_row
 
 FILES = ["labels.jsonl", "log", "parts", "settings.json", "summary.json"]
@@ -323,7 +323,6 @@ GREEDY = SamplingConfig(n=2, temperature=0)
         (lambda: Cut(segmenter="newlines"), "unknown segmenter 'newlines'"),
         (lambda: Cut(segmenter="reject"), "choose Reject, with the teacher"),
         (lambda: Reject(teacher="m", probability=2.0), "reject threshold 2.0"),
-        (lambda: TaskChecker(given="lies"), "unknown given 'lies'"),
         (lambda: Outcome(scope="first"), "unknown scope 'first'"),
         (lambda: Scored(scorer="judge:m", threshold=1.0), "threshold=1.0: must lie between 0 and 1"),
     ],

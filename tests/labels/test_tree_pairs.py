@@ -15,9 +15,8 @@ from stepkd.data.rows import STEP_PREFERENCE
 from stepkd.data.spec import load_rows, parse_spec
 from stepkd.errors import ConfigError, DataError, ModelError
 from stepkd.grading.pool import GradingConfig
-from stepkd.labels.pair_job import run_pair_job
+from stepkd.labels.job import run_pair_job
 from stepkd.labels.settings import ContinuationShare, SelfEvaluation, StepScore, TreePairConfig
-from stepkd.labels.tree_pairs import tree_pair_builder
 from stepkd.models.policy import Policy
 from stepkd.randomness import generator
 from stepkd.runs.job import JobOptions, read_settings
@@ -56,8 +55,7 @@ def run(policy: Policy) -> Run:
     def start(
         spec: TreePairConfig, *, sampler: Any = None, scorer: Any = None, **options: Any
     ) -> dict[str, Any] | None:
-        builder = tree_pair_builder(spec, policy=policy, sampler=sampler, scorer=scorer)
-        return run_pair_job(spec, builder=builder, options=JobOptions(**options))
+        return run_pair_job(spec, policy=policy, sampler=sampler, scorer=scorer, options=JobOptions(**options))
 
     return start
 

@@ -26,7 +26,7 @@ from stepkd.models.spec import (
     tiny_config,
     tiny_tokenizer,
 )
-from stepkd.tasks.families import list_tasks
+from stepkd.tasks.families import TASKS
 from stepkd.tasks.rows import make_rows
 
 
@@ -95,7 +95,7 @@ def encode(text: str) -> list[int]:
     return TOKENIZER(text).input_ids
 
 
-@pytest.mark.parametrize("name", list_tasks())
+@pytest.mark.parametrize("name", TASKS)
 def test_round_trip_over_every_task(name: str) -> None:
     for row in make_rows(name, 20, seed=0):
         text = row["prompt"] + row["solution"]

@@ -189,7 +189,7 @@ def test_as_a_labeller(tmp_path: Path) -> None:
     labelled = {row["id"]: row for row, _ in read_rows(out / "labels.jsonl")}
     assert row_labels(labelled["a"]) == [True, False, None]
     assert row_labels(labelled["b"]) == [None, True, None]
-    assert labelled["a"]["labelling"]["labeller"] == "arithmetic"
+    assert labelled["a"]["labelling"]["scorer"]["scorer"] == "arithmetic"
 
 
 # --- gain -------------------------------------------------------------------------------------------------------------

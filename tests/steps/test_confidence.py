@@ -183,7 +183,7 @@ def test_long_blank_completions_are_read_once() -> None:
         (
             AdaptiveStepSegmenter(0.1),
             {},
-            "segmenter 'adaptive_step' needs the log-probabilities (logprobs) of every token, and this completion has "
+            "segmenter 'adaptive_step' needs the logprobs of every token, and this completion has "
             "none: sampled completions carry them as raw_logprobs; stepkd.sampling.annotate computes them for any "
             "text",
         ),
@@ -192,19 +192,23 @@ def test_long_blank_completions_are_read_once() -> None:
             {"logprobs": (-1.0, -1.0)},
             "needs the entropies of every token, and this completion has none: stepkd.sampling.annotate computes",
         ),
-        (RejectSegmenter(), {"teacher_logprobs": (-1.0, -1.0)}, "'reject' needs the log-probabilities (logprobs)"),
+        (RejectSegmenter(), {"teacher_logprobs": (-1.0, -1.0)}, "'reject' needs the logprobs of"),
         (
             RejectSegmenter(),
             {"logprobs": (-1.0, -1.0)},
-            "needs the log-probabilities under a teacher (teacher_logprobs) of every token, and this completion has "
+            "needs the teacher_logprobs of every token, and this completion has "
             "none: stepkd.sampling.annotate with a teacher computes them for any text",
         ),
-        (AdaptiveStepSegmenter(0.1), {"logprobs": (-1.0, math.nan)}, "hold nan at token 1: must be a number, at most"),
-        (AdaptiveStepSegmenter(0.1), {"logprobs": (0.9, -1.0)}, "(logprobs) hold 0.9 at token 0"),
+        (
+            AdaptiveStepSegmenter(0.1),
+            {"logprobs": (-1.0, math.nan)},
+            "hold nan at token 1: must be a number of nats, at most",
+        ),
+        (AdaptiveStepSegmenter(0.1), {"logprobs": (0.9, -1.0)}, "the logprobs hold 0.9 at token 0"),
         (
             EntropySegmenter(1.0),
             {"entropies": (1.0, -1.0)},
-            "entropies hold -1.0 at token 1: must be a number, at least",
+            "entropies hold -1.0 at token 1: must be a number of nats, at least",
         ),
         (EntropySegmenter(1.0), {"entropies": (math.nan, 1.0)}, "entropies hold nan at token 0"),
     ],

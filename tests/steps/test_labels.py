@@ -68,7 +68,9 @@ def test_a_missing_score_is_no_verdict() -> None:
     assert passes(None) is passes(math.nan) is None
 
 
-@pytest.mark.parametrize(("labels", "message"), [([True, 0.5], "mixes"), ([1.5], "must lie in"), ([2], "must be -1")])
+@pytest.mark.parametrize(
+    ("labels", "message"), [([True, 0.5], "mixes"), ([1.5], "a float in"), ([2], "a whole number -1")]
+)
 def test_labels_that_are_no_verdicts_are_refused(labels: list[Any], message: str) -> None:
     for read in (verdicts, first_incorrect):
         with pytest.raises(DataError, match=message):

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from stepkd.errors import ConfigError
 from stepkd.steps.segment import (
     SEGMENTERS,
-    RegexSegmenter,
     Segmenter,
     check_partition,
     get_segmenter,
@@ -166,11 +165,6 @@ def test_own_segmenters_fit_the_protocol() -> None:
 def test_bad_names(name: str, message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         get_segmenter(name)
-
-
-def test_bad_cut() -> None:
-    with pytest.raises(ConfigError, match=re.escape("segmenter cut='middle': must be 'after' or 'before'")):
-        RegexSegmenter(";", cut="middle")
 
 
 def test_closed_form() -> None:

@@ -16,10 +16,15 @@ from hypothesis import strategies as st
 
 from stepkd.errors import ConfigError, DataError
 from stepkd.runs.files import write_json
-from stepkd.steps.confidence import AdaptiveStepSegmenter, EntropySegmenter, RejectSegmenter
+from stepkd.steps.confidence import (
+    AdaptiveStepSegmenter,
+    EntropySegmenter,
+    RejectSegmenter,
+    SegmentThreshold,
+    fit_threshold,
+)
 from stepkd.steps.segment import get_segmenter, segment
 from stepkd.steps.text import TokenizedText
-from stepkd.steps.threshold import SegmentThreshold, fit_threshold
 
 
 def pool_of(n: int, responses: int = 7) -> list[list[float]]:
@@ -217,11 +222,21 @@ def test_missing_file(tmp_path: Path) -> None:
         ([[], []], {}, "the pool has no tokens"),
         ([[-1.0] * 30], {}, "the pool has 30 tokens, too few for a quantile of 0.02: sample at least 50 tokens"),
         ([[0.0] * 200], {}, "at the 0.02 quantile of the confidence many of the 200 tokens tie at 1, and no token"),
-        ([[-1.0, -2.0], [-1.0, math.nan]], {}, "response 1 of the pool holds nan at token 1: not a log-probability"),
-        ([[0.7, 0.9]], {}, "response 0 of the pool holds 0.7 at token 0: not a log-probability (nats, at most 0)"),
-        ([[0.5, -0.5]], {"signal": "entropy"}, "holds -0.5 at token 1: not an entropy (nats, at least 0)"),
-        ([-1.0, -2.0], {}, "response 0 of the pool must be a list with one number per token"),
-        ([[-1.0], ["a"]], {}, "response 1 of the pool must be a list with one number per token: could not convert"),
+        (
+            [[-1.0, -2.0], [-1.0, math.nan]],
+            {},
+            "response 1 of the pool: the logprobs hold nan at token 1: must be a number of nats, at most 0",
+        ),
+        (
+            [[0.7, 0.9]],
+            {},
+            "response 0 of the pool: the logprobs hold 0.7 at token 0: must be a number of nats, at most 0",
+        ),
+        (
+            [[0.5, -0.5]],
+            {"signal": "entropy"},
+            "response 0 of the pool: the entropies hold -0.5 at token 1: must be a number of nats, at least 0",
+        ),
     ],
 )
 def test_bad_pools(pool: Any, settings_: dict[str, Any], message: str) -> None:

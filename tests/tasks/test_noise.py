@@ -157,12 +157,12 @@ def test_seeds_choose_other_slips() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rate": 1.5}, "noise rate=1.5 is not a probability; it must lie between 0 and 1"),
-        ({"rate": "high"}, "noise rate='high' is not a probability"),
-        ({"rate": float("nan")}, "noise rate=nan is not a probability"),
-        ({"rate": 0.1, "recover": -1}, "noise recover=-1 is not a probability"),
+        ({"rate": 1.5}, "noise rate=1.5: must lie in [0, 1]"),
+        ({"rate": "high"}, "noise rate='high' is not a number"),
+        ({"rate": float("nan")}, "noise rate=nan: must lie in [0, 1]"),
+        ({"rate": 0.1, "recover": -1}, "noise recover=-1: must lie in [0, 1]"),
         ({"rate": 0.1, "kind": "sistematic"}, "unknown noise kind 'sistematic': did you mean 'systematic'?"),
-        ({"rate": 0.1, "seed": -1}, "noise seed=-1 is out of range; it must be at least 0"),
+        ({"rate": 0.1, "seed": -1}, "noise seed=-1: must be 0 or positive"),
     ],
 )
 def test_bad_noise(settings: dict, message: str) -> None:
