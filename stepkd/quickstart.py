@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from stepkd.data.config import LABELS_NAME
 from stepkd.data.io import read_rows
-from stepkd.data.spec import LABELS_NAME
 from stepkd.errors import ConfigError, StepkdError
 from stepkd.grading.judge import solution_steps
 from stepkd.grading.pool import GradingConfig

@@ -120,8 +120,8 @@ def test_the_method_in_the_readme_is_supervised_fine_tuning(tmp_path: Path) -> N
     import torch
     from lightning.pytorch import Trainer, seed_everything
 
+    from stepkd.data.config import DataConfig
     from stepkd.data.datamodule import StepData
-    from stepkd.data.spec import DataConfig
     from stepkd.models.spec import PolicyConfig
     from stepkd.modules.sft import SFTModule
 

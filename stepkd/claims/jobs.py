@@ -185,7 +185,8 @@ def _numbers(summary: Mapping[str, Any], place: str = "") -> dict[str, float]:
 
 
 def _load(word: str | Path) -> list[Any]:
-    from stepkd.data.spec import load_rows, parse_spec
+    from stepkd.data.config import parse_spec
+    from stepkd.data.load import load_rows
 
     return load_rows(parse_spec(str(word)))
 

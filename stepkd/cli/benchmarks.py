@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stepkd.data.benchmarks import BENCHMARKS
+from stepkd.data.sources import BENCHMARKS
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,8 @@ class ConsensusConfig:
 
 def run(config: ConsensusConfig) -> int:
     """Run ``stepkd consensus``."""
-    from stepkd.data.spec import load_rows, parse_spec
+    from stepkd.data.config import parse_spec
+    from stepkd.data.load import load_rows
     from stepkd.labels.convert import consensus_filter
     from stepkd.labels.quality import label_quality
     from stepkd.runs.files import write_jsonl

@@ -32,7 +32,8 @@ class ConvertConfig:
 def run(config: ConvertConfig) -> int:
     """Run ``stepkd convert``."""
     from stepkd.cli.consensus import print_counts
-    from stepkd.data.spec import load_rows, parse_spec
+    from stepkd.data.config import parse_spec
+    from stepkd.data.load import load_rows
 
     converted = convert_rows(load_rows(parse_spec(config.rows)), config.to)
     written = config.to.write(converted.rows, Path(config.out))

@@ -12,12 +12,12 @@ from stepkd.lazy import lazily
 
 _HOMES = {
     "completion": "Completion",
-    "datamodule": "StepData",
+    "config": "DataConfig check_training_use parse_spec",
+    "datamodule": "StepData overlap_report",
+    "encode": "LabelRule",
     "io": "read_rows",
-    "overlap": "overlap_report",
+    "load": "load_rows",
     "rows": "CONTRACTS validate",
-    "spec": "DataConfig check_training_use load_rows parse_spec",
-    "step_labels": "LabelRule",
     "templates": "PromptTemplate TEMPLATES get_template",
 }
 

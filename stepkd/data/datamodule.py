@@ -1,9 +1,13 @@
-"""The LightningDataModule: specs in, loaders of optimiser-step batches out."""
+"""The LightningDataModule: data settings in, loaders of optimiser-step batches out."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -12,17 +16,17 @@ from lightning.pytorch import LightningDataModule
 
 from stepkd.data.batching import BatchPlan, Position, StepLoader
 from stepkd.data.completion import Completion
-from stepkd.data.encode import Encoder
-from stepkd.data.overlap import overlap_report
+from stepkd.data.config import DataConfig, Rows, as_data_config, check_training_use
+from stepkd.data.encode import Encoder, LabelRule
+from stepkd.data.load import load_rows
 from stepkd.data.rows import Contract, Needs, Row, detect_contract, problem_with
-from stepkd.data.spec import DataConfig, Rows, as_spec, check_training_use, left_out, load_rows
-from stepkd.data.step_labels import LabelRule
 from stepkd.data.templates import PromptTemplate, get_template, template_name
 from stepkd.errors import ConfigError, DataError
 from stepkd.steps.segment import get_segmenter
 
 logger = logging.getLogger(__name__)
 
+_WORDS = re.compile(r"\w+|[+*/=<>^%]|-(?=\s*[\d(])")
 _STAGES = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("predict",)}
 
 
@@ -77,7 +81,7 @@ class StepData(LightningDataModule):
     ) -> None:
         super().__init__()
         given = {"train": train, "validation": validation, "test": test, "predict": predict}
-        self.specs = {name: as_spec(data) for name, data in given.items()}
+        self.specs = {name: as_data_config(data) for name, data in given.items()}
         self.labels = labels
         self.ratings = labels is not None and labels.kind == "rating"
         self.allow_one_class = allow_one_class
@@ -119,7 +123,7 @@ class StepData(LightningDataModule):
                 raise ConfigError(f"data.{name} is not set, and `stepkd {getattr(stage, 'value', stage)}` reads it")
             if spec is not None and name not in self.examples:
                 self.examples[name] = self._load(name, spec)
-        if stage == "fit" and self.overlap_ngram and "validation" in self.examples:
+        if stage == "fit" and self.overlap_ngram > 0 and "validation" in self.examples:
             self._report_overlap()
 
     def _load(self, name: str, spec: DataConfig) -> list[Completion]:
@@ -185,15 +189,17 @@ class StepData(LightningDataModule):
             raise
         if contract is None:  # a -1 in one split: 0 is neutral in all
             self.ratings |= any("completions" in row and -1 in row["labels"] for row in rows)
-        for said in left_out(spec, len(rows)):
-            logger.warning("data.%s: %s", name, said)
+        if spec.path and spec.hub:
+            logger.warning("data.%s: %s is read, and hub: %s is not", name, spec.path, spec.hub)
+        if spec.path and (spec.offset or len(rows) == spec.limit):
+            cuts = ", ".join(f"{cut}: {getattr(spec, cut)}" for cut in ("limit", "offset") if getattr(spec, cut))
+            logger.warning("data.%s: %d rows of %s are used (%s)", name, len(rows), spec.path, cuts)
         return rows
 
     def _report_overlap(self) -> None:
-        texts = {name: [str(e.row.get("prompt")) for e in self.examples[name]] for name in ("train", "validation")}
-        ids = [example.id for example in self.examples["validation"]]
-        report = overlap_report(texts["train"], texts["validation"], n=self.overlap_ngram, test_ids=ids)
-        logger.info("train/validation overlap: %s", report)
+        train = (str(example.row.get("prompt")) for example in self.examples["train"])
+        validation = {each.id: str(each.row.get("prompt")) for each in self.examples["validation"]}
+        logger.info("train/validation overlap: %s", overlap_report(train, validation, self.overlap_ngram))
 
     def _loader(self, name: str) -> StepLoader:
         examples, training = self.examples[name], name == "train"
@@ -245,3 +251,61 @@ class StepData(LightningDataModule):
     def predict_dataloader(self) -> StepLoader:
         """Problems to sample completions for, in file order."""
         return self._loader("predict")
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How much of some test texts stands in training texts."""
+
+    n: int
+    """Words per n-gram."""
+    train_count: int
+    """Number of training texts."""
+    shares: dict[str, float]
+    """Id of a test text -> share of its distinct n-grams that stand in some training text, in [0, 1]."""
+    exact: list[str]
+    """Ids of those whose whole text is a training text, case, punctuation and spacing aside."""
+
+    def __str__(self) -> str:
+        half = [name for name, share in self.shares.items() if share >= 0.5]
+        some = sum(share > 0 for share in self.shares.values())
+        return (
+            f"of {len(self.shares)} test texts {len(self.exact)} are one of {self.train_count} training texts, "
+            f"{len(half)} have at least half of their {self.n}-word n-grams in training, and {some} at least one"
+            + (f"; largely seen: {', '.join(half[:5])}{', ...' * (len(half) > 5)}" if half else "")
+        )
+
+
+def overlap_report(train_texts: Iterable[str], test_texts: Mapping[str, str], n: int = 8) -> Overlap:
+    """Measure how much of the test texts stands in the training texts, by word n-grams.
+
+    Texts are compared as words in lower case, without punctuation and spacing; arithmetic operators count as words. A
+    text of fewer than ``n`` words is compared as a whole.
+
+    Args:
+        train_texts: read once, may be a generator of any length.
+        test_texts: by id; their n-grams are held in memory.
+        n: words per n-gram, at least 1; 8 to 13 are usual for contamination checks.
+    """
+    wholes = {name: normalised_words(text) for name, text in test_texts.items()}
+    grams = {name: _grams(words, n) for name, words in wholes.items()}
+    known = set(wholes.values())
+    wanted = set().union(*grams.values())
+    seen: set[tuple[str, ...]] = set()
+    equal: set[tuple[str, ...]] = set()
+    train_count = 0
+    for words in map(normalised_words, train_texts):
+        train_count += 1
+        seen |= wanted & _grams(words, n)
+        equal |= {words} & known
+    shares = {name: len(own & seen) / max(len(own), 1) for name, own in grams.items()}
+    return Overlap(n, train_count, shares, [name for name, words in wholes.items() if words in equal])
+
+
+def normalised_words(text: str) -> tuple[str, ...]:
+    """A text's words and arithmetic operators, case-folded, in compatibility form."""
+    return tuple(_WORDS.findall(unicodedata.normalize("NFKC", text).replace("\u2212", "-").casefold()))
+
+
+def _grams(words: tuple[str, ...], n: int) -> set[tuple[str, ...]]:
+    return {words[start : start + n] for start in range(max(len(words) - n + 1, min(len(words), 1)))}

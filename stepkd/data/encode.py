@@ -1,4 +1,4 @@
-"""Rows to token ids: the prompt as at inference, the completion once and as a whole.
+"""Rows to token ids and training targets: the prompt as at inference, the completion once and as a whole.
 
 The boundary rule. The prompt is tokenised exactly as the sampler will tokenise it and the completion on its own, so no
 token straddles the two and training sees the ids that inference sees.
@@ -13,18 +13,129 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 
 from stepkd.data.completion import Completion
 from stepkd.data.rows import Contract, ends_partition
-from stepkd.data.step_labels import LabelRule
 from stepkd.data.templates import PromptTemplate, end_ids
-from stepkd.errors import ConfigError, DataError
+from stepkd.errors import ConfigError, DataError, check_bounds
+from stepkd.steps.labels import ANY_SUCCESS, Label, LabelKind, Neutral, check_threshold, label_kind, verdicts
 from stepkd.steps.segment import Segmenter, Span, segment, spans_from_ends, step_ends
 from stepkd.steps.text import TokenizedText, text_from_ids, tokenize_text
+
+Target = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class LabelRule:
+    """How step labels become targets."""
+
+    kind: Literal["auto"] | LabelKind = "auto"
+    """What the labels must be: correct/incorrect, -1/0/1, or chances in [0, 1]; ``auto`` takes what each row has."""
+    after_error: Literal["keep", "truncate", "mask"] = "truncate"
+    """Steps after the first incorrect one: keep their labels, cut the solution off there, or leave it whole without
+    these labels. A soft label is an incorrect step below ``harden``, and without it only where it is 0. A causal model
+    gives the same gradient for ``truncate`` and ``mask``."""
+    neutral: Neutral = "correct"
+    """What a rating of 0 means to a head of two classes."""
+    harden: float | None = None
+    """Threshold, in (0, 1), from which on a soft label becomes correct, and below it incorrect; None keeps labels soft.
+    One below the smallest share of continuations, such as 0.001, means "any continuation succeeded"."""
+    scope: Literal["steps", "outcome"] = "steps"
+    """``steps``: a process reward model; ``outcome``: one label at the last step, whether the answer is correct (an
+    outcome reward model)."""
+
+    def __post_init__(self) -> None:
+        check_bounds("labels.", self)
+        if self.harden is not None:
+            check_threshold(self.harden, "labels.harden")
+
+
+def step_targets(row: Mapping[str, Any], num_steps: int, num_classes: int, rule: LabelRule) -> list[Target | None]:
+    """Target of every step of a row.
+
+    Args:
+        row: has ``labels`` (step-labelled rows), or ``step_labels`` / ``step_values`` (completions), or, for
+            ``scope="outcome"``, ``outcome`` / ``correct``.
+        num_steps: how many steps the row has.
+        num_classes: 2 or 3, worst to best.
+        rule: see :class:`LabelRule`.
+
+    Returns:
+        One target per step; None: not trained on.
+
+    Raises:
+        DataError: no labels, another number than steps, another kind than declared, or soft labels for three classes.
+    """
+    if rule.scope == "outcome":
+        outcome = row_outcome(row)
+        if outcome is None:
+            raise refused(
+                row,
+                "outcome",
+                "an outcome reward model needs whether the answer is correct: give rows with a boolean 'outcome' (or "
+                "completions with 'correct')",
+            )
+        return [None] * (num_steps - 1) + [_one_hot(num_classes - 1 if outcome else 0, num_classes)]
+    rest = ("step_values", "step_labels") if rule.kind == "soft" else ("step_labels", "step_values")
+    column = next((each for each in ("labels", *rest) if row.get(each) is not None), "labels")
+    labels = row.get(column)
+    if labels is None:
+        raise refused(row, column, "no step labels: label the row first (stepkd label)")
+    if len(labels) != num_steps:
+        raise refused(row, column, f"{len(labels)} labels for {num_steps} steps")
+    if all(label is None for label in labels):
+        return [None] * num_steps
+    try:
+        kind = label_kind(labels)
+    except DataError as error:
+        raise refused(row, column, str(error)) from error
+    if rule.kind not in ("auto", kind):
+        said = f"labels are of kind {kind!r} and labels.kind asks for {rule.kind!r}: nothing is cast silently"
+        raise refused(row, column, said)
+    if kind == "soft" and rule.harden is None and num_classes != 2:
+        raise refused(row, column, f"soft labels for {num_classes} classes: they need two, or labels.harden")
+    neutral = rule.neutral if num_classes == 2 else "correct"
+    marks = verdicts(labels, neutral=neutral, threshold=ANY_SUCCESS if rule.harden is None else rule.harden)
+    targets = [
+        _target(label, mark, kind, num_classes, rule.harden is None) for label, mark in zip(labels, marks, strict=True)
+    ]
+    if rule.after_error != "keep" and False in marks:
+        incorrect = marks.index(False)
+        targets[incorrect + 1 :] = [None] * (num_steps - incorrect - 1)
+    return targets
+
+
+def row_outcome(row: Mapping[str, Any]) -> bool | None:
+    """Whether a row's answer is correct, or its completion desirable; None: it does not say.
+
+    Raises:
+        DataError: neither true nor false.
+    """
+    column = next((each for each in ("correct", "outcome", "label") if row.get(each) is not None), None)
+    if column is not None and not isinstance(row[column], bool):
+        raise refused(row, column, f"must be true or false, found {row[column]!r}")
+    return None if column is None else bool(row[column])
+
+
+def refused(row: Mapping[str, Any], column: str, message: str) -> DataError:
+    """The error for a row that an encoder cannot read; it names the row by its id."""
+    return DataError(message, path=str(row.get("id", "?")), column=column)
+
+
+def _target(label: Label, mark: bool | None, kind: str, num_classes: int, keep_soft: bool) -> Target | None:
+    if label is not None and kind == "soft" and keep_soft:
+        return (1.0 - float(label), float(label))
+    if label is not None and kind == "rating" and num_classes == 3:
+        return _one_hot(int(label) + 1, 3)
+    return None if mark is None else _one_hot(num_classes - 1 if mark else 0, num_classes)
+
+
+def _one_hot(index: int, num_classes: int) -> Target:
+    return tuple(float(c == index) for c in range(num_classes))
 
 
 def with_completion(example: Completion, ids: Iterable[int], tokenizer: Any, segmenter: Segmenter) -> Completion:
@@ -49,7 +160,7 @@ def sampled_spans(row: Mapping[str, Any]) -> list[Span]:
         DataError: ``step_ends`` do not cut ``token_ids`` into steps.
     """
     if (incorrect := ends_partition(row["step_ends"], len(row["token_ids"]))) is not None:
-        raise DataError(incorrect, path=str(row.get("id", "?")), column="step_ends")
+        raise refused(row, "step_ends", incorrect)
     return spans_from_ends(row["step_ends"], len(row["token_ids"]))
 
 
@@ -92,16 +203,12 @@ class Encoder:
         Raises:
             DataError: the prompt is empty or does not leave room for one completion token.
         """
-        place: dict[str, Any] = {"path": str(row.get("id", "?")), "column": "prompt"}
         text = self.template.render(row, self.tokenizer)
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise DataError(
-                f"character {error.start + 1} of the rendered prompt is half of a surrogate pair, which no tokenizer "
-                "can encode: export the data again as valid UTF-8",
-                **place,
-            ) from error
+            what = f"character {error.start + 1} of the rendered prompt is half of a surrogate pair"
+            raise refused(row, "prompt", f"{what}: export the data again as valid UTF-8") from error
         special = self.template.adds_special_tokens(self.tokenizer)
         ids = tuple(self.tokenizer(text, add_special_tokens=special)["input_ids"])
         if special and ids and ids[-1] == self.tokenizer.eos_token_id:
@@ -109,13 +216,10 @@ class Encoder:
             if ids[len(ids) - len(own) :] != own:
                 ids = ids[:-1]  # some tokenizers end every text by themselves; a prompt goes on
         if not ids:
-            raise DataError("the prompt has no tokens", **place)
+            raise refused(row, "prompt", "the prompt has no tokens")
         if len(ids) >= self.max_length:
-            raise DataError(
-                f"the prompt has {len(ids)} tokens and max_length is {self.max_length}: raise max_length, use fewer "
-                "few-shot examples, or drop the row",
-                **place,
-            )
+            what = f"the prompt has {len(ids)} tokens and max_length is {self.max_length}"
+            raise refused(row, "prompt", f"{what}: raise max_length, use fewer few-shot examples, or drop the row")
         return ids
 
     def prompt_example(self, row: Mapping[str, Any]) -> Completion:
@@ -139,7 +243,6 @@ class Encoder:
         Raises:
             DataError: as for :meth:`example`.
         """
-        name = str(row.get("id", "?"))
         if row.get("token_ids") is not None:
             column = "token_ids"
             completion = text_from_ids(self.tokenizer, row["token_ids"], row.get("raw_logprobs", row.get("logprobs")))
@@ -148,15 +251,12 @@ class Encoder:
         else:
             column = "completion" if row.get("solution") is None else "solution"
             if not isinstance(row.get(column), str):
-                raise DataError(
-                    "no text to train on: the row needs a 'solution' (or 'completion') text, or sampled 'token_ids'",
-                    path=name,
-                    column="solution",
-                )
+                what = "no text to train on: the row needs a 'solution' (or 'completion') text, or sampled 'token_ids'"
+                raise refused(row, "solution", what)
             completion = tokenize_text(self.tokenizer, row[column])
             completion, spans = self._with_end(completion, segment(self.segmenter, completion))
         if not spans:
-            raise DataError("the completion has no steps (it is empty): drop the row", path=name, column=column)
+            raise refused(row, column, "the completion has no steps (it is empty): drop the row")
         return completion, spans
 
     def _with_end(self, completion: TokenizedText, spans: list[Span]) -> tuple[TokenizedText, list[Span]]:

@@ -18,9 +18,8 @@ from itertools import accumulate, pairwise
 from typing import Any, Literal
 
 from stepkd.data.completion import Completion
-from stepkd.data.encode import Encoder, with_end
+from stepkd.data.encode import Encoder, LabelRule, refused, row_outcome, step_targets, with_end
 from stepkd.data.rows import COMPLETION, PREFERENCE, STEP_PREFERENCE, STEPWISE, UNPAIRED
-from stepkd.data.step_labels import LabelRule, step_targets
 from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, DataError
 from stepkd.steps.format import written_steps
@@ -75,7 +74,8 @@ class FeedbackEncoder(Encoder):
         Raises:
             DataError: labels that do not fit the steps, or soft labels without ``labels.harden``.
         """
-        outcome, prompt = _outcome(row), self.prompt_ids(row)
+        known, prompt = row_outcome(row), self.prompt_ids(row)
+        outcome = UNKNOWN if known is None else int(known)
         completion, spans = self.steps(row)
         if not (fitting := self._fitting(prompt, spans)):
             return None
@@ -129,34 +129,22 @@ class FeedbackEncoder(Encoder):
         text = tokenize_text(self.tokenizer, "".join(written))
         ends = [text.token_end(end) for end in accumulate(map(len, written))]
         if any(end <= before for before, end in pairwise([0, *ends])):
-            raise _refused(row, "completions", "two steps share a token: give steps that a line break keeps apart")
+            raise refused(row, "completions", "two steps share a token: give steps that a line break keeps apart")
         spans = spans_from_ends(ends, len(text))
-        return (text, spans) if _outcome(row) == UNKNOWN else self._with_end(text, spans)
+        return (text, spans) if row_outcome(row) is None else self._with_end(text, spans)
 
     def _labels(self, row: Mapping[str, Any], num_steps: int) -> list[int]:
         if all(row.get(column) is None for column in ("labels", "step_labels", "step_values")):
             return [UNKNOWN] * num_steps
         targets = step_targets(row, num_steps, 2, self.labels)
-        for target in targets:
-            if target is not None and target[1] not in (0.0, 1.0):
-                raise _refused(
-                    row,
-                    "step_labels",
-                    f"a step label of {target[1]:g} is neither correct nor incorrect, and feedback is binary: set "
-                    "labels.harden (0.001 is 'any continuation succeeded')",
-                )
+        if soft := [target[1] for target in targets if target is not None and target[1] not in (0.0, 1.0)]:
+            raise refused(
+                row,
+                "step_labels",
+                f"a step label of {soft[0]:g} is neither correct nor incorrect, and feedback is binary: set "
+                "labels.harden (0.001 is 'any continuation succeeded')",
+            )
         return [UNKNOWN if target is None else int(target[1]) for target in targets]
-
-
-def _outcome(row: Mapping[str, Any]) -> int:
-    column = next((c for c in ("correct", "outcome", "label") if row.get(c) is not None), None)
-    if column is not None and not isinstance(row[column], bool):
-        raise _refused(row, column, f"must be true or false, found {row[column]!r}")
-    return UNKNOWN if column is None else int(row[column])
-
-
-def _refused(row: Mapping[str, Any], column: str, message: str) -> DataError:
-    return DataError(message, path=str(row.get("id", "?")), column=column)
 
 
 def feedback_counts(examples: Iterable[Completion]) -> dict[str, int]:
@@ -221,7 +209,7 @@ class PairEncoder(Encoder):
         prefix, sides = self._sides(row)
         for side, ids in zip(SIDES, sides, strict=True):
             if not ids:
-                raise _refused(row, side, "has no tokens")
+                raise refused(row, side, "has no tokens")
         if sides[0] == sides[1]:
             self.counts["pairs_with_equal_sides"] += 1
             return None

@@ -16,7 +16,7 @@ import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 from stepkd.data.rows import Row, shown
 from stepkd.errors import DataError
@@ -24,7 +24,6 @@ from stepkd.errors import DataError
 READABLE_ENDINGS = (".jsonl", ".jsonl.gz", ".ndjson", ".json", ".parquet")
 """File endings that :func:`read_rows` understands."""
 
-_UTF8_BOM = b"\xef\xbb\xbf"
 _TABLE = (
     "is it a table? For CSV: python -c \"import pandas; pandas.read_csv('in.csv').to_json('out.jsonl', "
     "orient='records', lines=True)\""
@@ -53,10 +52,8 @@ def read_rows(path: str | Path) -> Iterator[tuple[Row, int]]:
     if path.is_dir():
         raise DataError("this is a folder; give a file in it", path=path)
     if ending is None:
-        raise DataError(
-            f"unknown file ending {''.join(path.suffixes[-2:])!r}; readable are {', '.join(READABLE_ENDINGS)}",
-            path=path,
-        )
+        what = f"unknown file ending {''.join(path.suffixes[-2:])!r}; readable are {', '.join(READABLE_ENDINGS)}"
+        raise DataError(what, path=path)
     reader = {".parquet": _read_parquet, ".json": _read_json}.get(ending, _read_json_lines)
     line = 0
     try:
@@ -89,55 +86,45 @@ def stem(path: str | Path) -> str:
 
 
 def _read_json_lines(path: Path) -> Iterator[tuple[Row, int]]:
+    opened: Any = gzip.open if path.name.lower().endswith(".gz") else open
     number = 0
     try:
-        with gzip.open(path, "rb") if path.name.lower().endswith(".gz") else open(path, "rb") as handle:
-            for number, raw in enumerate(cast("IO[bytes]", handle), start=1):
-                text = _decode(raw, path=path, line=number).rstrip()
+        with opened(path, "rb") as handle:
+            for number, raw in enumerate(handle, start=1):
+                text = _decode(raw, path, number).rstrip()
                 start = text.lstrip()[:1]
                 if number == 1 and start == "[":
                     what = "a JSON array, and this ending means one object per line: let the name end in .json"
                     raise DataError(what, path=path, line=1)
                 if start:
                     remedy = _TABLE if number == 1 and start != "{" else "mend or delete this line"
-                    yield (
-                        _as_object(_parse(text, path=path, line=number, remedy=remedy), path=path, line=number),
-                        number,
-                    )
+                    yield _as_object(_parse(text, path, number, remedy), path, number), number
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(
             f"the gzip data is damaged after line {number} ({error}); copy or download it again", path=path
         ) from error
 
 
-def _decode(raw: bytes, *, path: Path, line: int) -> str:
-    if line == 1:
-        if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-            raise DataError("the file is UTF-16; save it as UTF-8", path=path, line=1)
-        raw = raw.removeprefix(_UTF8_BOM)
+def _decode(raw: bytes, path: Path, line: int) -> str:
     try:
-        return raw.decode("utf-8")
+        return raw.decode("utf-8-sig" if line == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"byte {raw[error.start]:#04x} at position {error.start + 1} is not UTF-8; save the file as UTF-8",
-            path=path,
-            line=line,
-        ) from error
+        what = f"byte {raw[error.start]:#04x} at position {error.start + 1} is not UTF-8; save the file as UTF-8"
+        raise DataError(what, path=path, line=line) from error
 
 
-def _parse(text: str, *, path: Path, line: int, remedy: str) -> Any:
+def _parse(text: str, path: Path, line: int, remedy: str) -> Any:
     """JSON text that begins at a line of a file."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(
-            f"corrupt JSON at character {error.colno}: {error.msg}; {remedy}", path=path, line=line + error.lineno - 1
-        ) from error
+        what = f"corrupt JSON at character {error.colno}: {error.msg}; {remedy}"
+        raise DataError(what, path=path, line=line + error.lineno - 1) from error
     except (ValueError, RecursionError) as error:  # nested too deeply, or an integer of more digits than Python reads
         raise DataError(f"JSON that Python does not read ({error}); {remedy}", path=path, line=line) from error
 
 
-def _as_object(value: object, *, path: Path, line: int) -> Row:
+def _as_object(value: object, path: Path, line: int) -> Row:
     if isinstance(value, dict):
         return value
     what = f'found {shown(value)}; a row must be an object such as {{"prompt": ..., "answer": ...}}'
@@ -146,30 +133,30 @@ def _as_object(value: object, *, path: Path, line: int) -> Row:
 
 def _read_json(path: Path) -> Iterator[tuple[Row, int]]:
     raw = path.read_bytes()
-    if not raw.removeprefix(_UTF8_BOM).lstrip().startswith(b"["):  # common in the wild: JSON Lines named .json
+    if not raw.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):  # common in the wild: JSON Lines named .json
         yield from _read_json_lines(path)
         return
-    values = _parse(_decode(raw, path=path, line=1), path=path, line=1, remedy="mend the array")
-    for number, value in enumerate(values, start=1):
-        yield _as_object(value, path=path, line=number), number
+    for number, value in enumerate(_parse(_decode(raw, path, 1), path, 1, "mend the array"), start=1):
+        yield _as_object(value, path, number), number
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[Row, int]]:
     import pyarrow
     from pyarrow import parquet
 
-    number = 0
     try:
         with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield row, number
+            rows = (row for batch in file.iter_batches(batch_size=1024) for row in batch.to_pylist())
+            yield from ((row, number) for number, row in enumerate(rows, start=1))
     except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
-            f"not a readable Parquet file (after row {number}): {reason}; copy or download it again", path=path
+            f"not a readable Parquet file: {reason(error)}; copy or download it again", path=path
         ) from error
+
+
+def reason(error: Exception) -> str:
+    """Kind and first line of a library's error."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def fingerprint(rows: Iterable[Mapping[str, Any]]) -> str:

@@ -9,7 +9,7 @@ their type.)
 
 *Extra columns are kept*, because files in the wild carry them, with one exception: an unknown column whose name is
 nearly that of a contract column the row lacks (``label`` for ``labels``) is a slip and an error. ``extra="keep"``
-switches that check off; ``extra="error"`` refuses every unknown column.
+switches that check off.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
@@ -29,29 +29,13 @@ from stepkd.steps.labels import label_kind
 
 Row = dict[str, Any]
 """A row under the column names of its file or of its contract."""
-ExtraRule = Literal["check", "keep", "error"]
-EXTRA_RULES: tuple[ExtraRule, ...] = get_args(ExtraRule)
+ExtraRule = Literal["check", "keep"]
 Role = Literal["system", "user", "assistant", "tool"]
 MAX_LOGPROB = 1e-3
 """Log-probabilities may exceed 0 by this much: low-precision softmax rounds."""
 
 
 # --- words for what is wrong ---------------------------------------------------------------------------------------
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return a hint naming the closest known name, or else all of them.
-
-    Args:
-        name: what the user wrote.
-        known: the names that would have been accepted.
-
-    Returns:
-        ``did you mean 'x'?`` or ``known are a, b, c``.
-    """
-    names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(names) or 'none'}"
 
 
 def shown(value: object) -> str:
@@ -100,12 +84,8 @@ Filled = Annotated[str, pydantic.StringConstraints(strict=True, pattern=r"\S")]
 _TEXT, _FILLED = pydantic.TypeAdapter[str](Text), pydantic.TypeAdapter[str](Filled)
 
 
-def filled_text(value: object) -> str | None:
-    """What is wrong with a value that should be text and more than white space; None: nothing."""
-    return _text(value, _FILLED)
-
-
-def _text(value: object, kind: pydantic.TypeAdapter[str]) -> str | None:
+def _invalid_text(value: object, kind: pydantic.TypeAdapter[str]) -> str | None:
+    """What is wrong with a value that should be text; None: nothing."""
     try:
         kind.validate_python(value)
     except pydantic.ValidationError as error:
@@ -118,14 +98,14 @@ def chat_message(message: object) -> str | None:
     if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
         return f"must be an object with 'role' and 'content', found {shown(message)}"
     if message["role"] not in get_args(Role):
-        return f"has role {message['role']!r}; {did_you_mean(str(message['role']), get_args(Role))}"
-    invalid = _text(message["content"], _TEXT)
+        return f"has role {message['role']!r}; known are {', '.join(get_args(Role))}"
+    invalid = _invalid_text(message["content"], _TEXT)
     return None if invalid is None else f"has a content that is invalid: {invalid}"
 
 
 def _prompt(value: object) -> object:
     if isinstance(value, str):
-        if (invalid := filled_text(value)) is not None:
+        if (invalid := _invalid_text(value, _FILLED)) is not None:
             raise _invalid(invalid)
         return value
     if not isinstance(value, list):
@@ -193,7 +173,7 @@ class RowModel(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(strict=True, extra="ignore")
     name: ClassVar[str]
-    """Used in messages and in the ``contract`` option of files."""
+    """Used in messages, and in the table of sources."""
     names: ClassVar[tuple[str, ...]]
     """All known column names."""
     required: ClassVar[tuple[str, ...]]
@@ -401,7 +381,7 @@ def validate(
         contract: what the row should be.
         path: the file or ``source:split`` the row came from, for the message.
         line: 1-based line or row number, for the message.
-        extra: what to do with unknown columns (see the module's text): "check", "keep" or "error".
+        extra: what to do with unknown columns (see the module's text): "check" or "keep".
 
     Returns:
         The same row object.
@@ -409,7 +389,7 @@ def validate(
     Raises:
         DataError: the first thing that is incorrect, with file, line and column.
     """
-    found = _unknown(row, contract, extra) if extra != "keep" else None
+    found = _slip(row, contract) if extra != "keep" else None
     if found is None:
         try:
             contract.model_validate(row)
@@ -439,28 +419,18 @@ def _listed(row: Mapping[str, Any]) -> str:
     return ", ".join(repr(name) for name in row) if row else "no columns"
 
 
-def _unknown(row: Row, contract: Contract, extra: ExtraRule) -> tuple[str, str] | None:
-    """The first column that the contract does not know and that is not kept, and what to do about it."""
+def _slip(row: Row, contract: Contract) -> tuple[str, str] | None:
+    """The first unknown column that is spelt nearly like one that the row lacks, and what to do about it."""
     absent = [name for name in contract.names if name not in row]
-    for name in map(str, row):
-        if name in contract.names:
-            continue
-        if (meant := _slip_of(name, absent)) is not None:
+    long = [name for name in absent if len(name) > 3]  # short ones (``id``) count only in another case
+    for name in (each for each in map(str, row) if each not in contract.names):
+        close = difflib.get_close_matches(name.lower(), long, n=1, cutoff=0.8)
+        if meant := name.lower() if name.lower() in absent else close and close[0]:
             return name, (
-                f"unknown column {name!r}; did you mean {meant!r}? Rename it with columns: {{{meant}: {name}}}"
-                ", or keep it under its name with extra_columns: keep"
+                f"unknown column {name!r}; did you mean {meant!r}? Rename it with columns: {{{meant}: {name}}}, or "
+                "keep it under its name with extra_columns: keep"
             )
-        if extra == "error":
-            return name, f"unknown column {name!r} in a {contract.name} row; {did_you_mean(name, contract.names)}"
     return None
-
-
-def _slip_of(name: str, absent: Sequence[str]) -> str | None:
-    """The absent column that ``name`` is nearly spelt like; short ones (``id``) only in another case."""
-    if name.lower() in absent:
-        return name.lower()
-    close = difflib.get_close_matches(name.lower(), [known for known in absent if len(known) > 3], n=1, cutoff=0.8)
-    return close[0] if close else None
 
 
 def detect_contract(row: Mapping[str, Any], *, path: str | Path | None = None, line: int | None = None) -> Contract:

@@ -15,8 +15,7 @@ from itertools import accumulate
 from typing import Any
 
 from stepkd.data.completion import Completion
-from stepkd.data.encode import Encoder, sampled_spans
-from stepkd.data.step_labels import LabelRule, step_targets
+from stepkd.data.encode import Encoder, LabelRule, refused, sampled_spans, step_targets
 from stepkd.data.templates import PromptTemplate, end_ids
 from stepkd.errors import ConfigError, DataError, UnreadableSolution
 from stepkd.steps.format import StepFormat, written_steps
@@ -192,17 +191,16 @@ class StepEncoder(Encoder):
             if row.get(column) is not None:
                 return self.layout(row[column], name)
         if row.get("step_ends") is not None:
-            per_step = self.format.tokenize == "per_step"
-            why = "cannot serve tokenize 'per_step'" if per_step else "are not of this model's tokenizer"
-            raise DataError(
-                f"the row's token ids {why}, and it has no 'steps' as text: label it again with this version (which "
-                "writes them), or convert it with --to Stepwise",
-                path=name,
-                column="token_ids",
+            raise refused(
+                row,
+                "token_ids",
+                f"the row's token ids are not of this model's tokenizer, or cannot serve tokenize "
+                f"{self.format.tokenize!r}, and it has no 'steps' as text: label it again, or convert it with --to "
+                "Stepwise",
             )
         text = row.get("completion") if row.get("completion") is not None else row.get("solution")
         if not isinstance(text, str) or not text.strip():
-            raise DataError("the row has no steps: neither 'completions' nor a 'completion' text", path=name)
+            raise refused(row, "completions", "the row has no steps: neither 'completions' nor a 'completion' text")
         completion = tokenize_text(self.tokenizer, text)
         return self.layout([completion.span_text(*span) for span in segment(self.segmenter, completion)], name)
 

@@ -15,8 +15,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from stepkd.data.rows import did_you_mean, shown
-from stepkd.errors import ConfigError, DataError, check_bounds
+from stepkd.data.rows import shown
+from stepkd.errors import ConfigError, DataError, check_bounds, nearest
 from stepkd.settings import build_settings
 from stepkd.yaml_files import read_yaml
 
@@ -24,8 +24,7 @@ Style = Literal["chat", "plain"]
 Message = dict[str, str]
 
 _PLACEHOLDER = "{prompt}"
-_ANSWER_PLACEHOLDER = "{answer}"
-_OWN_CHAT_KWARGS = {"tokenize", "add_generation_prompt", "continue_final_message", "return_tensors", "return_dict"}
+_ANSWER = "{answer}"
 _BUILT_IN = read_yaml(Path(__file__).with_suffix(".yaml"), "built-in prompt templates")
 EXEMPLARS: list[dict[str, str]] = _BUILT_IN["examples"]
 """Worked word problems for few-shot prompts (``prompt``, ``reasoning``, ``answer``), as ``few_shot: n`` takes them."""
@@ -56,21 +55,16 @@ class PromptTemplate:
 
     def __post_init__(self) -> None:
         check_bounds("template.", self)
-        for name in ("user", "plain", "answer_line"):
-            placeholder = _ANSWER_PLACEHOLDER if name == "answer_line" else _PLACEHOLDER
-            count = getattr(self, name).count(placeholder)
-            if count != 1:
+        for name, placeholder in (("user", _PLACEHOLDER), ("plain", _PLACEHOLDER), ("answer_line", _ANSWER)):
+            if (count := getattr(self, name).count(placeholder)) != 1:
                 raise ConfigError(f"{name} of a prompt template must hold {placeholder} once, found {count} times")
-        own = sorted(_OWN_CHAT_KWARGS & set(self.chat_kwargs))
-        if own:
-            raise ConfigError(f"chat_kwargs must not set {', '.join(own)}: the template sets it itself")
-        if isinstance(self.few_shot, int) and not 0 <= self.few_shot <= len(EXEMPLARS):
-            raise ConfigError(f"few_shot={self.few_shot}: there are {len(EXEMPLARS)} built-in examples")
-        for number, item in enumerate([] if isinstance(self.few_shot, int) else self.few_shot, start=1):
-            if set(item) != {"prompt", "solution"} or not all(str(text).strip() for text in item.values()):
-                raise ConfigError(
-                    f"few_shot example {number} must have 'prompt' and 'solution' only, with text in both"
-                )
+        if isinstance(self.few_shot, int):
+            if not 0 <= self.few_shot <= len(EXEMPLARS):
+                raise ConfigError(f"few_shot={self.few_shot}: there are {len(EXEMPLARS)} built-in examples")
+        elif not all(
+            set(each) == {"prompt", "solution"} and all(map(str.strip, each.values())) for each in self.few_shot
+        ):
+            raise ConfigError("few_shot examples must have 'prompt' and 'solution' only, with text in both")
 
     def resolved_style(self, tokenizer: Any) -> Style:
         """Return "chat" or "plain" for a tokenizer.
@@ -83,10 +77,8 @@ class PromptTemplate:
         """
         has_chat = bool(getattr(tokenizer, "chat_template", None))
         if self.style == "chat" and not has_chat:
-            raise ConfigError(
-                f"style 'chat', but the tokenizer {_name(tokenizer)} has no chat template; use 'plain' (or "
-                "'auto'), or a model with a chat template"
-            )
+            what = f"style 'chat', but the tokenizer {_name(tokenizer)} has no chat template"
+            raise ConfigError(f"{what}; use 'plain' (or 'auto'), or a model with a chat template")
         return "chat" if has_chat and self.style != "plain" else "plain"
 
     def adds_special_tokens(self, tokenizer: Any) -> bool:
@@ -106,8 +98,7 @@ class PromptTemplate:
         if self.resolved_style(tokenizer) == "chat":
             return False
         bos = getattr(tokenizer, "bos_token", None)
-        first = self.system if self.system is not None else self.plain
-        return not (bos and first.startswith(bos))
+        return not (bos and (self.plain if self.system is None else self.system).startswith(bos))
 
     def render(self, row: Mapping[str, Any], tokenizer: Any) -> str:
         """Return the text that a model is given for a row, ready for tokenisation.
@@ -169,11 +160,11 @@ class PromptTemplate:
     def _examples(self) -> list[Message]:
         if isinstance(self.few_shot, list):
             return self.few_shot
-        last = [self.answer_line.replace(_ANSWER_PLACEHOLDER, each["answer"]) for each in EXEMPLARS[: self.few_shot]]
-        return [
-            {"prompt": each["prompt"], "solution": f"{each['reasoning']}\n{line}"}
-            for each, line in zip(EXEMPLARS, last, strict=False)
-        ]
+        found = []
+        for each in EXEMPLARS[: self.few_shot]:
+            last = self.answer_line.replace(_ANSWER, each["answer"])
+            found.append({"prompt": each["prompt"], "solution": f"{each['reasoning']}\n{last}"})
+        return found
 
     def _plain_text(self, prompt: str) -> str:
         parts = [] if self.system is None else [self.system]
@@ -259,10 +250,8 @@ def get_template(template: str | Path | PromptTemplate) -> PromptTemplate:
     path = Path(template).expanduser()
     if path.suffix in (".yaml", ".yml", ".json") or path.is_file():
         return read_template(path)
-    raise ConfigError(
-        f"no prompt template named {str(template)!r}; {did_you_mean(str(template), TEMPLATES)}, or the path of a YAML "
-        "file"
-    )
+    what = f"no prompt template named {str(template)!r}.{nearest(str(template), TEMPLATES)}"
+    raise ConfigError(f"{what} Give one of {', '.join(TEMPLATES)}, or the path of a YAML file")
 
 
 def read_template(path: Path) -> PromptTemplate:

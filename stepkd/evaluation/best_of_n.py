@@ -18,10 +18,9 @@ from typing import Any, Unpack
 
 import numpy as np
 
-from stepkd.data.benchmarks import default_ks
 from stepkd.data.io import read_rows
 from stepkd.errors import ConfigError, DataError
-from stepkd.evaluation.metrics import maj_at_k, pass_at_k
+from stepkd.evaluation.metrics import default_ks, maj_at_k, pass_at_k
 from stepkd.grading.judge import votes_of
 from stepkd.grading.pool import Grader, GradingConfig
 from stepkd.randomness import generator
@@ -303,7 +302,7 @@ def best_of_n_from_files(
     Args:
         files: name of a scorer -> folder of ``stepkd score``, or file of completion rows with ``score`` and
             ``correct``, all of the same completions.
-        ks: numbers of samples; none: those of :func:`~stepkd.data.benchmarks.default_ks`.
+        ks: numbers of samples; none: those of :func:`~stepkd.evaluation.metrics.default_ks`.
         grading: how answers are found and compared for the vote; None: the defaults.
         seed: seed of intervals and drawn subsets.
         samples: how many were drawn of every problem. One that is in no file, or not in all, has no text or no step to

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from stepkd.data.sources.processbench import SUBSETS
-from stepkd.data.spec import DataConfig, parse_spec
+from stepkd.data.config import DataConfig, parse_spec
+from stepkd.data.sources.problems import SUBSETS
 from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, check_bounds, check_choice, nearest
 from stepkd.grading.pool import GradingConfig

@@ -41,6 +41,11 @@ from stepkd.statistics import (
 from stepkd.steps.labels import tally
 
 
+def default_ks(samples: int) -> list[int]:
+    """The k of pass@k and maj@k that are reported: powers of two up to the number of samples, and that number."""
+    return sorted({samples, *(2**i for i in range(samples.bit_length()))})
+
+
 def pass_at_k(n: ArrayLike, c: ArrayLike, k: int) -> FloatArray:
     """Unbiased probability that k of n samples, drawn without replacement, hold a correct one (Chen et al. 2021, eq.
     1).

@@ -15,14 +15,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stepkd.data.benchmarks import benchmark_data, default_ks, get_benchmark
+from stepkd.data.config import DataConfig, benchmark_data, resolve_split
 from stepkd.data.io import fingerprint
+from stepkd.data.load import load_rows
 from stepkd.data.rows import PROBLEM, check_unique_ids
-from stepkd.data.sources import Benchmark
-from stepkd.data.spec import DataConfig, load_rows, resolve_split
+from stepkd.data.sources import get_benchmark
+from stepkd.data.sources.source import Benchmark
 from stepkd.data.templates import PromptTemplate, get_template
 from stepkd.evaluation.config import EvaluateConfig
-from stepkd.evaluation.metrics import COMPARISON_NAME, summarise
+from stepkd.evaluation.metrics import COMPARISON_NAME, default_ks, summarise
 from stepkd.evaluation.score_rows import machine_settings
 from stepkd.grading.extract import EXTRACTOR_VERSION
 from stepkd.grading.judge import judge

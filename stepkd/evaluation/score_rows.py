@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
+from stepkd.data.config import parse_spec
+from stepkd.data.encode import LabelRule, step_targets
 from stepkd.data.io import fingerprint
-from stepkd.data.spec import load_rows, parse_spec
-from stepkd.data.step_labels import LabelRule, step_targets
+from stepkd.data.load import load_rows
 from stepkd.errors import ConfigError, DataError
 from stepkd.evaluation.config import EvaluatePRMConfig, ScoreConfig
 from stepkd.evaluation.diagnostics import task_swaps

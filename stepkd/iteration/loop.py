@@ -12,8 +12,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from stepkd.data.config import check_training_use, parse_spec
+from stepkd.data.load import load_rows
 from stepkd.data.rows import PROBLEM
-from stepkd.data.spec import check_training_use, load_rows, parse_spec
 from stepkd.errors import ConfigError, DataError, StepkdError
 from stepkd.iteration.spec import IterateConfig
 from stepkd.iteration.stages import Iteration, Report, evaluate_model, train_next, training_settings

@@ -15,10 +15,11 @@ from typing import Any, Unpack
 
 import numpy as np
 
-from stepkd.data.benchmarks import asking
+from stepkd.data.config import LABELS_NAME, parse_spec
 from stepkd.data.io import read_rows
+from stepkd.data.load import load_rows
 from stepkd.data.rows import PROBLEM
-from stepkd.data.spec import LABELS_NAME, load_rows, parse_spec
+from stepkd.data.sources import asking
 from stepkd.evaluation.metrics import problem_counts, summarise
 from stepkd.grading.judge import votes_of
 from stepkd.grading.pool import Grader

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from stepkd.data.spec import parse_spec, resolve_split
+from stepkd.data.config import parse_spec, resolve_split
 from stepkd.errors import ConfigError, check_bounds
 from stepkd.labels.convert import ConverterConfig
 from stepkd.labels.labellers import LabellerConfig
@@ -264,7 +264,7 @@ class IterateConfig:
         Raises:
             ConfigError: problems of a source that is no benchmark.
         """
-        from stepkd.data.benchmarks import BENCHMARKS
+        from stepkd.data.sources import BENCHMARKS
 
         source, _, rest = explicit_word(self.evaluation.problems).partition(":")
         if source not in BENCHMARKS:

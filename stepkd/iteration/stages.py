@@ -18,7 +18,8 @@ from typing import Any
 
 import yaml
 
-from stepkd.data.spec import LABELS_NAME, PAIRS_NAME, load_rows, parse_spec
+from stepkd.data.config import LABELS_NAME, PAIRS_NAME, parse_spec
+from stepkd.data.load import load_rows
 from stepkd.errors import ConfigError, DataError, StepkdError
 from stepkd.iteration.spec import IterateConfig, iteration_seed
 from stepkd.labels.convert import Demonstrations
@@ -324,8 +325,8 @@ def _export(it: Iteration) -> dict[str, Any]:
 
 
 def _greedy(it: Iteration, folder: Path) -> dict[str, Any]:
-    from stepkd.data.benchmarks import asking
     from stepkd.data.rows import PROBLEM
+    from stepkd.data.sources import asking
     from stepkd.evaluation.config import EvaluateConfig
     from stepkd.evaluation.runner import evaluate
     from stepkd.models.source import template_for

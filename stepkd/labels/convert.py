@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 from stepkd.data.rows import check_unique_ids, detect_contract, passed_on, validate
-from stepkd.data.step_labels import to_stepwise, trl_row, write_math_shepherd, write_stepwise
+from stepkd.data.sources.contract_rows import to_stepwise, trl_row
+from stepkd.data.sources.math_shepherd import write_math_shepherd
 from stepkd.errors import DataError, check_bounds
 from stepkd.labels.labellers import PROBLEM_COLUMNS, Row, outcome_of
 from stepkd.labels.quality import check_same_steps, label_column, row_labels
@@ -55,6 +56,8 @@ class ConverterConfig(ABC):
 
     def write(self, rows: Iterable[Row], path: str | Path) -> int:
         """Write the new rows, each checked against its contract; returns their number."""
+        if Path(path).suffix != ".jsonl":
+            raise DataError(f"rows are written as .jsonl, not {Path(path).suffix!r}; rename the target", path=path)
         return write_jsonl(path, (validate(dict(row), detect_contract(row), path=path, extra="keep") for row in rows))
 
 
@@ -114,10 +117,6 @@ class Stepwise(ConverterConfig):
         done = [to_stepwise(row, keep=KEPT) for row in rows]
         return Converted(done, {"rows": len(done)})
 
-    def write(self, rows: Iterable[Row], path: str | Path) -> int:
-        """See :func:`~stepkd.data.step_labels.write_stepwise`, which writes Parquet files too."""
-        return write_stepwise(rows, path)
-
 
 @dataclass(frozen=True, kw_only=True)
 class TRLStepwise(Stepwise):
@@ -149,7 +148,7 @@ class MathShepherd(TRLStepwise):
     columns = None
 
     def write(self, rows: Iterable[Row], path: str | Path) -> int:
-        """See :func:`~stepkd.data.step_labels.write_math_shepherd`."""
+        """See :func:`~stepkd.data.sources.math_shepherd.write_math_shepherd`."""
         return write_math_shepherd(rows, path)
 
 

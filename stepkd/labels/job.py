@@ -20,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from stepkd.data.spec import LABELS_NAME, PAIRS_NAME
+from stepkd.data.config import LABELS_NAME, PAIRS_NAME
 from stepkd.errors import DataError
 from stepkd.labels.labellers import Labeller, Row, Solution
 from stepkd.labels.monte_carlo import MonteCarlo

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from stepkd.data.benchmarks import asking
+from stepkd.data.config import parse_spec, resolve_split
 from stepkd.data.io import fingerprint
+from stepkd.data.load import load_rows
 from stepkd.data.rows import PROBLEM, check_unique_ids, detect_contract
-from stepkd.data.spec import load_rows, parse_spec, resolve_split
+from stepkd.data.sources import asking
 from stepkd.data.templates import get_template
 from stepkd.errors import ConfigError, DataError
 from stepkd.grading.extract import EXTRACTOR_VERSION

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from stepkd.data.batching import StepBatch
-from stepkd.data.benchmarks import next_evaluation
 from stepkd.data.collate import Batch, collate, plan
 from stepkd.data.completion import Completion
+from stepkd.data.config import next_evaluation
 from stepkd.data.templates import template_name
 from stepkd.errors import ConfigError, TrainingError
 from stepkd.losses import LossTerms, component_scales

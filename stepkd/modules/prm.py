@@ -19,8 +19,8 @@ from torch import Tensor
 from stepkd.data.batching import StepBatch
 from stepkd.data.collate import Batch
 from stepkd.data.datamodule import StepData
+from stepkd.data.encode import LabelRule
 from stepkd.data.step_encode import StepEncoder
-from stepkd.data.step_labels import LabelRule
 from stepkd.errors import ConfigError
 from stepkd.losses import LossTerms, cross_entropy, pqm, step_cross_entropy, step_weights
 from stepkd.models.spec import PolicyConfig

@@ -2,7 +2,7 @@
 
 A label is true or false; a rating -1, 0 or 1, where 0 is neutral; or a probability in [0, 1] that the step is correct.
 A probability is correct when it is **at least** the threshold, and so is a step score. None stands for no label. Where
-all labels of a file are whole numbers and none is -1, its reader takes 0 for incorrect (:mod:`stepkd.data.spec`).
+all labels of a file are whole numbers and none is -1, its reader takes 0 for incorrect (:mod:`stepkd.data.load`).
 
 Monte-Carlo labels (:func:`reduce_values`) say whether the correct answer can still be reached from the end of a step,
 and stand in for whether the step is correct: an incorrect step from which the model recovers counts as correct.

@@ -125,8 +125,8 @@ def train_stepkd(method: str, of: Setting, steps: int, folder: Path, pause: Call
     """Train with stepkd, and pause after every step."""
     from lightning.pytorch import Callback, Trainer
 
+    from stepkd.data.config import DataConfig
     from stepkd.data.datamodule import StepData
-    from stepkd.data.spec import DataConfig
     from stepkd.models.spec import PolicyConfig
     from stepkd.modules.dpo import DPOModule
     from stepkd.modules.kdrl import KDRLModule

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from stepkd.cli import main
-from stepkd.data.benchmarks import BENCHMARKS
+from stepkd.data.sources import BENCHMARKS
 from stepkd.data.templates import EXEMPLARS
 from stepkd.runs.job import read_results, read_settings
 from stepkd.runs.launcher import LaunchInfo

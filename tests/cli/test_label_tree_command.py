@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from stepkd.cli import main
+from stepkd.data.config import parse_spec
+from stepkd.data.load import load_rows
 from stepkd.data.rows import STEP_PREFERENCE
-from stepkd.data.spec import load_rows, parse_spec
 
 PROBLEMS = ["--problems", 'task:task="modular:terms=3,modulus=2",n=3', "--model", "tiny-0.1m"]
 SMALL = [

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepkd.data.completion import Completion
+from stepkd.data.encode import LabelRule
 from stepkd.data.feedback import FeedbackEncoder
 from stepkd.data.rows import COMPLETION, STEPWISE, UNPAIRED, validate
-from stepkd.data.step_labels import LabelRule
 from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, DataError
 from stepkd.models.spec import tiny_tokenizer

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from stepkd.data.batching import Position
+from stepkd.data.config import DataConfig
 from stepkd.data.datamodule import StepData
+from stepkd.data.encode import LabelRule
 from stepkd.data.feedback import feedback_counts
-from stepkd.data.spec import DataConfig
-from stepkd.data.step_labels import LabelRule
 from stepkd.errors import ConfigError, DataError
 from stepkd.models.spec import PolicyConfig, tiny_tokenizer
 from stepkd.modules.dpo import DPOModule

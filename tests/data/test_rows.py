@@ -22,7 +22,6 @@ from stepkd.data.rows import (
     Contract,
     check_unique_ids,
     detect_contract,
-    did_you_mean,
     validate,
 )
 from stepkd.errors import DataError
@@ -125,7 +124,7 @@ def test_prompt_may_be_chat_messages() -> None:
         (7, "must be text or a list of chat messages, found int 7"),
         (["hi"], "message 1 of 1 must be an object with 'role' and 'content', found str 'hi'"),
         ([{"role": "user"}], "message 1 of 1 must be an object with 'role' and 'content'"),
-        ([*MESSAGES, {"role": "usr", "content": "x"}], "message 3 of 3 has role 'usr'; did you mean 'user'?"),
+        ([*MESSAGES, {"role": "usr", "content": "x"}], "message 3 of 3 has role 'usr'; known are system, user"),
         (
             [{"role": "user", "content": [{"type": "text"}]}],
             "message 1 of 1 has a content that is invalid: must be text",
@@ -283,8 +282,6 @@ def test_extra_columns_are_kept_unless_they_look_like_slips() -> None:
     row = good("problem", level=3, idx=4, metadata={"a": 1})
     del row["id"]
     assert validate(row, PROBLEM)["metadata"] == {"a": 1}
-    with pytest.raises(DataError, match=r"column 'level': unknown column 'level' in a problem row; known are answer"):
-        validate(row, PROBLEM, extra="error")
     slip = {"prompt": "1+1?", "completions": ["2"], "label": [True]}
     with pytest.raises(DataError, match=r"unknown column 'label'; did you mean 'labels'\? Rename it with columns: "):
         validate(slip, STEPWISE)
@@ -325,12 +322,6 @@ def test_unique_ids() -> None:
     check_unique_ids([{"id": "a"}, {"id": "b"}])
     with pytest.raises(DataError, match="f, column 'id': rows 1 and 3 share the id 'a'"):
         check_unique_ids([{"id": "a"}, {"id": "b"}, {"id": "a"}], path="f")
-
-
-def test_did_you_mean() -> None:
-    assert did_you_mean("gsm8", ["gsm8k", "svamp"]) == "did you mean 'gsm8k'?"
-    assert did_you_mean("zzz", ["b", "a"]) == "known are a, b"
-    assert did_you_mean("zzz", []) == "known are none"
 
 
 def test_contracts_have_distinct_columns() -> None:

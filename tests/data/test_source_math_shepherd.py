@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from stepkd.data.config import DataConfig, check_training_use
+from stepkd.data.load import load_rows
 from stepkd.data.sources import get_source
-from stepkd.data.spec import DataConfig, check_training_use, load_rows
 from stepkd.errors import ConfigError, DataError
 
 QUESTION = "Ann has 3+4 pens, loses 2 - 1. How many?"

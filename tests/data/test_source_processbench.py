@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from stepkd.data.config import DataConfig, check_training_use
+from stepkd.data.load import load_rows
 from stepkd.data.rows import check_unique_ids
-from stepkd.data.spec import DataConfig, check_training_use, load_rows
 from stepkd.errors import ConfigError, DataError
 
 ROW = {

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
+from stepkd.data.config import DataConfig, parse_spec
+from stepkd.data.load import load_rows
 from stepkd.data.rows import PROBLEM, STEPWISE, check_unique_ids, validate
-from stepkd.data.sources import RawRow, Source, SourceOption, get_source, list_sources, register, registry
+from stepkd.data.sources import SOURCES
 from stepkd.data.sources.generated import GENERATED_SPLITS, stream_seed
 from stepkd.data.sources.problems import final_answer, last_boxed, whole_answer
-from stepkd.data.spec import DataConfig, load_rows, parse_spec
+from stepkd.data.sources.source import RawRow, Source
 from stepkd.errors import ConfigError, DataError
 
 GSM = {"question": "How many?", "answer": "She has 2*600=<<2*600=1200>>1200.\nSo 1,200.\n#### 1,200"}
@@ -67,7 +69,7 @@ def test_columns_give_the_files_names(tmp_path: Path) -> None:
     assert row == {"prompt": "How many?", "answer": "2", "solution": "#### 2", "id": "gsm8k/train/0"}
     with pytest.raises(DataError, match=r"columns maps 'prompt' to 'Q', which is not there \(the row has 'q', 'sol'\)"):
         load("gsm8k", tmp_path / "a.jsonl", raw, columns={"prompt": "Q", "solution": "sol"})
-    with pytest.raises(ConfigError, match="source 'gsm8k' reads no 'promt'; did you mean 'prompt'"):
+    with pytest.raises(ConfigError, match="unknown column of source 'gsm8k' 'promt': did you mean 'prompt'"):
         DataConfig(source="gsm8k", columns={"promt": "q"})
 
 
@@ -185,7 +187,10 @@ def test_reasoning_gym_splits_and_seeds_share_no_problem() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dataset": "gsm_simbolic"}, "reasoning_gym has no dataset 'gsm_simbolic'; did you mean 'gsm_symbolic'"),
+        (
+            {"dataset": "gsm_simbolic"},
+            "unknown dataset of .*'gsm_simbolic': did you mean 'gsm_symbolic'",
+        ),
         ({"size": 0}, "size=0 of source 'reasoning_gym': must lie between 1 and"),
         ({"seed": -1}, "seed=-1 of source 'reasoning_gym': must be 0 or more"),
         ({"config": {"no_such": 1}}, "reasoning_gym refused config=.*no_such"),
@@ -204,10 +209,10 @@ def test_reasoning_gym_set_without_a_gold_answer() -> None:
 
 
 def test_stream_seeds_are_distinct_and_far_apart() -> None:
-    seeds = sorted(stream_seed(seed, split, "x") for seed in range(5) for split in GENERATED_SPLITS)
+    seeds = sorted(stream_seed(seed, split) for seed in range(5) for split in GENERATED_SPLITS)
     assert min(b - a for a, b in itertools.pairwise(seeds)) == 2**20
-    with pytest.raises(ConfigError, match="source 'x' has no split 'tests'; did you mean 'test'"):
-        stream_seed(0, "tests", "x")
+    with pytest.raises(ConfigError, match="unknown split of source 'reasoning_gym' 'tests': did you mean 'test'"):
+        stream_seed(0, "tests")
 
 
 def test_task_rows() -> None:
@@ -218,22 +223,18 @@ def test_task_rows() -> None:
     assert [row["prompt"] for row in clean] == [row["prompt"] for row in noisy]
     assert [row["solution"] for row in clean] != [row["solution"] for row in noisy]
     check_unique_ids(clean)
-    with pytest.raises(ConfigError, match=r"noise of source 'task': no key 'rates'\. Did you mean 'rate'"):
+    with pytest.raises(ConfigError, match="noise of source 'task': 'rates' is not a setting; did you mean 'rate'"):
         load_rows(parse_spec("task:noise.rates=0.1"))
-    with pytest.raises(ConfigError, match="noise of source 'task' needs a rate"):
+    with pytest.raises(ConfigError, match=r"noise of source 'task': .* required: rate"):
         load_rows(parse_spec("task:noise.seed=1"))
 
 
-# --- the registry ----------------------------------------------------------------------------------------------------
+# --- the table -------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def clean_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_SOURCES", dict(registry._SOURCES))
-
-
-@pytest.mark.usefixtures("clean_registry")
-def test_a_new_source_may_give_several_rows_per_raw_row(tmp_path: Path) -> None:
+def test_a_source_of_ones_own_may_give_several_rows_per_raw_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def map_row(raw: RawRow, options: Any) -> list[dict[str, Any]]:
         if raw["labels"] == "skip":
             return []
@@ -243,36 +244,41 @@ def test_a_new_source_may_give_several_rows_per_raw_row(tmp_path: Path) -> None:
             for k in range(len(labels) if options["prefixes"] else 1)
         ]
 
-    register(
-        Source(
-            name="mine",
-            help="a test",
-            contract=STEPWISE,
-            map_row=map_row,
-            reads={"prompt": ("problem",), "completions": ("steps",), "labels": ("labels",)},
-            options={"prefixes": SourceOption(False, "one row per prefix")},
-        )
+    mine = Source(
+        name="mine",
+        help="a test",
+        contract=STEPWISE,
+        map_row=map_row,
+        reads={"prompt": ("problem",), "completions": ("steps",), "labels": ("labels",)},
+        options={"prefixes": False},
     )
+    monkeypatch.setitem(SOURCES, "mine", mine)
     raw = {"problem": "p", "steps": ["a", "b"], "labels": [1, -1]}
     rows = load("mine", tmp_path / "a.jsonl", raw | {"labels": "skip"}, raw, options={"prefixes": True})
     assert [row["id"] for row in rows] == ["mine/train/1/0", "mine/train/1/1"]
     assert [row["labels"] for row in rows] == [[1], [1, -1]]
-    with pytest.raises(ConfigError, match="a source named 'mine' is registered already"):
-        register(get_source("mine"))
 
 
 def test_every_listed_source_is_complete() -> None:
-    names = [source.name for source in list_sources()]
-    assert names == sorted(names)
-    assert {"gsm8k", "math500", "math", "svamp", "multiarith", "amc", "aime", "reasoning_gym", "task", "rows"} <= set(
-        names
-    )
-    for source in list_sources():
+    names = ["gsm8k", "math500", "math", "svamp", "multiarith", "amc", "aime", "reasoning_gym", "task", "rows"]
+    assert {*names, "prm800k", "math_shepherd", "processbench", "bigbench_mistake", "mr_gsm8k"} == set(SOURCES)
+    for name, source in SOURCES.items():
+        assert source.name == name
         assert source.help
-        assert source.requires <= set(source.reads) or not source.reads
+        assert set(source.requires) <= set(source.reads) or not source.reads
         assert source.default_split in source.splits
-        assert source.evaluation_only <= {"*", *source.splits}
-        assert all(option.help for option in source.options.values())
+        assert set(source.evaluation_only) <= {"*", *source.splits}
+        assert callable(source.map_row)
+        assert source.settings({}).keys() == source.options.keys()
+
+
+def test_test_splits_that_models_are_judged_by_are_not_for_training() -> None:
+    kept = {name: set(source.evaluation_only) for name, source in SOURCES.items() if source.evaluation_only}
+    assert {name for name, splits in kept.items() if splits == {"*"}} == {
+        *("math500", "amc", "aime", "processbench", "bigbench_mistake", "mr_gsm8k")
+    }
+    assert {name for name, splits in kept.items() if splits == {"test"}} == {"gsm8k", "svamp", "multiarith", "math"}
+    assert kept["prm800k"] == {"test", "phase1_test", "phase2_test"}
 
 
 # --- the real files --------------------------------------------------------------------------------------------------

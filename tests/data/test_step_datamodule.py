@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from stepkd.data.collate import collate
+from stepkd.data.config import DataConfig
 from stepkd.data.datamodule import StepData
-from stepkd.data.spec import DataConfig
-from stepkd.data.step_labels import LabelRule
+from stepkd.data.encode import LabelRule
 from stepkd.errors import ConfigError, DataError
 from stepkd.models.spec import PolicyConfig, tiny_tokenizer
 from stepkd.models.step_head_config import Classifier, LabelTokens
@@ -142,7 +142,7 @@ def test_three_classes(tmp_path: Path) -> None:
         ([[None, None]], {}, {}, "zero labelled steps"),
         ([[0.5, 1.0]], {"kind": "classifier", "classes": 3}, {}, "soft labels for 3 classes"),
         ([[True, False]], {}, {"kind": "rating"}, "labels.kind asks for 'rating'"),
-        ([[True, False]], {"meaning": "outcome"}, {"scope": "outcome"}, "found None: give rows with a boolean"),
+        ([[True, False]], {"meaning": "outcome"}, {"scope": "outcome"}, "is correct: give rows with a boolean"),
     ],
 )
 def test_rows_that_cannot_be_trained_on(

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from stepkd.data.completion import Completion
+from stepkd.data.encode import LabelRule
 from stepkd.data.feedback import FeedbackEncoder
 from stepkd.data.step_encode import Layout, StepEncoder
-from stepkd.data.step_labels import LabelRule
 from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, DataError, UnreadableSolution
 from stepkd.models.spec import tiny_tokenizer
@@ -246,7 +246,7 @@ def test_ids_of_another_tokenizer_fall_back_to_the_steps_as_text(tiny: Any, bpe:
     completion = sampled(bpe, texts, step_labels=LABELS, steps=texts)
     assert pieces(tiny, trained(tiny, completion)) == ["so 7.\n~", "a\n~", "#### 7\n~"]
     del completion["steps"]
-    with pytest.raises(DataError, match="token ids are not of this model's tokenizer, and it has no 'steps'") as caught:
+    with pytest.raises(DataError, match=r"not of this model's tokenizer, .* and it has no 'steps'") as caught:
         trained(tiny, completion)
     assert (caught.value.path, caught.value.column) == ("r1", "token_ids")
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from stepkd.data.encode import LabelRule
 from stepkd.data.step_encode import Layout, StepEncoder
-from stepkd.data.step_labels import LabelRule
 from stepkd.data.templates import PromptTemplate
 from stepkd.models.spec import tiny_tokenizer
 from stepkd.steps.format import StepFormat, auto_marker, marker_token_id

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from stepkd.data.step_labels import LabelRule, Target, step_targets
+from stepkd.data.encode import LabelRule, Target, step_targets
 from stepkd.errors import ConfigError, DataError
 
 INCORRECT, CORRECT = (1.0, 0.0), (0.0, 1.0)
@@ -78,7 +78,7 @@ def test_outcome_scope() -> None:
     assert step_targets({"correct": False, "step_labels": [True]}, 1, 2, rule) == [INCORRECT]
     assert step_targets({"outcome": False}, 2, 3, rule) == [None, ONE_OF_3[-1]]
     for row in ({}, {"outcome": None}, {"outcome": 1}, {"correct": None}, {"outcome": "yes"}):
-        with pytest.raises(DataError, match=r"needs whether the answer is correct, found .*boolean 'outcome'"):
+        with pytest.raises(DataError, match=r"needs whether .*boolean 'outcome'|must be true or false"):
             step_targets(row, 1, 2, rule)
 
 

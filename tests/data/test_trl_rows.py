@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from stepkd.data.spec import DataConfig, load_rows
+from stepkd.data.config import DataConfig
+from stepkd.data.load import load_rows
 from stepkd.errors import DataError
 
 
@@ -155,7 +156,7 @@ def test_parquet_and_saved_datasets_hold_messages_too(tmp_path: Path) -> None:
     """Arrow fills the keys that only some messages have with nulls."""
     import datasets
 
-    from stepkd.data.spec import RowsInMemory
+    from stepkd.data.config import RowsInMemory
 
     rows = [{"messages": [{**user("q"), "name": "Ann"}, assistant("a")]}] * 2
     made = datasets.Dataset.from_list(rows)

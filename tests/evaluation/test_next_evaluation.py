@@ -6,8 +6,8 @@ import shlex
 
 import pytest
 
-from stepkd.data.benchmarks import benchmark_data, get_benchmark, next_evaluation
-from stepkd.data.spec import DataConfig, parse_spec
+from stepkd.data.config import DataConfig, benchmark_data, next_evaluation, parse_spec
+from stepkd.data.sources import get_benchmark
 
 TINY = {"task": "modular:terms=4", "n": 128}
 

@@ -8,7 +8,7 @@ from runpy import run_path
 
 import pytest
 
-from stepkd.data.benchmarks import BENCHMARKS
+from stepkd.data.sources import BENCHMARKS
 from stepkd.grading.pool import Grader, GradingConfig, Verdict
 
 _TABLES = run_path(str(Path(__file__).with_name("pairs.py")))

@@ -11,7 +11,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from stepkd.data.spec import load_rows, parse_spec
+from stepkd.data.config import parse_spec
+from stepkd.data.load import load_rows
 from stepkd.data.templates import get_template
 from stepkd.errors import DataError
 from stepkd.iteration.measure import differences, divergence, model_metrics, problem_rows, ratio_difference

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from stepkd.data.config import DataConfig
+from stepkd.data.load import load_rows
 from stepkd.data.rows import DEMONSTRATION
-from stepkd.data.spec import DataConfig, load_rows
 from stepkd.errors import DataError
 from stepkd.labels.convert import Demonstrations, convert_rows
 

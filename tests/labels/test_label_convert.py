@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stepkd.data.config import parse_spec
+from stepkd.data.load import load_rows
 from stepkd.data.rows import STEPWISE, validate
-from stepkd.data.spec import load_rows, parse_spec
 from stepkd.errors import DataError
 from stepkd.labels.convert import (
     Balanced,
@@ -93,7 +94,7 @@ def test_balanced_by_count() -> None:
 
 def test_what_is_refused() -> None:
     bare = {name: value for name, value in ROWS[0].items() if name != "steps"}
-    with pytest.raises(DataError, match="p0/0, column 'steps': no step texts"):
+    with pytest.raises(DataError, match="p0/0, column 'steps': the completion has no steps"):
         convert_rows([bare], Stepwise())
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from stepkd.data.config import DataConfig, parse_spec
+from stepkd.data.load import load_rows
 from stepkd.data.rows import STEPWISE
-from stepkd.data.spec import DataConfig, load_rows, parse_spec
 from stepkd.errors import ConfigError, DataError
 from stepkd.labels.labellers import Outcome, Solution, TaskChecker
 from stepkd.labels.settings import Cut, Existing, Fitted, LabelConfig, Reject

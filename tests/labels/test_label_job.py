@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from stepkd.data.completion import Completion
+from stepkd.data.config import DataConfig
+from stepkd.data.load import load_rows
 from stepkd.data.rows import COMPLETION
-from stepkd.data.spec import DataConfig, load_rows
 from stepkd.errors import ConfigError, DataError, StepkdError
 from stepkd.labels.labellers import Outcome, Scored, Solution, StepLabels, TaskChecker
 from stepkd.labels.monte_carlo import MonteCarlo

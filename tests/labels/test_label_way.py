@@ -12,9 +12,10 @@ import pytest
 
 from stepkd.data.collate import Batch, collate
 from stepkd.data.completion import Completion
+from stepkd.data.config import DataConfig, parse_spec
 from stepkd.data.datamodule import StepData
-from stepkd.data.spec import DataConfig, load_rows, parse_spec
-from stepkd.data.step_labels import LabelRule
+from stepkd.data.encode import LabelRule
+from stepkd.data.load import load_rows
 from stepkd.labels import job as labelling
 from stepkd.labels.labellers import Solution, StepLabels
 from stepkd.labels.monte_carlo import MonteCarloLabeller

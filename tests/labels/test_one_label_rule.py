@@ -14,8 +14,9 @@ import torch
 from stepkd.claims.jobs import problem_columns
 from stepkd.data.collate import Batch, collate
 from stepkd.data.completion import Completion
+from stepkd.data.encode import LabelRule, step_targets
 from stepkd.data.feedback import feedback_counts
-from stepkd.data.step_labels import LabelRule, step_targets, trl_row
+from stepkd.data.sources.contract_rows import trl_row
 from stepkd.errors import DataError
 from stepkd.evaluation.config import EvaluatePRMConfig
 from stepkd.evaluation.metrics import summarise

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from stepkd.data.config import parse_spec
+from stepkd.data.load import load_rows
 from stepkd.data.rows import PREFERENCE, validate
-from stepkd.data.spec import load_rows, parse_spec
 from stepkd.labels.convert import Preference, convert_rows, even_pairs
 
 

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from stepkd.data.completion import Completion
+from stepkd.data.config import parse_spec
+from stepkd.data.load import load_rows
 from stepkd.data.rows import STEP_PREFERENCE
-from stepkd.data.spec import load_rows, parse_spec
 from stepkd.errors import ConfigError, DataError, ModelError
 from stepkd.grading.pool import GradingConfig
 from stepkd.labels.job import run_pair_job

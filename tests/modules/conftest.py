@@ -13,9 +13,8 @@ from torch.nn import functional as F
 from stepkd.data.batching import BatchPlan, StepLoader
 from stepkd.data.collate import Batch, collate
 from stepkd.data.completion import Completion
-from stepkd.data.encode import Encoder
+from stepkd.data.encode import Encoder, LabelRule
 from stepkd.data.step_encode import StepEncoder
-from stepkd.data.step_labels import LabelRule
 from stepkd.data.templates import get_template
 from stepkd.models.policy import Policy
 from stepkd.models.spec import PolicyConfig, tiny_tokenizer

@@ -18,9 +18,8 @@ from lightning.pytorch import Trainer
 
 from stepkd.data.batching import BatchPlan, StepLoader
 from stepkd.data.collate import Batch
-from stepkd.data.encode import Encoder
+from stepkd.data.encode import Encoder, LabelRule
 from stepkd.data.step_encode import StepEncoder
-from stepkd.data.step_labels import LabelRule
 from stepkd.data.templates import get_template
 from stepkd.errors import TrainingError
 from stepkd.losses import LossTerms

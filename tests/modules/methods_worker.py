@@ -17,9 +17,8 @@ from lightning.pytorch import Trainer
 
 from stepkd.data.batching import BatchPlan, StepLoader
 from stepkd.data.collate import collate
-from stepkd.data.encode import Encoder
+from stepkd.data.encode import Encoder, LabelRule
 from stepkd.data.step_encode import StepEncoder
-from stepkd.data.step_labels import LabelRule
 from stepkd.data.templates import get_template
 from stepkd.models.sharding import whole_tensor
 from stepkd.models.spec import PolicyConfig, tiny_tokenizer

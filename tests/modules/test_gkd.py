@@ -19,8 +19,8 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from stepkd.data.batching import BatchPlan, StepLoader
+from stepkd.data.config import DataConfig
 from stepkd.data.datamodule import StepData
-from stepkd.data.spec import DataConfig
 from stepkd.errors import ConfigError, ModelError, TrainingError
 from stepkd.losses import generalized_jsd, nkd, reverse_kl, top_k_buckets
 from stepkd.models.policy import Policy

@@ -15,9 +15,9 @@ from lightning.pytorch import Trainer
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, Starcoder2Config
 
+from stepkd.data.config import DataConfig
 from stepkd.data.datamodule import StepData
-from stepkd.data.spec import DataConfig
-from stepkd.data.step_labels import LabelRule
+from stepkd.data.encode import LabelRule
 from stepkd.errors import ConfigError, DataError, ModelError
 from stepkd.models.spec import PolicyConfig, build_tiny
 from stepkd.modules.dpo import DPOModule, Sigmoid, SigmoidByVisits

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from stepkd.cli import main
+from stepkd.data.config import DataConfig
 from stepkd.data.datamodule import StepData
-from stepkd.data.spec import DataConfig
-from stepkd.data.step_labels import LabelRule
+from stepkd.data.encode import LabelRule
 from stepkd.errors import ConfigError, StepkdError
 from stepkd.losses import step_cross_entropy
 from stepkd.models.checkpoint import load_trained

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from lightning.pytorch import Trainer
 
+from stepkd.data.config import DataConfig
 from stepkd.data.datamodule import StepData
-from stepkd.data.spec import DataConfig
 from stepkd.errors import ConfigError, DataError
 from stepkd.models.spec import PolicyConfig, tiny_tokenizer
 from stepkd.models.step_head_config import LabelTokens

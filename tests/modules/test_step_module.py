@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from stepkd.data.batching import BatchPlan, Position, StepLoader
+from stepkd.data.config import DataConfig
 from stepkd.data.datamodule import StepData
-from stepkd.data.spec import DataConfig
 from stepkd.errors import ConfigError, ModelError, StepkdError, TrainingError
 from stepkd.losses import LossTerms
 from stepkd.models.checkpoint import export_model, load_trained

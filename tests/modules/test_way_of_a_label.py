@@ -11,8 +11,8 @@ import torch
 from stepkd.data.collate import Batch
 from stepkd.data.completion import Completion
 from stepkd.data.datamodule import StepData
+from stepkd.data.encode import LabelRule
 from stepkd.data.rows import COMPLETION, validate
-from stepkd.data.step_labels import LabelRule
 from stepkd.losses import LossTerms
 from stepkd.models.spec import PolicyConfig, tiny_tokenizer
 from stepkd.modules.kto import StepKTOModule

@@ -11,16 +11,21 @@ TRL's types become contract rows:
 
 Ids and answers written as numbers become texts (42 -> "42", 7.0 -> "7"); nothing else is touched. Other columns are
 kept; one spelt nearly like a missing contract column is an error unless ``extra_columns: keep``.
+
+The other way, :func:`to_stepwise` and :func:`trl_row` make step-labelled rows, and TRL's, of labelled completions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
-from stepkd.data.rows import CONTRACTS, EXTRA_RULES, Row, chat_message
-from stepkd.data.sources.registry import Benchmark, Options, RawRow, SourceOption, register
+from stepkd.data.rows import COMPLETION, STEPWISE, Row, chat_message, passed_on, validate
+from stepkd.data.sources.source import Options, RawRow
+from stepkd.errors import DataError
+from stepkd.steps.labels import THRESHOLD, Neutral, label_kind, verdicts
 
 Messages = list[dict[str, Any]]
 
@@ -28,7 +33,8 @@ _KEYS = {"from": "role", "value": "content"}
 _ROLES = {"human": "user", "gpt": "assistant"}
 
 
-def _map(raw: RawRow, options: Options) -> Row:
+def contract_row(raw: RawRow, options: Options) -> Row:
+    """A row in contract form."""
     row = dict(raw)
     _read_alpaca(row, raw.columns)
     _read_conversation(row, raw)
@@ -116,21 +122,81 @@ def _messages(value: list[Any], raw: RawRow, column: str) -> Messages:
     return turns
 
 
-register(
-    Benchmark(
-        name="rows",
-        help="any file or hub data set with prompt and answer",
-        contract=None,
-        map_row=_map,
-        options={
-            "contract": SourceOption("auto", "what the rows are; auto: told from the first", ("auto", *CONTRACTS)),
-            "extra_columns": SourceOption(
-                "check", "check (refuse near misses), keep (all) or error (refuse all)", EXTRA_RULES
-            ),
-        },
-        template="gsm8k",
-        extractors=("hash", "boxed", "answer_phrase", "latex", "last_number"),
-        max_new_tokens=1024,
-        evaluated_split=None,
-    )
-)
+# --- labelled rows as others have them -----------------------------------------------------------------------------
+
+
+def to_stepwise(row: Mapping[str, Any], *, keep: Sequence[str] = ()) -> Row:
+    """Turn a labelled completion into a STEPWISE row; a row that is one already stays as it is.
+
+    Args:
+        row: a COMPLETION row with ``steps``, the text of every step (``step_ends`` counts tokens, so only the
+            tokenizer's owner can cut the completion), and ``step_labels``.
+        keep: further columns to copy where the row has them, for example where the labels came from.
+
+    Returns:
+        ``prompt``, ``completions``, ``labels`` and ``id``; ``outcome`` where the answer was graded, ``answer`` where
+        the completion carries the gold answer.
+
+    Raises:
+        DataError: no labels or step texts, or another number of steps than labels.
+    """
+    if "completions" in row:
+        return dict(row)
+    name = row.get("id") or row.get("problem_id", "?")
+    for column, how in (("step_labels", "(stepkd label)"), ("steps", "as Existing solutions")):
+        if row.get(column) is None:
+            raise DataError(f"the completion has no {column}: label it first {how}", path=name, column=column)
+    validate(dict(row), COMPLETION, extra="keep")
+    found: Row = {"id": name, "prompt": row["prompt"], "completions": row["steps"], "labels": row["step_labels"]}
+    found |= passed_on({**row, "outcome": row["correct"]}, "outcome", "answer", *keep)
+    return validate(found, STEPWISE, path=name, extra="keep")
+
+
+def trl_row(
+    row: Mapping[str, Any],
+    *,
+    neutral: Neutral = "correct",
+    threshold: float = THRESHOLD,
+    counts: Counter[str] | None = None,
+) -> Row | None:
+    """Cast a STEPWISE row of any label kind to TRL's stepwise-supervision type, with a boolean at every step.
+
+    A step without a label is joined to the next labelled step, whose label then stands behind both; unlabelled steps at
+    the end are cut off. No text before a label is lost, no label is made up. (TRL had a trainer for the type until
+    2026, huggingface/trl pull request 7133; the type lives on in its published data sets.)
+
+    Args:
+        row: a STEPWISE row.
+        neutral: what a rating of 0 becomes; ``mask``: such a step counts as unlabelled.
+        threshold: a chance is correct from here on, in (0, 1).
+        counts: updated with the number of steps that became ``correct`` and ``incorrect``, among them ``neutral`` ones,
+            that were ``joined`` or ``cut``, and of rows left ``empty``.
+
+    Returns:
+        The row with boolean labels and its other columns as they were; None when no label is left.
+
+    Raises:
+        ConfigError: a threshold outside (0, 1).
+        DataError: the row breaks its contract.
+    """
+    validate(dict(row), STEPWISE, extra="keep")
+    found: Counter[str] = Counter()
+    if label_kind(row["labels"]) == "rating":
+        found["neutral"] += row["labels"].count(0)
+    steps: list[str] = []
+    labels: list[bool] = []
+    waiting: list[str] = []
+    marks = verdicts(row["labels"], neutral=neutral, threshold=threshold)
+    for step, label in zip(row["completions"], marks, strict=True):
+        waiting.append(step)
+        if label is not None:
+            found["correct" if label else "incorrect"] += 1
+            found["joined"] += len(waiting) - 1
+            steps.append("\n".join(waiting))
+            labels.append(label)
+            waiting = []
+    found["cut"] += len(waiting)
+    found["empty"] += not labels
+    if counts is not None:
+        counts.update(found)
+    return {**row, "completions": steps, "labels": labels} if labels else None

@@ -14,11 +14,15 @@ mark, which then ends the question. Text after the last tag is a step without a 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from os.path import commonprefix
+from pathlib import Path
+from typing import Any
 
-from stepkd.data.rows import STEPWISE, Row, passed_on, shown
-from stepkd.data.sources.registry import Options, RawRow, Source, SourceOption, register
+from stepkd.data.rows import STEPWISE, Row, passed_on, shown, validate
+from stepkd.data.sources.source import Options, RawRow
 from stepkd.errors import DataError
+from stepkd.runs.files import write_jsonl
 
 TAG = "ки"
 """Marks the end of a step in ``input``."""
@@ -27,7 +31,8 @@ FIRST_STEP = re.compile(r"[Ss]tep 1:")
 _ANSWER_MARK = "The answer is:"
 
 
-def _map(raw: RawRow, options: Options) -> Row | list[Row]:
+def tagged_row(raw: RawRow, options: Options) -> Row | list[Row]:
+    """A row; none for one that cannot be read where these are to be dropped."""
     try:
         return _parsed(raw)
     except DataError:
@@ -107,16 +112,37 @@ def _question(raw: RawRow, pieces: list[str]) -> tuple[str, str | None]:
     )
 
 
-register(
-    Source(
-        name="math_shepherd",
-        help="Math-Shepherd: Monte-Carlo step labels, GSM8K and MATH problems",
-        contract=STEPWISE,
-        map_row=_map,
-        reads={"input": ("input",), "label": ("label",), "subset": ("task",), "id": ("id",)},
-        requires=frozenset({"input", "label"}),
-        hub="peiyi9979/Math-Shepherd",
-        splits={"train": "train"},
-        options={"malformed": SourceOption("error", "rows that cannot be read: error or drop", ("error", "drop"))},
-    )
-)
+def write_math_shepherd(rows: Iterable[Mapping[str, Any]], path: str | Path) -> int:
+    """Write rows in this form; unless the first step begins with ``Step 1:``, every step is numbered.
+
+    Args:
+        rows: STEPWISE rows with true or false at every step and a text prompt; ``subset`` is written as ``task``.
+        path: the file.
+
+    Returns:
+        The number of rows written.
+
+    Raises:
+        DataError: chat messages as prompt, or texts that a reader would cut elsewhere.
+    """
+    return write_jsonl(path, (_written(row, Path(path), line) for line, row in enumerate(rows, start=1)))
+
+
+def _written(row: Mapping[str, Any], path: Path, line: int) -> Row:
+    validate(dict(row), STEPWISE, path=path, line=line, extra="keep")
+    assert all(isinstance(label, bool) for label in row["labels"])
+    prompt, steps = row["prompt"], [step.strip() for step in row["completions"]]
+    if not isinstance(prompt, str):
+        raise DataError("is a list of messages; this form has a text question", path=path, line=line, column="prompt")
+    if not FIRST_STEP.match(steps[0]):
+        steps = [f"Step {number}: {step}" for number, step in enumerate(steps, start=1)]
+    broken = [column for column, text in (("prompt", prompt), ("completions", " ".join(steps))) if TAG in text]
+    broken += ["prompt"] * len(FIRST_STEP.findall(prompt)) + ["completions"] * (len(FIRST_STEP.findall(steps[0])) - 1)
+    if broken:
+        what = f"holds the step tag {TAG!r}, or 'Step 1:' where no solution begins: a reader would cut it there; reword"
+        raise DataError(f"{what} it, or convert the row to Stepwise", path=path, line=line, column=broken[0])
+    texts: Row = {
+        name: f"{prompt.strip()} " + "\n".join(f"{step} {mark}" for step, mark in zip(steps, marks, strict=True))
+        for name, marks in (("input", [TAG] * len(steps)), ("label", ["-+"[label] for label in row["labels"]]))
+    }
+    return texts | passed_on({"task": row.get("subset"), "id": row.get("id")}, "task", "id")

@@ -1,37 +1,18 @@
-r"""Problems with answers, the benchmarks among them: word problems and competition mathematics.
+"""Rows of public data sets as problems with an answer, or as solutions whose first incorrect step humans marked.
 
-A source or benchmark is one entry of the table at the end: where its rows are, which columns it reads, how it is asked.
-
-``gsm8k`` (Cobbe et al. 2021, arXiv 2110.14168): hub ``openai/gsm8k``, configuration ``main``, splits ``train`` (7,473)
-and ``test`` (1,319). Columns ``question`` and ``answer``; the latter is the solution with ``<<48/2=24>>`` calculator
-marks, which are left out, and a last line ``#### 72``.
-``svamp`` (Patel et al. 2021, arXiv 2103.07191): hub ``ChilleD/SVAMP``, splits ``train`` (700) and ``test`` (300),
-columns ``Body``, ``Question``, ``Answer``, ``Equation``, ``Type``, ``question_concat``. Other copies give one
-``question``; a copy of all 1,000 problems counts as the test split.
-``multiarith`` (Roy and Roth 2015): hub ``ChilleD/MultiArith``, splits ``train`` (420) and ``test`` (180), columns
-``question`` and ``final_ans``. Column names are confirmed by public loaders, split sizes are as commonly cited.
-
-``math500`` (Lightman et al. 2023, arXiv 2305.20050): hub ``HuggingFaceH4/MATH-500``, split ``test`` (500 problems).
-``math`` (Hendrycks et al. 2021, arXiv 2103.03874): the same layout for other files; hub ``EleutherAI/hendrycks_math``,
-seven subject configurations with splits ``train`` and ``test`` (named by several public loaders; not loaded from the
-hub here). Where the file has no ``answer``, it is the content of the solution's last ``\boxed{}``. MATH-500 is part of
-MATH's test split.
-``aime``: hub ``HuggingFaceH4/aime_2024``, hub split ``train`` (30 problems), columns ``id``, ``problem``, ``solution``,
-``answer``, ``url``, ``year`` (its dataset card). ``AI-MO/aimo-validation-aime`` (90, the same columns),
-``Maxwell-Jia/AIME_2024`` (``ID``, ``Problem``, ``Solution``, ``Answer``), ``math-ai/aime25`` and the MathArena files
-(``problem_idx``, ``problem``, ``answer``) read as well: give their id as ``hub`` and the split by the hub's name.
-``amc``: hub ``math-ai/amc23``, split ``test`` (40), columns ``id``, ``question``, ``answer`` (confirmed by public
-loaders). ``AI-MO/aimo-validation-amc`` (83, hub split ``train``, answers as floats) reads as well.
+Which data set is read by which function, and under which columns, says ``stepkd/data/sources.yaml``.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any
+from pathlib import Path
 
-from stepkd.data.rows import Row, passed_on
-from stepkd.data.sources.registry import Benchmark, Options, RawRow, Source, as_text, register
+from stepkd.data.rows import Row, passed_on, shown
+from stepkd.data.sources.source import Options, RawRow, as_text
 
+SUBSETS = ("gsm8k", "math", "olympiadbench", "omnimath")
+"""The parts of ProcessBench, in its order."""
 _CALCULATOR_MARK = re.compile(r"<<[^<>\n]*>>")
 
 
@@ -90,7 +71,8 @@ def whole_answer(value: object) -> object:
 _OPTIONAL = ("solution", "level", "subject", "url", "year", "equation", "id")
 
 
-def _map(raw: RawRow, options: Options) -> Row:
+def problem_row(raw: RawRow, options: Options) -> Row:
+    """A problem; where there is no answer, it is that in the solution's last box."""
     solution = raw.get("solution")
     if isinstance(solution, str) and not solution.strip():  # some copies hold empty solutions
         del raw["solution"]
@@ -102,21 +84,24 @@ def _map(raw: RawRow, options: Options) -> Row:
     return {"prompt": raw["prompt"], "answer": answer} | passed_on(raw, *_OPTIONAL)
 
 
-def _map_number(raw: RawRow, options: Options) -> Row:
-    row = _map(raw, options)
+def number_row(raw: RawRow, options: Options) -> Row:
+    """A problem whose answer is a number."""
+    row = problem_row(raw, options)
     return row | {"answer": whole_answer(row["answer"])}
 
 
-def _map_svamp(raw: RawRow, options: Options) -> Row:
+def svamp_row(raw: RawRow, options: Options) -> Row:
+    """A problem that may come as a body and a question."""
     if "prompt" not in raw:
         body, ask = raw.get("Body"), raw.get("Question")
         if not isinstance(body, str) or not isinstance(ask, str):
             raise raw.error("needs 'question', or 'Body' and 'Question' as texts", column="prompt")
         raw["prompt"] = f"{body.strip()} {ask.strip()}"
-    return _map_number(raw, options)
+    return number_row(raw, options)
 
 
-def _map_gsm8k(raw: RawRow, options: Options) -> Row:
+def gsm8k_row(raw: RawRow, options: Options) -> Row:
+    """A problem whose answer is the last line of its solution."""
     solution = raw["solution"]
     if not isinstance(solution, str):
         raise raw.error(f"must be text, found {type(solution).__name__}", column="solution")
@@ -127,119 +112,40 @@ def _map_gsm8k(raw: RawRow, options: Options) -> Row:
             column="answer",
         )
     raw |= {"answer": answer, "solution": _CALCULATOR_MARK.sub("", solution)}
-    return _map(raw, options)
+    return problem_row(raw, options)
 
 
-# --- the table -------------------------------------------------------------------------------------------------------
+def first_error_row(raw: RawRow, options: Options) -> Row:
+    """A solution with the 0-based index of its first incorrect step (-1: none), as step labels.
 
-_ID = {"id": ("id", "ID", "problem_idx", "unique_id")}
-_WORDS: dict[str, Any] = {
-    "extractors": ("hash", "boxed", "answer_phrase", "last_number"),
-    "template": "gsm8k",
-    "max_new_tokens": 1024,
-    "evaluation_only": frozenset({"test"}),
-}
-_LATEX: dict[str, Any] = {"extractors": ("boxed", "hash", "answer_phrase", "latex"), "template": "math"}
-_MATH: dict[str, Any] = {
-    "map_row": _map,
-    "reads": {
-        "prompt": ("problem", "question"),
-        "answer": ("answer",),
-        "solution": ("solution",),
-        "level": ("level",),
-        "subject": ("subject", "type"),  # the original files call it `type`
-        "id": ("unique_id", "id"),
-    },
-    "requires": frozenset({"prompt"}),
-}
-_CONTEST: dict[str, Any] = {
-    "map_row": _map_number,
-    "reads": {
-        "prompt": ("problem", "Problem", "question", "Question"),
-        "answer": ("answer", "Answer"),
-        "solution": ("solution", "Solution"),
-        **_ID,
-    },
-    "keeps": ("url", "year"),
-}
-_TEST_ONLY: dict[str, Any] = {"default_split": "test", "evaluation_only": frozenset({"*"})}
+    They are true before that step, false at it, and null behind it, where nobody judged.
 
-for _source in (
-    Benchmark(
-        name="gsm8k",
-        help="GSM8K test, 1,319 word problems (arXiv 2110.14168)",
-        map_row=_map_gsm8k,
-        reads={"prompt": ("question",), "solution": ("answer",), **_ID},
-        requires=frozenset({"prompt", "solution"}),
-        hub="openai/gsm8k",
-        hub_configs=("main",),
-        **_WORDS,
-    ),
-    Benchmark(
-        name="math500",
-        help="MATH-500 (arXiv 2305.20050, appendix)",
-        hub="HuggingFaceH4/MATH-500",
-        splits={"test": "test"},
-        max_new_tokens=2048,
-        **_MATH,
-        **_LATEX,
-        **_TEST_ONLY,
-    ),
-    Benchmark(
-        name="svamp",
-        help="SVAMP, one- and two-step word problems (arXiv 2103.07191)",
-        map_row=_map_svamp,
-        reads={
-            "prompt": ("question",),
-            "answer": ("answer", "Answer"),
-            "equation": ("equation", "Equation"),
-            **_ID,
-        },
-        requires=frozenset({"answer"}),
-        keeps=("Body", "Question"),
-        hub="ChilleD/SVAMP",
-        default_split="test",
-        **_WORDS,
-    ),
-    Benchmark(
-        name="multiarith",
-        help="MultiArith, two-step word problems",
-        map_row=_map_number,
-        reads={"prompt": ("question",), "answer": ("final_ans", "answer"), **_ID},
-        hub="ChilleD/MultiArith",
-        default_split="test",
-        **_WORDS,
-    ),
-    Benchmark(
-        name="amc",
-        help="AMC problems from a file or hub id",
-        hub="math-ai/amc23",
-        splits={"test": "test"},
-        max_new_tokens=2048,
-        **_CONTEST,
-        **_LATEX,
-        **_TEST_ONLY,
-    ),
-    Benchmark(
-        name="aime",
-        help="AIME problems from a file or hub id, integer answers",
-        hub="HuggingFaceH4/aime_2024",
-        splits={"test": "train"},
-        max_new_tokens=4096,
-        **_CONTEST,
-        **_LATEX,
-        **_TEST_ONLY,
-    ),
-    Source(
-        name="math",
-        help="competition problems in the MATH layout (problem, solution, perhaps answer)",
-        hub="EleutherAI/hendrycks_math",
-        hub_configs=(
-            *("algebra", "counting_and_probability", "geometry", "intermediate_algebra"),
-            *("number_theory", "prealgebra", "precalculus"),
-        ),
-        evaluation_only=frozenset({"test"}),
-        **_MATH,
-    ),
-):
-    register(_source)
+    Raises:
+        DataError: steps that are no list, or an index that is no whole number or not of a step.
+    """
+    steps, first = raw["completions"], raw["first_error"]
+    if not isinstance(steps, list):
+        raise raw.error(f"must be a list of step texts, found {shown(steps)}", column="steps")
+    if type(first) is not int or not -1 <= first < len(steps):
+        raise raw.error(
+            f"must be the number of the first incorrect step (0 to {len(steps) - 1}; -1: none), found {shown(first)}",
+            column="label",
+        )
+    labels = [True if first < 0 or i < first else False if i == first else None for i in range(len(steps))]
+    row: Row = {"prompt": raw["prompt"], "completions": steps, "labels": labels, "first_error": first}
+    more = ("outcome", "id", "answer", "final_answer", "generator", "question_type", "error_reason")
+    return row | passed_on(raw, *more)
+
+
+def bigbench_row(raw: RawRow, options: Options) -> Row:
+    """The same, where null says that no step is incorrect."""
+    if raw["first_error"] is None:
+        raw["first_error"] = -1
+    return first_error_row(raw, options)
+
+
+def processbench_row(raw: RawRow, options: Options) -> Row:
+    """With the part of the benchmark: the ids begin with it (``gsm8k-0``), and files and hub splits are named so."""
+    names = (str(raw.get("id")).rpartition("-")[0], Path(raw.path).name.partition(".")[0], raw.path.rpartition(":")[2])
+    subset = next((name for name in names if name in SUBSETS), None)
+    return first_error_row(raw, options) | ({} if subset is None else {"subset": subset})
