@@ -402,50 +402,43 @@ def build_settings(kind: type[S], values: Mapping[str, Any], where: str) -> S:
         if value is None and type(None) not in get_args(known.get(name, Any)) and known.get(name, Any) is not Any:
             raise ConfigError(f"{where}: {name} has no value")  # jsonargparse takes None for any type
     try:
-        return built(parser, kind, parser.parse_object(dict(values)))
+        return built(kind, parser.parse_object(dict(values)))
     except StepkdError as error:
         raise ConfigError(f"{where}: {str(error).splitlines()[-1].strip()}") from None
 
 
-def built(parser: ArgumentParser, kind: type[S], values: Any) -> S:
+def built(kind: type[S], values: Any, place: str = "") -> S:
     """The instance of a dataclass whose fields a parser has read.
+
+    Args:
+        kind: the dataclass.
+        values: field -> value.
+        place: dotted name of the setting that it is; empty for a whole command's.
 
     Raises:
         StepkdError: what the dataclass, or one that it holds, refuses; the message says where in the settings.
     """
+    hints, start = get_type_hints(kind), f"{place}." if place else ""
+    names = [each.name for each in fields(kind) if each.init]  # type: ignore[arg-type]
+    parts = {name: _part(hints[name], values[name], start + name) for name in names}
     try:
-        return _made(parser, kind, values)
-    except (StepkdError, ValueError, TypeError) as error:
-        place, refused = _refused_part(kind, values)
-        if refused is None:
-            raise
-        start, _, last = place.rpartition(".")
-        if str(refused).startswith(f"{last}."):
-            place = start
-        between = "." if re.match(r"[\w.]+=", str(refused)) else ": "
-        refused.args = (f"{place}{between}{refused}" if place else str(refused),)
-        raise refused from error
-
-
-def _made(parser: ArgumentParser, kind: Any, values: Any) -> Any:
-    made = parser.instantiate(values)
-    return kind(**{field.name: made[field.name] for field in fields(kind) if field.init})
-
-
-def _refused_part(kind: Any, values: Any, place: str = "") -> tuple[str, StepkdError | None]:
-    """The place of the innermost settings that their class refuses, and what it says."""
-    for name, hint in get_type_hints(kind).items():
-        below = values.get(name)
-        for own in _classes(hint) if isinstance(below, Namespace) else ():
-            chosen = _class(below.class_path, own) if "class_path" in below else own
-            if is_dataclass(chosen):
-                found = _refused_part(chosen, below.get("init_args", below), f"{place}.{name}".lstrip("."))
-                if found[1] is not None:
-                    return found
-    parser = SettingsParser()
-    parser.add_class_arguments(kind)
-    try:
-        _made(parser, kind, values)
+        return kind(**parts)
     except StepkdError as error:
-        return place, error
-    return place, None
+        outer, _, last = place.rpartition(".")
+        where = outer if str(error).startswith(f"{last}.") else place
+        between = "." if re.match(r"[\w.]+=", str(error)) else ": "
+        error.args = (f"{where}{between}{error}" if where else str(error),)
+        raise
+
+
+def _part(hint: Any, value: Any, place: str) -> Any:
+    """A field's value, in which settings of dataclasses are instances."""
+    if isinstance(value, list | tuple):
+        return type(value)(_part(hint, each, place) for each in value)
+    if not isinstance(value, Namespace):
+        return value
+    for own in _classes(hint):
+        chosen = _class(value.class_path, own) if "class_path" in value else own
+        if is_dataclass(chosen):
+            return built(chosen, value.get("init_args", value), place)
+    return value

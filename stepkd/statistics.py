@@ -98,6 +98,31 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
+def shown(
+    figure: Mapping[str, Any] | float | None, number: str = ".3f", *, scale: float = 1.0, gap: str | None = " "
+) -> str:
+    """A number as text, with its interval behind the gap where it has one: ``0.930 (0.886 to 0.958)``.
+
+    Args:
+        figure: a number, or :meth:`Interval.to_dict`; without a value it is a dash.
+        number: format of the numbers.
+        scale: factor on them.
+        gap: what stands before the interval; None leaves it out, as where its bounds are equal.
+    """
+    interval = figure if isinstance(figure, Mapping) else {"value": figure, "low": None, "high": None}
+    if interval["value"] is None:
+        return "-"
+    value = f"{scale * interval['value']:{number}}"
+    if gap is None or interval["low"] is None or interval["high"] is None or interval["low"] == interval["high"]:
+        return value
+    return f"{value}{gap}({scale * interval['low']:{number}} to {scale * interval['high']:{number}})"
+
+
+def percent(figure: Mapping[str, Any] | float | None, gap: str | None = " ") -> str:
+    """A share in percent, as :func:`shown` gives it."""
+    return shown(figure, ".1f", scale=100.0, gap=gap)
+
+
 # --- shares and means over problems -----------------------------------------------------------------------------------
 
 
@@ -361,7 +386,7 @@ def estimate_mean(arrays: Sequence[FloatArray], *, n_resamples: int = RESAMPLES)
     problem, decides in their place.
 
     Args:
-        arrays: per seed (P, K, 2), see :func:`stepkd.claims.statements.value_array`.
+        arrays: per seed (P, K, 2), see :func:`stepkd.claims.runner.value_array`.
         n_resamples: resamples of the bootstrap.
     """
     values_S, values_RS = map(_values, _sums_and_resamples(arrays, n_resamples))

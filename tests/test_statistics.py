@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from stepkd import statistics
-from stepkd.claims.statements import value_array
+from stepkd.claims.runner import value_array
 from stepkd.errors import ConfigError
 from stepkd.statistics import (
     cluster_bootstrap,
@@ -21,13 +21,31 @@ from stepkd.statistics import (
     fieller_interval,
     mcnemar_exact,
     mean_interval,
+    percent,
     ratio_interval,
     ratio_of_sums,
+    shown,
     t_interval,
     wilson_interval,
 )
 
 # --- intervals ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("figure", "number", "text"),
+    [
+        (None, ".3f", "-"),
+        (0.5, ".1%", "50.0%"),
+        ({"value": None, "low": None, "high": None}, ".3f", "-"),
+        ({"value": 0.5, "low": None, "high": None}, ".3f", "0.500"),
+        ({"value": 0.5, "low": 0.25, "high": 0.75}, ".1%", "50.0% (25.0% to 75.0%)"),
+        ({"value": 12.0, "low": 12.0, "high": 12.0}, ".1f", "12.0"),
+    ],
+)
+def test_a_number_is_shown_with_its_interval_where_it_has_one(figure: object, number: str, text: str) -> None:
+    assert shown(figure, number) == text  # type: ignore[arg-type]
+    assert percent({"value": 0.5, "low": 0.25, "high": 0.75}, "\n") == "50.0\n(25.0 to 75.0)"
 
 
 @pytest.mark.parametrize(

@@ -2,37 +2,184 @@
 
 ``recipes/claims/README.md`` explains the keys. A claim has jobs, which are what users run (``fit``, ``label``,
 ``evaluate``, ...: :mod:`stepkd.claims.jobs`), and settings, which the texts of jobs and metrics refer to as
-``$name``. Variants, arms and the quick version are settings on top.
+``$name``. Variants, arms and the quick version are settings on top. Its statements are reproduced, not reproduced, or
+inconclusive.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypeAlias
 
-from stepkd.claims.jobs import KINDS
-from stepkd.claims.statements import Statement
-from stepkd.errors import ConfigError, DataError, StepkdError, nearest
+import pydantic
+from pydantic import Field
+
+from stepkd.claims.jobs import KINDS, Do, References
+from stepkd.errors import ConfigError, DataError, nearest
 from stepkd.settings import build_settings
+from stepkd.statistics import (
+    Estimate,
+    FloatArray,
+    Interval,
+    estimate_difference,
+    estimate_mean,
+    estimate_ratio,
+    estimate_seed_ratio,
+)
 from stepkd.yaml_files import check_keys, mapping, overlaid, read_yaml
 
+Verdict: TypeAlias = Literal["reproduced", "not reproduced", "inconclusive"]
+Direction: TypeAlias = Literal["higher", "lower"]
+Measure: TypeAlias = Literal["difference", "ratio", "seed_ratio"]
+SeedValues: TypeAlias = Mapping[str, Mapping[str, Sequence[FloatArray]]]
+"""arm -> metric -> one (P, K, 2) array per seed, in the seeds' order."""
+
+
+@dataclass(frozen=True)
+class Statement:
+    """One statement about a metric: of two arms (``better`` and ``worse``), or of one ``arm`` against a number.
+
+    What must lie beyond the bound: for a difference the gain in the claimed direction (``better - worse`` if higher is
+    better, ``worse - better`` if lower is), above it; for a ratio ``better / worse``, for one arm its mean, above it if
+    higher is better, below it if lower is.
+    """
+
+    metric: str
+    """Name of a metric of the claim."""
+    better: str | None = None
+    """Arm that the claim holds to be better."""
+    worse: str | None = None
+    """Arm that it is compared with."""
+    arm: str | None = None
+    """The one arm of a statement against a number."""
+    direction: Direction = "higher"
+    """Which values of the metric are better."""
+    measure: Measure = "difference"
+    """``difference``, ``ratio`` or ``seed_ratio``; only between two arms."""
+    bound: float | None = None
+    """What must be passed: between two arms by default 0 (difference) or 1 (ratio); one arm needs a number."""
+    variants: tuple[str, ...] = ()
+    """Variants that it is about; empty: all."""
+    paper: str = ""
+    """The paper's number for it, shown beside the result."""
+
+    def __post_init__(self) -> None:
+        if len(self.arms) != (2 if self.arm is None else 1):
+            raise ConfigError("a statement names better and worse (two arms), or arm (one arm and a bound)")
+        if self.better is not None and self.better == self.worse:
+            raise ConfigError(f"better and worse are the same arm, {self.better!r}")
+        if self.arm is not None and (self.bound is None or self.is_ratio):
+            raise ConfigError(f"a statement about one arm ({self.arm!r}) has a bound, and no measure")
+
+    @property
+    def is_ratio(self) -> bool:
+        """Whether it is about ``better / worse``."""
+        return self.measure != "difference"
+
+    @property
+    def limit(self) -> float:
+        """The number to be beyond."""
+        return float(self.is_ratio) if self.bound is None else float(self.bound)
+
+    @property
+    def below(self) -> bool:
+        """Whether the quantity must lie below the bound."""
+        return self.direction == "lower" and (self.is_ratio or self.arm is not None)
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """Arms that it names."""
+        return tuple(name for name in (self.better, self.worse, self.arm) if name is not None)
+
+    def estimate(self, values: SeedValues) -> Estimate:
+        """The quantity, from the values of every seed."""
+        first, *second = (values[name][self.metric] for name in self.arms)
+        if not second:
+            return estimate_mean(first)
+        better, worse = first, second[0]
+        if self.is_ratio:
+            return (estimate_ratio if self.measure == "ratio" else estimate_seed_ratio)(better, worse)
+        return estimate_difference(better, worse) if self.direction == "higher" else estimate_difference(worse, better)
+
+    def verdict(self, interval: Interval) -> Verdict:
+        """Reproduced if the whole interval lies beyond the bound, not reproduced if all of it lies before it."""
+        low, high = (-interval.high, -interval.low) if self.below else (interval.low, interval.high)
+        bound = -self.limit if self.below else self.limit
+        if math.isnan(low) or math.isnan(high):
+            return "inconclusive"
+        if low > bound:
+            return "reproduced"
+        return "not reproduced" if high < bound else "inconclusive"
+
+    def __str__(self) -> str:
+        first, second = (self.better, self.worse) if self.direction == "higher" else (self.worse, self.better)
+        quantity = f"{self.metric}: {first} - {second}"
+        if self.is_ratio:
+            quantity = f"{self.metric}: {self.better} / {self.worse}{' per seed' * (self.measure == 'seed_ratio')}"
+        if self.arm is not None:
+            quantity = f"{self.metric} of {self.arm}"
+        return f"{quantity} {'<' if self.below else '>'} {self.limit:g}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """What it says, as JSON values, without the paper's number."""
+        names = ("arm",) if self.arm is not None else ("better", "worse", "measure", "direction")
+        said = {name: value for name, value in asdict(self).items() if name in ("metric", *names)}
+        return said | {"bound": self.limit, "below": self.below}
+
+
+def overall(verdicts: Sequence[Verdict]) -> Verdict:
+    """Verdict of a claim: reproduced only if every statement is; not reproduced as soon as one is not."""
+    if "not reproduced" in verdicts:
+        return "not reproduced"
+    return "reproduced" if verdicts and set(verdicts) == {"reproduced"} else "inconclusive"
+
+
+# ---- the file --------------------------------------------------------------------------------------------------------
+
+Text: TypeAlias = Annotated[str, pydantic.StringConstraints(strip_whitespace=True, min_length=1)]
+Name: TypeAlias = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.@+-]*$")]
+"""Can be the name of a folder or row."""
+Seeds: TypeAlias = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Changes: TypeAlias = dict[str, Any]
+"""Settings on top of others."""
+
+
+class QuickFile(pydantic.BaseModel):
+    """How the quick version is smaller."""
+
+    model_config = pydantic.ConfigDict(strict=True)
+    seeds: Seeds | None = None
+    settings: Changes = {}
+    variants: list[str] | None = None
+
+
+class ClaimFile(pydantic.BaseModel):
+    """The keys of a claim file, with what it takes from its base."""
+
+    model_config = pydantic.ConfigDict(strict=True)
+    claim: Text
+    source: Text
+    statements: Annotated[list[Changes], Field(min_length=1)]
+    jobs: dict[Name, Annotated[dict[str, Changes | None], Field(min_length=1, max_length=1)]]
+    metrics: dict[Name, Annotated[str, Field(pattern=r"^\w+(\..+)?$")]]
+    arms: Annotated[dict[Name, Changes], Field(min_length=1)]
+    seeds: Seeds
+    quick: QuickFile
+    settings: Changes = {}
+    variants: dict[Name, Changes] = {}
+    run: Name | None = None
+    equal: dict[str, list[str] | None] = {}
+
+
 OWN = ("claim", "source", "statements")
-INHERITED = ("jobs", "metrics", "arms", "seeds", "quick", "settings", "variants", "run", "equal")
-"""Keys that a claim takes from its ``base`` where it has none of its own."""
+"""Keys that a claim does not take from its base."""
 MERGED = ("jobs", "metrics", "settings")
-"""Those of them that are merged key by key with the claim's own."""
-NEEDED = (*OWN, "jobs", "metrics", "arms", "seeds", "quick")
-QUICK = ("seeds", "settings", "variants")
-GIVEN = ("seed", "arm")
-"""Names that every text may refer to, beside settings and jobs."""
-REFERENCE = re.compile(r"\$(\w+)")
-METRIC = re.compile(r"(\w+)(?:\.(.+))?")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@+-]*")
+"""Keys that are merged key by key with those of its base."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +213,25 @@ class Claim:
     quick: bool = False
     """Whether this is the reduced version."""
 
+    def wanted(self) -> list[tuple[str, dict[str, Any]]]:
+        """Kind and settings of every different job of all arms, with names in place of folders.
+
+        Raises:
+            ConfigError: a text refers to nothing, or to itself.
+        """
+        wanted: dict[str, tuple[str, dict[str, Any]]] = {}
+
+        def note(name: str, kind: str, settings: Mapping[str, Any]) -> str:
+            wanted[json.dumps([kind, settings])] = kind, dict(settings)
+            return f"folders/{name}"
+
+        for variant in self.variants:
+            for arm in self.arms:
+                asked = Arm(self, variant, arm, self.seeds[0], note)
+                for metric in self.metrics:
+                    asked.source(metric)
+        return list(wanted.values())
+
     def identity(self) -> dict[str, Any]:
         """What decides the value of a seed, as JSON values."""
         plain = {"variants": self.variants, "arms": self.arms, "jobs": self.jobs, "metrics": self.metrics}
@@ -87,6 +253,27 @@ class Claim:
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
 
 
+class Arm(References):
+    """One arm of a seed: its settings and jobs.
+
+    Args:
+        claim, variant, arm, seed: which.
+        do: runs a job that a text refers to.
+    """
+
+    def __init__(self, claim: Claim, variant: str, arm: str, seed: int, do: Do) -> None:
+        named = {**claim.variants[variant], **claim.arms[arm], "seed": seed, "arm": arm}
+        super().__init__(named, claim.jobs, do)
+        self.metrics = claim.metrics
+
+    def source(self, metric: str) -> tuple[str, str] | None:
+        """Folder of the job that a metric comes from, and the column; None where this arm has no such job."""
+        self._way = [f"metrics: {metric}"]
+        name, _, column = self.metrics[metric].partition(".")
+        folder = self.of(name)
+        return None if folder is None else (folder, self.value(column or metric))
+
+
 def load_claim(path: str | Path, *, quick: bool = False) -> Claim:
     """Read a claim file; both its full and its quick version are checked.
 
@@ -98,193 +285,102 @@ def load_claim(path: str | Path, *, quick: bool = False) -> Claim:
         DataError: unreadable, or something in it cannot be; the message names the file and the key.
     """
     path = Path(path)
-    raw = read_yaml(path, "claim")
     try:
-        raw = _with_base(raw, path)
-        if missing := [key for key in NEEDED if key not in raw]:
-            raise ConfigError(f"a claim needs the key {missing[0]!r}")
-        full, reduced = (_build(path, raw, quick=flag) for flag in (False, True))
-    except StepkdError as error:
+        file = _parsed(_with_base(read_yaml(path, "claim"), path))
+        full, reduced = (_build(path, file, quick=flag) for flag in (False, True))
+    except ConfigError as error:
         raise DataError(str(error), path=path) from error
     return reduced if quick else full
 
 
 def _with_base(raw: Any, path: Path) -> dict[str, Any]:
     """The claim's keys, with those that it takes from the claim that it is based on."""
-    check_keys(raw, (*OWN, "base", *INHERITED), "the claim")
-    raw = dict(raw)
-    if (base := raw.pop("base", None)) is None:
-        return raw
+    check_keys(raw, ["base", *ClaimFile.model_fields], "the claim")
+    own = dict(raw)
+    if (base := own.pop("base", None)) is None:
+        return own
     file = path.parent / f"{base}.yaml"
     if not file.is_file():
         raise ConfigError(f"base: no claim {base!r} in {path.parent}")
-    own, below = raw, _with_base(read_yaml(file, "claim"), file)
-    merged = {key: value for key, value in below.items() if key in INHERITED} | own
+    below = _with_base(read_yaml(file, "claim"), file)
+    merged = {key: value for key, value in below.items() if key not in OWN} | own
     for key in MERGED:
         both = overlaid(mapping(below.get(key), key), mapping(own.get(key), key))
         merged[key] = {name: value for name, value in both.items() if key != "metrics" or value is not None}
     return merged
 
 
-def _build(path: Path, raw: Mapping[str, Any], *, quick: bool) -> Claim:
-    for key in ("claim", "source"):
-        if not isinstance(raw[key], str) or not raw[key].strip():
-            raise ConfigError(f"{key}: must be text, got {raw[key]!r}")
-    check_keys(raw["quick"], QUICK, "quick")
-    reduced: Mapping[str, Any] = raw["quick"] if quick else {}
+def _parsed(raw: Mapping[str, Any]) -> ClaimFile:
+    check_keys(raw.get("quick"), list(QuickFile.model_fields), "quick")
+    try:
+        return ClaimFile.model_validate(raw)
+    except pydantic.ValidationError as error:
+        found = error.errors()[0]
+        place = ": ".join(map(str, found["loc"]))
+        if found["type"] == "missing":
+            raise ConfigError(f"a claim needs the key {place!r}") from None
+        raise ConfigError(f"{place}: {found['msg']}, got {found['input']!r}") from None
+
+
+def _build(path: Path, file: ClaimFile, *, quick: bool) -> Claim:
+    reduced = file.quick if quick else QuickFile()
+    variants = file.variants or {"main": {}}
+    seeds = reduced.seeds or file.seeds
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"seeds: must differ, got {seeds}")
+    for name, job in file.jobs.items():
+        _check_known(next(iter(job)), KINDS, f"jobs: {name}: no kind of job")
+    for name in file.settings:
+        if name in ("seed", "arm", *file.jobs):
+            raise ConfigError(f"settings: {name!r} is the name of a job, or of the seed or arm: take another name")
+    changed = {"quick: settings": file.quick.settings}
+    changed |= {f"arms: {arm}": changes for arm, changes in file.arms.items()}
+    changed |= {f"variants: {variant}": changes for variant, changes in variants.items()}
+    for where, changes in changed.items():
+        for name in changes:
+            _check_known(name, file.settings, f"{where}: the claim has no setting")
+    chosen = list(variants) if reduced.variants is None else reduced.variants
+    for name in chosen:
+        _check_known(name, variants, "quick: no variant")
     name = path.name.removesuffix(".yaml")
-    run = raw.get("run", name)
-    if not isinstance(run, str) or not _NAME.fullmatch(run):
-        raise ConfigError(f"run: {run!r} cannot be a folder's name; use letters, digits and _ . @ + -")
-    settings = mapping(raw.get("settings"), "settings")
-    if taken := [key for key in settings if key in GIVEN or key in mapping(raw["jobs"], "jobs")]:
-        raise ConfigError(f"settings: {taken[0]!r} is the name of a job, or of the seed or arm: take another name")
-    arms = {arm: _known(settings, changes, f"arms: {arm}") for arm, changes in _named(raw["arms"], "arms").items()}
-    if not arms:
-        raise ConfigError("arms: name at least one")
     claim = Claim(
         name=name,
         path=path,
-        claim=" ".join(raw["claim"].split()),
-        source=" ".join(raw["source"].split()),
-        jobs=_jobs(raw["jobs"]),
-        metrics=_named(raw["metrics"], "metrics"),
-        variants=_variants(settings, raw, reduced),
-        arms=arms,
-        run=f"{run}-quick" if quick else run,
-        seeds=_seeds(reduced.get("seeds", raw["seeds"])),
-        statements=_statements(raw["statements"]),
-        equal=_equal(raw.get("equal"), raw["metrics"], arms),
+        claim=" ".join(file.claim.split()),
+        source=" ".join(file.source.split()),
+        jobs=file.jobs,
+        metrics=file.metrics,
+        variants={variant: file.settings | variants[variant] | reduced.settings for variant in chosen},
+        arms=file.arms,
+        run=f"{file.run or name}{'-quick' if quick else ''}",
+        seeds=tuple(seeds),
+        statements=tuple(_statement(f"statement {n}", item) for n, item in enumerate(file.statements, start=1)),
+        equal={metric: tuple(file.arms if arms is None else arms) for metric, arms in file.equal.items()},
         quick=quick,
     )
-    _check_references(claim, settings)
-    _check_statements(claim, all_variants=_named(raw.get("variants"), "variants") or {"main": {}})
-    return claim
-
-
-def _jobs(raw: Any) -> dict[str, Mapping[str, Any]]:
-    jobs = _named(raw, "jobs")
-    for name, job in jobs.items():
-        given = mapping(job, f"jobs: {name}")
-        if len(given) != 1:
-            raise ConfigError(f"jobs: {name}: must be one kind with its settings, got {', '.join(given) or 'none'}")
-        ((kind, settings),) = given.items()
-        _check_known(kind, KINDS, f"jobs: {name}: no kind of job")
-        mapping(settings, f"jobs: {name}: {kind}")
-    return jobs
-
-
-def _variants(settings: Mapping[str, Any], raw: Mapping[str, Any], reduced: Mapping[str, Any]) -> dict[str, Any]:
-    declared = _named(raw.get("variants"), "variants") or {"main": {}}
-    chosen = _names(reduced.get("variants", list(declared)), "quick: variants")
-    smaller = _known(settings, reduced.get("settings"), "quick: settings")
-    built = {}
-    for name in chosen:
-        _check_known(name, declared, "quick: no variant")
-        built[name] = {**settings, **_known(settings, declared[name], f"variants: {name}"), **smaller}
-    return built
-
-
-def _known(settings: Mapping[str, Any], raw: Any, where: str) -> dict[str, Any]:
-    """Settings on top of the claim's, all of which it has."""
-    changes = mapping(raw, where)
-    for name in changes:
-        _check_known(name, settings, f"{where}: the claim has no setting")
-    return changes
-
-
-def _seeds(raw: Any) -> tuple[int, ...]:
-    good = isinstance(raw, list) and all(isinstance(x, int) and not isinstance(x, bool) and x >= 0 for x in raw)
-    if not good or not raw or len(set(raw)) != len(raw):
-        raise ConfigError(f"seeds: must be a list of different whole numbers from 0, got {raw!r}")
-    return tuple(raw)
-
-
-def _statements(raw: Any) -> tuple[Statement, ...]:
-    if not isinstance(raw, list) or not raw:
-        raise ConfigError(f"statements: must be a list of at least one statement, got {raw!r}")
-    statements = []
-    for number, item in enumerate(raw, start=1):
-        where = f"statement {number}"
-        try:
-            statements.append(build_settings(Statement, mapping(item, where), where))
-        except ConfigError as error:
-            text = str(error)
-            raise ConfigError(text if text.startswith(where) else f"{where}: {text}") from error
-    return tuple(statements)
-
-
-def _check_references(claim: Claim, settings: Mapping[str, Any]) -> None:
-    """Every text refers to what there is, nothing to itself, and every metric to a job."""
-    known = {**settings, **claim.jobs, **dict.fromkeys(GIVEN)}
-
-    def check(value: Any, where: str, above: tuple[str, ...]) -> None:
-        for name in references(value):
-            _check_known(name, known, f"{where}: no setting or job")
-            if name in above:
-                raise ConfigError(f"{where}: {' -> '.join([*above, name])} refers to itself")
-            check(known[name], where, (*above, name))
-
-    for name, value in settings.items():
-        check(value, f"settings: {name}", (name,))
-    for name, job in claim.jobs.items():
-        check(job, f"jobs: {name}", (name,))
-    for arm, changes in claim.arms.items():
-        check(changes, f"arms: {arm}", ())
-    for name, text in claim.metrics.items():
-        found = METRIC.fullmatch(text) if isinstance(text, str) else None
-        if found is None:
-            raise ConfigError(f"metrics: {name}: must be JOB.COLUMN, or JOB for the column of that name, got {text!r}")
-        _check_known(found[1], [*claim.jobs, *settings], f"metrics: {name}: no job or setting")
-        check(text, f"metrics: {name}", ())
-
-
-def references(value: Any) -> Iterator[str]:
-    """Names that texts in a value refer to."""
-    if isinstance(value, str):
-        yield from REFERENCE.findall(value)
-    elif isinstance(value, Mapping | list):
-        for each in value.values() if isinstance(value, Mapping) else value:
-            yield from references(each)
-
-
-def _check_statements(claim: Claim, all_variants: Mapping[str, Any]) -> None:
-    """Every statement names arms, metrics and variants that there are."""
+    for metric, arms in claim.equal.items():
+        _check_known(metric, claim.metrics, f"equal: {metric}: no metric")
+        for arm in arms:
+            _check_known(arm, claim.arms, f"equal: {metric}: no arm")
     for number, statement in enumerate(claim.statements, start=1):
         where = f"statement {number}"
+        _check_known(statement.metric, claim.metrics, f"{where}: no metric")
         for arm in statement.arms:
             _check_known(arm, claim.arms, f"{where}: no arm")
         for variant in statement.variants:
-            _check_known(variant, all_variants, f"{where}: no variant")
-        _check_known(statement.metric, claim.metrics, f"{where}: no metric")
+            _check_known(variant, variants, f"{where}: no variant")
+    claim.wanted()
+    return claim
 
 
-def _equal(raw: Any, metrics: Collection[str], arms: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    equal = {}
-    for metric, names in mapping(raw, "equal").items():
-        _check_known(metric, metrics, "equal: no metric")
-        chosen = tuple(arms) if names is None else tuple(_names(names, f"equal: {metric}"))
-        for arm in chosen:
-            _check_known(arm, arms, f"equal: {metric}: no arm")
-        equal[metric] = chosen
-    return equal
+def _statement(where: str, item: Mapping[str, Any]) -> Statement:
+    try:
+        return build_settings(Statement, item, where)
+    except ConfigError as error:
+        text = str(error)
+        raise ConfigError(text if text.startswith(where) else f"{where}: {text}") from error
 
 
 def _check_known(name: str, known: Collection[str], problem: str) -> None:
     if name not in known:
         raise ConfigError(f"{problem} {name!r}.{nearest(name, known)} Known: {', '.join(known) or 'none'}")
-
-
-def _named(raw: Any, where: str) -> dict[str, Any]:
-    """A mapping whose keys can be names of folders and rows."""
-    named = mapping(raw, where)
-    for name in named:
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise ConfigError(f"{where}: {name!r} cannot be a name; use letters, digits and _ . @ + -")
-    return named
-
-
-def _names(raw: Any, where: str) -> Sequence[str]:
-    if not isinstance(raw, list) or not all(isinstance(name, str) for name in raw):
-        raise ConfigError(f"{where}: must be a list of names, got {raw!r}")
-    return raw

@@ -1,25 +1,35 @@
-"""What a claim's jobs are: the functions that users call, each in a folder, and the numbers that it leaves.
+"""Jobs by name, of claims and of the quick start: functions that users call, each in a folder, and what they leave.
 
-A kind takes the settings that its command takes (``label`` those of ``stepkd label``). Its columns are what metrics of
-the claim name: one number for the whole job; or one entry per problem, which is a number or a pair ``[part, whole]``.
+A kind takes the settings that its command takes (``label`` those of ``stepkd label``); a text in them that begins with
+``$`` is a setting, or the folder of another job. The columns of a kind are what metrics of a claim name: one number for
+the whole job; or one entry per problem, which is a number or a pair ``[part, whole]``.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from stepkd.errors import ConfigError, DataError, StepkdError
+from stepkd.errors import ConfigError, DataError, StepkdError, nearest
+from stepkd.evaluation.config import EvaluateConfig, ScoreConfig
+from stepkd.iteration.spec import IterateConfig
 from stepkd.labels.convert import ConverterConfig, convert_rows
+from stepkd.labels.settings import PAIR_JOBS, LabelConfig, PairJobConfig
+from stepkd.runs.job import JobConfig, flat
 from stepkd.safe import check_import
 from stepkd.settings import build_settings
 from stepkd.yaml_files import overlaid, read_yaml
 
 Row = Mapping[str, Any]
+REFERENCE = re.compile(r"\$(\w+)")
+Do = Callable[[str, str, Mapping[str, Any]], str]
+"""Job, kind and settings to the job's folder."""
 ROWS_NAME = "rows.jsonl"
 """What jobs leave that make rows of rows."""
 TRAINING_ONLY: Mapping[str, Any] = {
@@ -39,6 +49,56 @@ class Measured:
     """Ids of the problems, in the order of the entries."""
 
 
+class References:
+    """Settings and jobs by name, and texts with what they refer to in its place.
+
+    Args:
+        named: settings.
+        jobs: job -> its kind with its settings.
+        do: runs a job that a text refers to, once.
+    """
+
+    def __init__(self, named: Mapping[str, Any], jobs: Mapping[str, Mapping[str, Any]], do: Do) -> None:
+        self.named, self.jobs, self.do = named, jobs, do
+        self._folders: dict[str, str] = {}
+        self._way: list[str] = []
+
+    def value(self, raw: Any) -> Any:
+        """A value with every ``$name`` replaced: a text that is one reference becomes what it refers to."""
+        if isinstance(raw, Mapping):
+            return {key: self.value(each) for key, each in raw.items()}
+        if isinstance(raw, list):
+            return [self.value(each) for each in raw]
+        if not isinstance(raw, str):
+            return raw
+        if (whole := REFERENCE.fullmatch(raw)) is not None:
+            return self.of(whole[1])
+        return REFERENCE.sub(lambda found: str(self.of(found[1])), raw)
+
+    def of(self, name: str) -> Any:
+        """A setting, or the folder of a job, which is run first.
+
+        Raises:
+            ConfigError: there is neither, or it refers to itself; the names on the way are shown.
+        """
+        way = " -> ".join([*self._way, name])
+        if name in self._way:
+            raise ConfigError(f"{way} refers to itself")
+        known = [*self.named, *self.jobs]
+        if name not in known:
+            raise ConfigError(f"{way}: no setting or job {name!r}.{nearest(name, known)} Known: {', '.join(known)}")
+        self._way.append(name)
+        if name in self.named:
+            found = self.value(self.named[name])
+        else:
+            if name not in self._folders:
+                ((kind, settings),) = self.jobs[name].items()
+                self._folders[name] = self.do(name, kind, self.value(settings or {}))
+            found = self._folders[name]
+        self._way.pop()
+        return found
+
+
 def run_job(kind: str, settings: Mapping[str, Any], out: Path) -> Measured:
     """Run a job, or resume it in the folder where it was interrupted; numbers that are not finite are left out.
 
@@ -51,52 +111,69 @@ def run_job(kind: str, settings: Mapping[str, Any], out: Path) -> Measured:
         StepkdError: what the kind's function refuses.
     """
     out.mkdir(parents=True, exist_ok=True)
-    found = KINDS[kind](dict(settings), out)
+    run = KINDS[kind]
+    if kind in (*CONFIGS, "pairs"):
+        found = run(out, job_config(kind, settings, out))
+    else:
+        try:
+            signature(run).bind(out, **settings)
+        except TypeError as error:
+            raise ConfigError(f"{kind}: {error}") from error
+        found = run(out, **settings)
     kept = {name: each for name, each in found.columns.items() if not isinstance(each, float) or math.isfinite(each)}
     return Measured(kept, found.problems)
 
 
 def job_config(kind: str, settings: Mapping[str, Any], out: Path) -> Any:
-    """The settings object of a kind that has one (:data:`KINDS_WITH_SETTINGS`).
+    """The settings object of ``pairs``, or of a kind among :data:`CONFIGS`.
 
     Raises:
         ConfigError: unknown, missing or impossible settings, or those that the claim sets itself.
     """
-    from stepkd.evaluation.config import EvaluateConfig, ScoreConfig
-    from stepkd.iteration.spec import IterateConfig
-    from stepkd.labels.settings import PAIR_JOBS, LabelConfig
-
     if own := {"out", "overwrite"} & set(settings):
         raise ConfigError(f"{kind}: {min(own)} is set by the claim itself: a job has its own folder, and is resumed")
     given = dict(settings)
-    classes: dict[str, type[Any]] = {"label": LabelConfig, "score": ScoreConfig, "evaluate": EvaluateConfig}
-    classes |= {"iterate": IterateConfig, "convert": ConvertJob, "draw": DrawJob, "best_of_n": BestOfNJob}
-    made = classes.get(kind) or PAIR_JOBS.get(given.pop("to", None))
+    made = CONFIGS.get(kind) or PAIR_JOBS.get(given.pop("to", ""))
     if made is None:
         raise ConfigError(f"pairs: to must be one of {', '.join(PAIR_JOBS)}")
-    has_folder = kind in ("label", "pairs", "score", "evaluate")
-    return build_settings(made, given | ({"out": str(out)} if has_folder else {}), kind)
+    return build_settings(made, given | ({"out": str(out)} if issubclass(made, JobConfig) else {}), kind)
 
 
-KINDS_WITH_SETTINGS = ("label", "pairs", "score", "evaluate", "iterate", "convert", "draw", "best_of_n")
-"""Kinds whose settings are checked as a whole, by :func:`job_config`."""
+@dataclass(frozen=True)
+class ConvertJob:
+    """Settings of ``convert``."""
+
+    rows: str
+    """Labelled rows: a file, or the folder of a labelling job."""
+    to: ConverterConfig
+    """Kind of the new rows."""
+
+
+CONFIGS: Mapping[str, type[Any]] = {
+    "label": LabelConfig,
+    "score": ScoreConfig,
+    "evaluate": EvaluateConfig,
+    "iterate": IterateConfig,
+    "convert": ConvertJob,
+}
+"""Kinds whose settings are a class."""
 
 
 # ---- training ------------------------------------------------------------------------------------------------------
 
 
-def training_settings(settings: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+def training_settings(recipes: Sequence[str] = (), **settings: Any) -> tuple[list[str], dict[str, Any]]:
     """Recipes of a job that trains, and its settings on top of them."""
-    return list(settings.pop("recipes", ())), overlaid(TRAINING_ONLY, settings)
+    return list(recipes), overlaid(TRAINING_ONLY, settings)
 
 
-def _fit(settings: dict[str, Any], out: Path) -> Measured:
+def _fit(out: Path, **settings: Any) -> Measured:
     """``recipes``, and training settings on top. Columns: the mean of every ``train/NAME`` over the run's log as
     ``NAME``, ``steps``, and ``completions``, those trained on."""
     from stepkd.runs.logger import read_metrics
     from stepkd.training.fit import fit
 
-    result = fit(*training_settings(settings), out=out, resume=True)
+    result = fit(*training_settings(**settings), out=out, resume=True)
     if result.status == "stopped":
         raise StepkdError(f"{out} was stopped after {result.steps} steps; give the same command again to resume")
     logged: dict[str, list[float]] = {}
@@ -111,36 +188,34 @@ def _fit(settings: dict[str, Any], out: Path) -> Measured:
     return Measured(means | {"steps": result.steps, "completions": completions})
 
 
-def _validate(settings: dict[str, Any], out: Path) -> Measured:
+def _validate(out: Path, **settings: Any) -> Measured:
     """``recipes``, and training settings on top, validated as ``stepkd validate`` does. Columns: every
     ``val/.../NAME`` as ``NAME``."""
     from stepkd.training.fit import validate
 
-    found = validate(*training_settings(settings))
+    found = validate(*training_settings(**settings))
     return Measured({name.rpartition("/")[2]: value for name, value in found.items()})
 
 
-def _cache_teacher(settings: dict[str, Any], out: Path) -> Measured:
+def _cache_teacher(out: Path, *, top_k: int, **settings: Any) -> Measured:
     """``recipes``, ``top_k``, and training settings on top: the cache that ``stepkd cache-teacher`` writes."""
     from stepkd.modules.distillation import cache_teacher
     from stepkd.training.fit import check_fit
 
-    top_k = settings.pop("top_k")
-    checked = check_fit(*training_settings(settings))
+    checked = check_fit(*training_settings(**settings))
     written = cache_teacher(checked.module, checked.data, out, top_k=top_k)
     return Measured({"completions": written["completions"]})
 
 
-def _iterate(settings: dict[str, Any], out: Path) -> Measured:
+def _iterate(out: Path, config: IterateConfig) -> Measured:
     """As ``stepkd iterate``. Columns: those of an evaluation for every model, ``m0.pass@1``, and ``m0.greedy``."""
     from stepkd.iteration.loop import run_iterations
     from stepkd.runs.job import read_results
 
-    spec = job_config("iterate", settings, out)
-    run_iterations(spec, out, report=lambda line: None)
+    run_iterations(config, out, report=lambda line: None)
     columns: dict[str, Any] = {}
     problems: list[str] = []
-    for k in range(spec.iterations + 1):
+    for k in range(config.iterations + 1):
         folder = out / f"iteration-{k}" / "evaluation"
         rows, greedy = (read_results(each) for each in (folder, folder / "greedy"))
         problems = [str(row["id"]) for row in rows]
@@ -153,35 +228,29 @@ def _iterate(settings: dict[str, Any], out: Path) -> Measured:
 # ---- labels and rows -----------------------------------------------------------------------------------------------
 
 
-def _label(settings: dict[str, Any], out: Path) -> Measured:
+def _label(out: Path, config: LabelConfig) -> Measured:
     """As ``stepkd label``. Columns: the numbers of its summary, ``labelling.generated_tokens`` for instance,
     ``steps_per_solution``, and ``one_step_share`` (solutions that are one step)."""
     from stepkd.labels.job import run_label_job
 
-    summary = run_label_job(job_config("label", settings, out))
+    summary = run_label_job(config)
     assert summary is not None, "one process does all the work"
     steps = [len(row["steps"]) for row in _load(out)]
     shares = {"steps_per_solution": sum(steps) / len(steps), "one_step_share": steps.count(1) / len(steps)}
     return Measured(_numbers(summary) | shares)
 
 
-def _pairs(settings: dict[str, Any], out: Path) -> Measured:
+def _pairs(out: Path, config: PairJobConfig) -> Measured:
     """As ``stepkd pairs``, with ``to: step`` or ``tree``. Columns: the numbers of its summary."""
     from stepkd.labels.job import run_pair_job
 
-    summary = run_pair_job(job_config("pairs", settings, out))
+    summary = run_pair_job(config)
     assert summary is not None, "one process does all the work"
     return Measured(_numbers(summary))
 
 
-def _numbers(summary: Mapping[str, Any], place: str = "") -> dict[str, float]:
-    found: dict[str, float] = {}
-    for name, value in summary.items():
-        if isinstance(value, Mapping):
-            found |= _numbers(value, f"{place}{name}.")
-        elif isinstance(value, int | float):
-            found[f"{place}{name}"] = float(value)
-    return found
+def _numbers(summary: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in flat(summary).items() if isinstance(value, int | float)}
 
 
 def _load(word: str | Path) -> list[Any]:
@@ -191,83 +260,57 @@ def _load(word: str | Path) -> list[Any]:
     return load_rows(parse_spec(str(word)))
 
 
-@dataclass(frozen=True)
-class ConvertJob:
-    """Settings of ``convert``."""
-
-    rows: str
-    """Labelled rows: a file, or the folder of a labelling job."""
-    to: ConverterConfig
-    """Kind of the new rows."""
-
-
-def _convert(settings: dict[str, Any], out: Path) -> Measured:
+def _convert(out: Path, config: ConvertJob) -> Measured:
     """As ``stepkd convert``: ``rows`` and ``to``. Columns: its counts, and ``rows``."""
-    config = job_config("convert", settings, out)
     converted = convert_rows(_load(config.rows), config.to)
     return Measured(converted.counts | {"rows": config.to.write(converted.rows, out / ROWS_NAME)})
 
 
-@dataclass(frozen=True)
-class DrawJob:
-    """Settings of ``draw``."""
-
-    rows: str
-    """A file of rows."""
-    count: int
-    """How many are drawn, without replacement; there must be as many."""
-    seed: int
-    """Seed of the draw."""
-    key: str
-    """Tells draws of the same seed apart."""
-
-
-def _draw(settings: dict[str, Any], out: Path) -> Measured:
-    """``count`` of ``rows``, keyed by ``seed`` and ``key``. Columns: ``rows``, and ``available``."""
-    config = job_config("draw", settings, out)
+def _draw(out: Path, *, rows: str, count: int, seed: int, key: str) -> Measured:
+    """``count`` of a file's ``rows``, without replacement; ``key`` tells draws of one ``seed`` apart. Columns:
+    ``rows``, and ``available``."""
     from stepkd.data.io import read_rows
     from stepkd.randomness import generator
     from stepkd.runs.files import write_jsonl
 
-    rows = [row for row, _ in read_rows(Path(config.rows))]
-    if len(rows) < config.count:
-        raise DataError(f"{config.count} rows are wanted, and there are {len(rows)}: lower count", path=config.rows)
-    picked = sorted(generator(config.seed, "step pairs", config.key).permutation(len(rows))[: config.count])
-    write_jsonl(out / ROWS_NAME, [rows[i] for i in picked])
-    return Measured({"rows": config.count, "available": len(rows)})
+    found = [row for row, _ in read_rows(Path(rows))]
+    if len(found) < count:
+        raise DataError(f"{count} rows are wanted, and there are {len(found)}: lower count", path=rows)
+    picked = sorted(generator(seed, "step pairs", key).permutation(len(found))[:count])
+    write_jsonl(out / ROWS_NAME, [found[i] for i in picked])
+    return Measured({"rows": count, "available": len(found)})
 
 
-def _consensus(settings: dict[str, Any], out: Path) -> Measured:
+def _consensus(out: Path, *, first: str, second: str) -> Measured:
     """As ``stepkd consensus``: ``first`` and ``second``. Columns: its counts."""
     from stepkd.labels.convert import consensus_filter
     from stepkd.runs.files import write_jsonl
 
-    first, second = (_load(settings.pop(name)) for name in ("first", "second"))
-    agreed = consensus_filter(first, second)
+    agreed = consensus_filter(_load(first), _load(second))
     write_jsonl(out / ROWS_NAME, agreed.rows)
     return Measured(agreed.counts)
 
 
-def _quality(settings: dict[str, Any], out: Path) -> Measured:
+def _quality(out: Path, *, rows: str, truth: str) -> Measured:
     """``rows`` against the true labels of ``truth``, up to the first error. Columns: the shares of
     :class:`~stepkd.labels.quality.LabelQuality`, and ``rows``."""
     from stepkd.labels.quality import label_quality
 
-    rows = _load(settings["rows"])
-    found = label_quality(rows, _load(settings["truth"])).to_dict()
+    labelled = _load(rows)
+    found = label_quality(labelled, _load(truth)).to_dict()
     shares = {name: value["value"] for name, value in found.items() if isinstance(value, Mapping)}
-    return Measured(shares | {"rows": len(rows)})
+    return Measured(shares | {"rows": len(labelled)})
 
 
 # ---- evaluation ----------------------------------------------------------------------------------------------------
 
 
-def _evaluate(settings: dict[str, Any], out: Path) -> Measured:
+def _evaluate(out: Path, config: EvaluateConfig) -> Measured:
     """As ``stepkd evaluate``. Columns: :func:`problem_columns`."""
     from stepkd.evaluation.runner import evaluate
     from stepkd.runs.job import read_results
 
-    evaluate(job_config("evaluate", settings, out))
+    evaluate(config)
     rows = read_results(out)
     return Measured(problem_columns(rows), [str(row["id"]) for row in rows])
 
@@ -302,28 +345,16 @@ def problem_columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
     return columns
 
 
-def _score(settings: dict[str, Any], out: Path) -> Measured:
+def _score(out: Path, config: ScoreConfig) -> Measured:
     """As ``stepkd score``. Columns: the numbers of its summary."""
     from stepkd.evaluation.score_rows import score_file
 
-    return Measured(_numbers(score_file(job_config("score", settings, out))))
+    return Measured(_numbers(score_file(config)))
 
 
-@dataclass(frozen=True)
-class BestOfNJob:
-    """Settings of ``best_of_n``."""
-
-    scores: dict[str, str]
-    """Name of a score -> folder of the job."""
-    ks: list[int]
-    """Numbers of samples to choose from; the largest is how many were drawn."""
-    extractors: list[str]
-    """How answers are found for the vote."""
-    seed: int
-    """Seed of intervals and drawn subsets."""
-
-
-def _best_of_n(settings: dict[str, Any], out: Path) -> Measured:
+def _best_of_n(
+    out: Path, *, scores: Mapping[str, str], ks: Sequence[int], extractors: Sequence[str], seed: int
+) -> Measured:
     """As ``stepkd best-of-n``: ``scores`` (name -> folder), ``ks``, ``extractors`` and ``seed``. Columns: for every
     method (``majority``, ``pass``, every score) ``METHOD@k`` and ``METHOD.growth``, from the smallest k to the
     largest. A solution that is missing, since nothing could score it, counts as an incorrect one."""
@@ -332,10 +363,9 @@ def _best_of_n(settings: dict[str, Any], out: Path) -> Measured:
     from stepkd.runs.job import read_results
     from stepkd.scorers.scorer import problem_key
 
-    config = job_config("best_of_n", settings, out)
-    grading = GradingConfig(extractors=tuple(config.extractors))
-    curve = best_of_n_from_files(config.scores, ks=config.ks, grading=grading, seed=config.seed, samples=max(config.ks))
-    first = read_results(next(iter(config.scores.values())))
+    grading = GradingConfig(extractors=tuple(extractors))
+    curve = best_of_n_from_files(scores, ks=ks, grading=grading, seed=seed, samples=max(ks))
+    first = read_results(next(iter(scores.values())))
     columns: dict[str, list[float]] = {}
     for method, values in curve.per_problem.items():
         columns |= {f"{method}@{k}": values[:, i].tolist() for i, k in enumerate(curve.ks)}
@@ -343,22 +373,22 @@ def _best_of_n(settings: dict[str, Any], out: Path) -> Measured:
     return Measured(columns, list(dict.fromkeys(map(problem_key, first))))
 
 
-def _call(settings: dict[str, Any], out: Path) -> Measured:
+def _call(out: Path, *, function: str, **settings: Any) -> Measured:
     """``function``, a dotted path to a function of one's own, called with the other settings and ``out``, the job's
     folder; it returns a :class:`Measured`."""
-    module, _, name = str(settings.pop("function")).rpartition(".")
+    module, _, name = function.rpartition(".")
     check_import(module, "a claim")
     try:
-        function = getattr(import_module(module), name)
+        called = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"no function {module}.{name} ({error}): is it on PYTHONPATH?") from error
-    found = function(**settings, out=out)
+        raise ConfigError(f"no function {function} ({error}): is it on PYTHONPATH?") from error
+    found = called(**settings, out=out)
     if not isinstance(found, Measured):
-        raise ConfigError(f"{module}.{name} returned a {type(found).__name__}, not a stepkd.claims.Measured")
+        raise ConfigError(f"{function} returned a {type(found).__name__}, not a stepkd.claims.Measured")
     return found
 
 
-KINDS: Mapping[str, Callable[[dict[str, Any], Path], Measured]] = {
+KINDS: Mapping[str, Callable[..., Measured]] = {
     "fit": _fit,
     "validate": _validate,
     "cache_teacher": _cache_teacher,

@@ -13,12 +13,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from stepkd.claims.claim_file import Claim
+from stepkd.claims.claim_file import Claim, SeedValues, overall
 from stepkd.claims.runner import seed_values
-from stepkd.claims.statements import SeedValues, overall
 from stepkd.errors import DataError
 from stepkd.runs.files import write_file
-from stepkd.statistics import RESAMPLES, Estimate, estimate_mean
+from stepkd.statistics import RESAMPLES, Estimate, estimate_mean, shown
 
 RESULTS_FORMAT = 1
 RESULTS_FOLDER = "results"
@@ -207,7 +206,10 @@ def _statements(summary: Mapping[str, Any]) -> Table:
         table.add_row(
             escape(text),
             number_text(statement),
-            "\n".join(interval_text(*statement[name]) for name in ("over_seeds", "over_problems")),
+            "\n".join(
+                "-" if None in statement[name] else "{:.3g} to {:.3g}".format(*statement[name])
+                for name in ("over_seeds", "over_problems")
+            ),
             f"[{style}]{statement['verdict']}[/{style}]",
         )
     return table
@@ -215,19 +217,5 @@ def _statements(summary: Mapping[str, Any]) -> Table:
 
 def number_text(numbers: Mapping[str, Any]) -> str:
     """``0.123`` with ``(0.100 to 0.150)`` below it; a dash where the value is undefined."""
-    if numbers["value"] is None:
-        return "-"
-    value, low, high = (numbers[name] for name in ("value", "low", "high"))
-    constant = low == high  # a budget, the same for every seed; or no interval at all
-    return _number(value) + ("" if constant else f"\n({interval_text(low, high)})")
-
-
-def interval_text(low: float | None, high: float | None) -> str:
-    """``0.100 to 0.150``; a dash when undefined."""
-    return "-" if low is None or high is None else f"{_number(low)} to {_number(high)}"
-
-
-def _number(value: float) -> str:
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.3f}" if abs(value) >= 0.01 or value == 0 else f"{value:.2g}"
+    size = abs(numbers["value"] or 0.0)
+    return shown(numbers, ",.0f" if size >= 1000 else ".2g" if 0 < size < 0.01 else ".3f", gap="\n")

@@ -18,19 +18,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from stepkd.claims.claim_file import METRIC, REFERENCE, Claim
+import numpy as np
+
+from stepkd.claims.claim_file import Arm, Claim, SeedValues
 from stepkd.claims.jobs import Measured, run_job
-from stepkd.claims.statements import SeedValues, value_array
 from stepkd.errors import DataError
 from stepkd.runs.files import write_json, write_jsonl
 from stepkd.runs.job import PARTS, RESULTS_NAME, Job, JobOptions, finished_rows, package_versions
 from stepkd.runs.progress import duration
+from stepkd.statistics import FloatArray
 from stepkd.yaml_files import find_recipe, read_yaml
 
 Report: TypeAlias = Callable[[str], None]
 """Takes one line about what is being done now."""
-Do: TypeAlias = Callable[[str, str, Mapping[str, Any]], str]
-"""Job, kind and settings to the job's folder."""
 UNITS_NAME = "units"
 
 
@@ -68,18 +68,7 @@ def run_claim(claim: Claim, out: str | Path, *, report: Report, overwrite: bool 
 
 def _recipes(claim: Claim) -> dict[str, Any]:
     """Names and settings of the recipes that the jobs of all arms train with."""
-    found: dict[str, Any] = {}
-
-    def note(name: str, kind: str, settings: Mapping[str, Any]) -> str:
-        found.update(_trained_with(settings))
-        return name
-
-    for variant in claim.variants:
-        for arm in claim.arms:
-            asked = Arm(claim, variant, arm, claim.seeds[0], note)
-            for metric in claim.metrics:
-                asked.source(metric)
-    return found
+    return {name: each for _, settings in claim.wanted() for name, each in _trained_with(settings).items()}
 
 
 def _trained_with(settings: Any) -> dict[str, Any]:
@@ -112,50 +101,6 @@ def _job(out: Path, *, overwrite: bool = False) -> Job:
 
 def _key(seed: int) -> str:
     return f"seed-{seed}"
-
-
-class Arm:
-    """One arm of a seed: its texts, with what they refer to in its place.
-
-    Args:
-        claim, variant, arm, seed: which.
-        do: runs a job that a text refers to.
-    """
-
-    def __init__(self, claim: Claim, variant: str, arm: str, seed: int, do: Do) -> None:
-        self.claim, self.do = claim, do
-        self.named = {**claim.variants[variant], **claim.arms[arm], "seed": seed, "arm": arm}
-        self._folders: dict[str, str] = {}
-
-    def value(self, raw: Any) -> Any:
-        """A value with every ``$name`` replaced: a text that is one reference becomes what it refers to."""
-        if isinstance(raw, Mapping):
-            return {key: self.value(each) for key, each in raw.items()}
-        if isinstance(raw, list):
-            return [self.value(each) for each in raw]
-        if not isinstance(raw, str):
-            return raw
-        if (whole := REFERENCE.fullmatch(raw)) is not None:
-            return self._refers(whole[1])
-        return REFERENCE.sub(lambda found: str(self._refers(found[1])), raw)
-
-    def _refers(self, name: str) -> Any:
-        return self.value(self.named[name]) if name in self.named else self.job(name)
-
-    def job(self, name: str) -> str:
-        """The folder of a job, which is run first."""
-        if name not in self._folders:
-            ((kind, settings),) = self.claim.jobs[name].items()
-            self._folders[name] = self.do(name, kind, self.value(settings or {}))
-        return self._folders[name]
-
-    def source(self, metric: str) -> tuple[str, str] | None:
-        """Folder of the job that a metric comes from, and the column; None where this arm has no such job."""
-        found = METRIC.fullmatch(self.claim.metrics[metric])
-        assert found is not None
-        name, column = found[1], self.value(found[2] or metric)
-        folder = self.job(name) if name in self.claim.jobs else self.value(self.named[name])
-        return None if folder is None else (folder, column)
 
 
 def _unit_rows(claim: Claim, variant: str, seed: int, folder: Path, report: Report) -> list[dict[str, Any]]:
@@ -234,6 +179,31 @@ def _check_rows(claim: Claim, variant: str, rows: Sequence[Mapping[str, Any]], w
         if len(set(spent.values())) > 1:
             shown = ", ".join(f"{arm} {number:g}" for arm, number in spent.items())
             raise DataError(f"{where}: the claim wants equal {name}, and the arms have {shown}")
+
+
+def value_array(values: float | Sequence[Any]) -> FloatArray:
+    """Values of a metric in one seed as (problems, ratios, 2): mean over ratios of sum[..., 0] / sum[..., 1].
+
+    Args:
+        values: one number for the whole seed; or one entry per problem, which is a number (the metric is their mean), a
+            pair ``[part, whole]`` (the sum of parts over the sum of wholes), or a list of such pairs (the mean of those
+            ratios, for example a balanced accuracy).
+
+    Raises:
+        ValueError: none of these, or not finite.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim == 0:
+        array = array.reshape(1)
+    if array.ndim == 1:
+        array = np.stack([array, np.ones_like(array)], axis=-1)
+    if array.ndim == 2:
+        array = array[:, None, :]
+    if array.ndim != 3 or array.shape[-1] != 2 or not array.size:
+        raise ValueError(f"has shape {np.shape(values)}: give numbers, [part, whole] pairs, or lists of such pairs")
+    if not np.isfinite(array).all() or (array[..., 1] < 0).any():
+        raise ValueError("holds a value that is not a finite number, or a pair whose whole is negative")
+    return array
 
 
 def seed_values(claim: Claim, out: str | Path, variant: str) -> SeedValues:

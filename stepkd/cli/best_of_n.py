@@ -58,10 +58,10 @@ def run(config: BestOfNConfig) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from stepkd.cli.evaluate import percent
     from stepkd.evaluation.best_of_n import best_of_n_from_files
     from stepkd.evaluation.figures import best_of_n_figure
     from stepkd.runs.files import write_json
+    from stepkd.statistics import percent
 
     result = best_of_n_from_files(config.files(), ks=config.ks, grading=config.grading, seed=config.seed)
     console = Console()

@@ -30,11 +30,11 @@ class CompareConfig:
 
 def run(config: CompareConfig) -> int:
     """Run ``stepkd compare``."""
-    from stepkd.cli.evaluate import percent
     from stepkd.evaluation.metrics import COMPARISON_NAME, compare_runs
     from stepkd.evaluation.process import compare_process
     from stepkd.runs.files import write_json
     from stepkd.runs.job import SUMMARY_NAME
+    from stepkd.statistics import percent
 
     folders = [Path(folder) / SUMMARY_NAME for folder in (config.a, config.b)]
     summaries = [json.loads(path.read_text(encoding="utf-8")) for path in folders if path.is_file()]

@@ -34,6 +34,8 @@ def print_summary(console: Any, summary: dict[str, Any]) -> None:
     """Table of metrics with their intervals."""
     from rich.table import Table
 
+    from stepkd.statistics import percent, shown
+
     title = f"{summary['model']} on {summary['benchmark']}: {summary['problems']} problems"
     console.print(title, highlight=False, markup=False)
     table = Table()
@@ -41,23 +43,7 @@ def print_summary(console: Any, summary: dict[str, Any]) -> None:
     table.add_column("value, 95% interval", justify="right")
     for name, metric in summary["metrics"].items():
         if name == "mean_tokens":
-            table.add_row(name, shown(metric, 1.0, 1))
+            table.add_row(name, shown(metric, ".1f"))
         else:
             table.add_row(f"{name} (%)", percent(metric))
     console.print(table)
-
-
-def percent(figure: dict[str, Any] | float | None, gap: str | None = " ") -> str:
-    """A share in percent, with its interval behind the gap where both are there."""
-    return shown(figure, 100.0, 1, gap)
-
-
-def shown(figure: dict[str, Any] | float | None, scale: float, digits: int, gap: str | None = " ") -> str:
-    """A number times ``scale``, with its interval if it is one (``Interval.to_dict()``); ``-`` for none."""
-    interval = figure if isinstance(figure, dict) else {"value": figure, "low": None, "high": None}
-    if interval["value"] is None:
-        return "-"
-    value = f"{scale * interval['value']:.{digits}f}"
-    if gap is None or interval["low"] is None or interval["high"] is None:
-        return value
-    return f"{value}{gap}({scale * interval['low']:.{digits}f} to {scale * interval['high']:.{digits}f})"

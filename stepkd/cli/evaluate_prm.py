@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from stepkd.cli.evaluate import percent, shown
 from stepkd.evaluation.config import EvaluatePRMConfig
+from stepkd.statistics import percent, shown
 
 
 def run(config: EvaluatePRMConfig) -> int:
@@ -66,13 +66,12 @@ def print_process(console: Any, summary: dict[str, Any]) -> None:
             where = "here: optimistic" if section["tuned"]["optimistic"] else f"on {summary['tuned_on']}"
             rules.append((f"below {section['tuned']['threshold']:.2f},\ntuned {where}", section["tuned"]))
         for i, (rule, found) in enumerate(rules):
-            shown = (percent(found[key], "\n") for key in _FIRST_ERROR)
-            table.add_row(label if i == 0 else "", rule, *shown)
+            table.add_row(label if i == 0 else "", rule, *(percent(found[key], "\n") for key in _FIRST_ERROR))
         for rule, found in section["baselines"].items():
             if found is None:
                 continue
-            shown = (percent(found[key], None) for key in _FIRST_ERROR)
-            table.add_row("", f"{rule} (baseline)", *shown, style="dim")
+            baselines = (percent(found[key], None) for key in _FIRST_ERROR)
+            table.add_row("", f"{rule} (baseline)", *baselines, style="dim")
         table.add_section()
     console.print(table)
     steps = Table(title="steps up to and including the first error", title_justify="left")
@@ -95,21 +94,17 @@ def print_process(console: Any, summary: dict[str, Any]) -> None:
         console.print(f"no {what.replace('_', ' ')}: {why}", markup=False, highlight=False)
 
 
-def _number(figure: dict[str, Any] | None) -> str:
-    return shown(figure, 1.0, 3)
-
-
 _FIRST_ERROR = ("f1", "acc_error", "acc_correct")
 """Keys of a rule's figures, in the order of the table."""
 _STEP_ROWS: tuple[tuple[str, str, str, Any], ...] = (
     ("steps", "steps", "steps", str),
     ("correct (%)", "steps", "positive_share", percent),
-    ("AUROC", "steps", "auroc", _number),
+    ("AUROC", "steps", "auroc", shown),
     ("accuracy (%)", "steps", "accuracy", percent),
     ("balanced accuracy (%)", "steps", "balanced_accuracy", percent),
-    ("ECE", "calibration", "ece", _number),
-    ("Brier", "calibration", "brier", _number),
-    ("Brier skill", "calibration", "skill_base_rate", _number),
+    ("ECE", "calibration", "ece", shown),
+    ("Brier", "calibration", "brier", shown),
+    ("Brier skill", "calibration", "skill_base_rate", shown),
     ("lowest score is last (%)", "argmin", "share_last", percent),
 )
 """Title, group and key in a set's summary, how it is shown."""

@@ -32,7 +32,7 @@ def run(config: IterateRunConfig) -> int:
     from rich.console import Console
 
     from stepkd.iteration.loop import run_iterations
-    from stepkd.iteration.table import print_summary
+    from stepkd.iteration.measure import print_summary
     from stepkd.runs.launcher import check_launch
     from stepkd.runs.process import quiet_libraries
 

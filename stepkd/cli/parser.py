@@ -64,7 +64,7 @@ def parse(kind: type, words: Sequence[str], *, command: str, description: str = 
         values = parser.parse_args(given)
     except ConfigError as error:
         raise ConfigError(explain(parser, given, str(error))) from error
-    return built(parser, kind, values)
+    return built(kind, values)
 
 
 def _check_files(kind: type, words: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stepkd.errors import check_bounds
-from stepkd.quickstart import STAGES, TASK, Context, StageName, run_stages
+from stepkd.quickstart import JOBS, STAGES, Context, StageName, run_stages
 from stepkd.runs.job import SUMMARY_NAME, Job, JobOptions
 from stepkd.yaml_files import as_yaml
 
@@ -49,12 +49,12 @@ def run(config: QuickstartConfig) -> int:
     check_alone("the quick start")
     chosen = [stage for stage in STAGES if config.stages is None or stage.name in config.stages]
     out = Path(config.out) if config.out else free_path(Path("runs/quickstart"))
-    outputs = [SUMMARY_NAME, "evaluations", "labels", *(stage.name for stage in STAGES)]
+    outputs = [SUMMARY_NAME, "evaluations", *JOBS]
     job = Job(out, "quick start", outputs, JobOptions(overwrite=config.overwrite, config=as_yaml(config)))
     console = Console()
     context = Context(out, console, seed=config.seed, scale=config.scale)
     start = time.perf_counter()
-    job.begin({"seed": context.seed, "scale": context.scale, "task": TASK})
+    job.begin({"seed": context.seed, "scale": context.scale, "task": context.named["task"]})
     quiet_libraries()
     with job.alone():
         run_stages(context, chosen, job)

@@ -16,11 +16,11 @@ from stepkd.data.config import check_training_use, parse_spec
 from stepkd.data.load import load_rows
 from stepkd.data.rows import PROBLEM
 from stepkd.errors import ConfigError, DataError, StepkdError
+from stepkd.iteration.measure import summarise_run
 from stepkd.iteration.spec import IterateConfig
 from stepkd.iteration.stages import Iteration, Report, evaluate_model, train_next, training_settings
-from stepkd.iteration.table import summarise_run
 from stepkd.runs.files import write_json
-from stepkd.runs.job import SETTINGS_NAME, SUMMARY_NAME, Job, JobOptions, check_same, package_versions, read_settings
+from stepkd.runs.job import SUMMARY_NAME, Job, JobOptions, package_versions
 from stepkd.yaml_files import as_yaml, find_recipe
 
 
@@ -34,7 +34,7 @@ def run_iterations(spec: IterateConfig, out: str | Path, *, report: Report, over
         overwrite: delete an earlier run in the folder first.
 
     Returns:
-        The summary, also in ``summary.json``: :func:`~stepkd.iteration.table.summarise_run`.
+        The summary, also in ``summary.json``: :func:`~stepkd.iteration.measure.summarise_run`.
 
     Raises:
         ConfigError: the folder holds a run under other settings (they are named), or settings cannot work.
@@ -47,28 +47,22 @@ def run_iterations(spec: IterateConfig, out: str | Path, *, report: Report, over
     job.check()
     settings: dict[str, Any] = {"packages": package_versions(), "settings": spec.identity()}
     iterations = range(spec.iterations + 1)
-    earlier = read_settings(out) if (out / SETTINGS_NAME).is_file() and not overwrite else None
-    finished = earlier is not None and not any(job.missing(Iteration.phase(k), ["measure"]) for k in iterations)
-    if finished:  # it is only looked at: its models may be gone, and packages may be others
-        assert earlier is not None
-        settings |= {name: earlier[name] for name in ("model", "packages")}
-    else:
-        if earlier is not None:
-            check_same(earlier, {"kind": job.kind, **settings}, out, free=["model"])
+    finished = not overwrite and not any(job.missing(Iteration.phase(k), ["measure"]) for k in iterations)
+    if not finished:
         _check(spec, job)
         settings["model"] = {"name": spec.model, "weights": _seed_weights(spec)}
-    weights = job.begin(settings)["model"]["weights"]
+    free = ("model", "packages") if finished else ()  # it is only looked at: its models may be gone
+    weights = job.begin(settings, free=free)["model"]["weights"]
     with job.alone():
         runs = [Iteration(spec, job, k, weights, report) for k in iterations]
         facts: list[dict[str, Any]] = []
         summary: dict[str, Any] = {}
         for it in runs:
-            if it.is_done("measure"):  # nothing of a finished iteration is read again but its rows
-                facts.append(
-                    {name: it.facts(name) for name in ("label", "convert", "pairs", "train") if it.is_done(name)}
-                )
-            else:
-                facts.append((train_next(it) if it.k else {}) | evaluate_model(it))
+            if not it.is_done("measure"):  # nothing of a finished iteration is read again but its rows
+                if it.k:
+                    train_next(it)
+                evaluate_model(it)
+            facts.append({name: it.facts(name) for name in ("label", "convert", "pairs", "train") if it.is_done(name)})
             summary = summarise_run(spec, [each.folder for each in runs[: it.k + 1]], facts)
             write_json(out / SUMMARY_NAME, summary)
     return summary

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
-
-import yaml
 
 from stepkd.data.config import parse_spec, resolve_split
 from stepkd.errors import ConfigError, check_bounds
@@ -30,8 +26,9 @@ from stepkd.labels.settings import (
     TreePairing,
 )
 from stepkd.randomness import stream_key
+from stepkd.runs.job import flat
 from stepkd.sampling.sampler import SamplingConfig
-from stepkd.yaml_files import as_yaml, find_recipe, read_yaml
+from stepkd.yaml_files import as_yaml, find_recipe, nested, read_yaml
 
 SET_BY_ITERATE = (
     *("model.init_args.policy.path", "model.init_args.reference", "data.init_args.train", "out", "resume", "overwrite"),
@@ -51,31 +48,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not self.recipes:
             raise ConfigError("train: recipes names no file: give the recipes for `stepkd fit`")
-        for key in self.dotted():
+        for key in flat(self.overrides):
             given = f"{key.replace('.init_args', '')}."
             owned = [f"{own.replace('.init_args', '')}." for own in SET_BY_ITERATE]
             if any(given.startswith(own) or own.startswith(given) for own in owned):
                 raise ConfigError(f"train: overrides: {key} is set by every iteration itself")
-
-    def dotted(self) -> dict[str, Any]:
-        """Every override by its dotted name, numbers and truths of the command line as a file has them."""
-
-        def flat(values: Mapping[str, Any], place: str = "") -> dict[str, Any]:
-            found: dict[str, Any] = {}
-            for key, value in values.items():
-                inner = isinstance(value, Mapping) and value
-                found |= flat(value, f"{place}{key}.") if inner else {f"{place}{key}": _typed(value)}
-            return found
-
-        return flat(self.overrides)
-
-
-def _typed(value: Any) -> Any:
-    """A number or truth that was written as text; any other text stays as it is, and ``fit`` reads it by its type."""
-    if isinstance(value, str) and re.fullmatch(r"true|false|-?[\d.]+(e-?\d+)?", value):
-        read = yaml.safe_load(value)
-        return read if str(read).lower() == value else value
-    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,7 +256,7 @@ class IterateConfig:
             plain.pop(name, None)
         plain["train"] = {
             "recipes": {name: read_yaml(find_recipe(name), "recipe") for name in self.train.recipes},
-            "overrides": self.train.dotted(),
+            "overrides": nested(self.train.overrides),
         }
         return dict(json.loads(json.dumps(plain)))
 

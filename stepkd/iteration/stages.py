@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from stepkd.data.config import LABELS_NAME, PAIRS_NAME, parse_spec
+from stepkd.data.io import read_rows
 from stepkd.data.load import load_rows
 from stepkd.errors import ConfigError, DataError, StepkdError
 from stepkd.iteration.spec import IterateConfig, iteration_seed
@@ -35,8 +36,6 @@ Report = Callable[[str], None]
 SETTINGS_NAME = "settings.yaml"
 """What an iteration adds to the training recipes."""
 CONVERTED_NAME = "converted.jsonl"
-BLOCK = 1 << 12
-"""Bytes read at once from a large file."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class Iteration:
         """Fingerprint of M_k."""
         if k == 0:
             return self.seed_weights
-        found, trained = folder_fingerprint(Path(self.model(k))), replace(self, k=k)
+        found, trained = fingerprint(Path(self.model(k))), replace(self, k=k)
         if trained.is_done("export") and trained.facts("export")["model"] != found:
             raise ConfigError(
                 f"{self.model(k)} is no longer the model that iteration {k} trained (it has changed since): put it "
@@ -95,13 +94,17 @@ class Iteration:
 
         Raises:
             ConfigError: it was done from other inputs.
+            DataError: it has nothing to work from; the message names iteration and stage.
         """
 
         def told() -> Mapping[str, Any]:
             import torch
 
             self.tell(line)
-            facts = work()
+            try:
+                facts = work()
+            except DataError as error:
+                raise DataError(f"iteration {self.k}, {stage}: {error}") from error
             if torch.cuda.is_available():  # memory for the next stage, or its processes
                 gc.collect()
                 torch.cuda.empty_cache()
@@ -114,81 +117,60 @@ class Iteration:
         self.report(f"iteration {self.k}/{self.spec.iterations}: {line}")
 
 
-def train_next(it: Iteration) -> dict[str, dict[str, Any]]:
-    """Label with M_{k-1}, train and export M_k; returns the facts of every stage.
+def train_next(it: Iteration) -> None:
+    """Label with M_{k-1}, train and export M_k.
 
     Raises:
         DataError: the labels have no correct or no incorrect answer, or conversion leaves nothing.
     """
-    k, labels, facts = it.k, it.folder / "labels", {}
-
-    def run(name: str, inputs: Mapping[str, Any], work: Callable[[], Mapping[str, Any]], line: str) -> None:
-        facts[name] = it.run(name, inputs, work, line)
-
-    job = it.spec.label_spec(k, out=str(labels), model=it.model(k - 1))
+    k, spec, labels = it.k, it.spec, it.folder / "labels"
+    job = spec.label_spec(k, out=str(labels), model=it.model(k - 1))
     line = f"M{k - 1} writes solutions, labeller: {type(job.labeller).__name__}"
-    run("label", {"model": it.identity(k - 1)}, lambda: _run_job(it, job, LABELS_NAME), line)
-    _check_answers(it, facts["label"])
+    _check_answers(it, it.run("label", {"model": it.identity(k - 1)}, lambda: _run_job(it, job), line))
     rows = labels / LABELS_NAME
-    if it.spec.convert is not None:
-        inputs = {"labels": file_fingerprint(rows)}
-        run("convert", inputs, lambda: _convert(it, labels), f"labels to {type(it.spec.convert).__name__}")
+    if spec.convert is not None:
+        line = f"labels to {type(spec.convert).__name__}"
+        it.run("convert", {"labels": fingerprint(rows)}, lambda: _convert(it, labels), line)
         rows = it.folder / CONVERTED_NAME
-    if it.spec.pairs is not None:
-        inputs = {"model": it.identity(k - 1), "labels": file_fingerprint(rows)}
-        run("pairs", inputs, lambda: _pairs(it, job), f"M{k - 1} draws {type(it.spec.pairs).__name__}")
+    if spec.pairs is not None:
+        inputs = {"model": it.identity(k - 1), "labels": fingerprint(rows)}
+        it.run("pairs", inputs, lambda: _pairs(it, job), f"M{k - 1} draws {type(spec.pairs).__name__}")
         rows = it.folder / "pairs" / PAIRS_NAME
-    inputs = {"model": it.identity(k - 1), "rows": file_fingerprint(rows)}
-    run("train", inputs, lambda: _train(it, rows), f"training M{k}")
-    run("export", {"train": facts["train"]["run"]}, lambda: _export(it), f"exporting M{k}")
-    return facts
+    inputs = {"model": it.identity(k - 1), "rows": fingerprint(rows)}
+    trained = it.run("train", inputs, lambda: _train(it, rows), f"training M{k}")
+    it.run("export", {"train": trained["run"]}, lambda: _export(it), f"exporting M{k}")
 
 
-def evaluate_model(it: Iteration) -> dict[str, dict[str, Any]]:
-    """Evaluate M_k on the held-out problems; returns the facts of every stage. Rows: ``evaluation/results.jsonl``."""
+def evaluate_model(it: Iteration) -> None:
+    """Evaluate M_k on the held-out problems. Rows: ``evaluation/results.jsonl``."""
     from stepkd.iteration.measure import problem_rows
 
     k, folder = it.k, it.folder / "evaluation"
     inputs = {"model": it.identity(k)}
-    facts = {}
-
-    def run(name: str, work: Callable[[], Mapping[str, Any]], line: str, **more: str) -> None:
-        facts[name] = it.run(name, inputs | more, work, line)
-
-    run("greedy", lambda: _greedy(it, folder / "greedy"), f"M{k} solves the held-out problems, greedy")
-    drawn = it.spec.held_out_spec(out=str(folder / "samples"), model=it.model(k))
-    judged: LabelConfig | None = None
-    assert isinstance(drawn.solutions, Sampled)
+    line = f"M{k} solves the held-out problems, greedy"
+    it.run("greedy", inputs, lambda: _greedy(it, folder / "greedy"), line)
+    drawn = judged = it.spec.held_out_spec(out=str(folder / "samples"), model=it.model(k))
     if isinstance(drawn.labeller, MonteCarlo):
         # Continuations come from M0 for every model: the same judge for all of them. The steps stay as they were cut.
         existing = Existing(completions=drawn.out, model=it.spec.model)
         judged = replace(drawn, out=str(folder / "labels"), solutions=existing, steps=OwnSteps())
         drawn = replace(drawn, labeller=Outcome())
-    n = it.spec.evaluation.sampling.n
-    run("samples", lambda: _run_job(it, drawn, LABELS_NAME), f"M{k} samples {n} solutions of every held-out problem")
-    samples = file_fingerprint(Path(drawn.out) / LABELS_NAME)
-    if judged is not None:
-        job = judged
-        run(
-            "judge",
-            lambda: _run_job(it, job, LABELS_NAME),
-            f"continuations by M0 label the steps of M{k}",
-            samples=samples,
-        )
-    folders = [
-        Path(each.out) for each in (judged, drawn) if each is not None and not isinstance(each.labeller, Outcome)
-    ]
+    line = f"M{k} samples {it.spec.evaluation.sampling.n} solutions of every held-out problem"
+    it.run("samples", inputs, lambda: _run_job(it, drawn), line)
+    inputs["samples"] = fingerprint(Path(drawn.out) / LABELS_NAME)
+    if judged.out != drawn.out:
+        it.run("judge", inputs, lambda: _run_job(it, judged), f"continuations by M0 label the steps of M{k}")
+    labels = None if isinstance(judged.labeller, Outcome) else Path(judged.out)
 
     def measure() -> dict[str, Any]:
-        rows = problem_rows(Path(drawn.out), folders[0] if folders else None, drawn, seed_model=it.spec.model)
+        rows = problem_rows(Path(drawn.out), labels, drawn, seed_model=it.spec.model)
         write_jsonl(folder / RESULTS_NAME, rows)
         return {"problems": len(rows), "samples": sum(len(row["samples"]) for row in rows)}
 
-    run("measure", measure, f"comparing M{k} with M0" if k else "the results of M0", samples=samples)
-    return facts
+    it.run("measure", inputs, measure, f"comparing M{k} with M0" if k else "the results of M0")
 
 
-def _run_job(it: Iteration, job: LabelConfig | PairJobConfig, rows: str) -> dict[str, Any]:
+def _run_job(it: Iteration, job: LabelConfig | PairJobConfig) -> dict[str, Any]:
     """Run a labelling or pair job to its end, under the launcher where one is given; its summary."""
     from stepkd.labels.job import run_label_job, run_pair_job
 
@@ -202,8 +184,6 @@ def _run_job(it: Iteration, job: LabelConfig | PairJobConfig, rows: str) -> dict
         run_label_job(job, options=JobOptions(report=_quarters(it)))
     else:
         run_pair_job(job, options=JobOptions(report=_quarters(it)))
-    if not (out / rows).is_file():
-        raise StepkdError(f"iteration {it.k}: the job in {out} ended without {rows}")
     summary: dict[str, Any] = json.loads((out / SUMMARY_NAME).read_bytes())
     return {name: value for name, value in summary.items() if name != "by_position"}
 
@@ -219,8 +199,8 @@ def _launch(it: Iteration, words: Sequence[str]) -> None:
     code = subprocess.run(command, check=False).returncode
     if code:
         raise StepkdError(
-            f"iteration {it.k}: `stepkd {words[0]}` under the launcher ended with exit code {code}; its messages are "
-            "above. Mend that and give the same command again"
+            f"iteration {it.k}: `stepkd {words[0]}` under the launcher ended with exit code {code}, for the reason "
+            "above. Mend it and give the same command again"
         )
 
 
@@ -243,15 +223,11 @@ def _check_answers(it: Iteration, summary: Mapping[str, Any]) -> None:
     correct, incorrect = summary["correct_answers"], summary["incorrect_answers"]
     if correct and (incorrect or isinstance(it.spec.convert, Demonstrations)):
         return
-    lacking, remedy = (
-        ("incorrect", "harder problems or a higher temperature")
-        if correct
-        else ("correct", "easier problems or a better M0")
-    )
+    lacking, remedy = ("incorrect", "harder") if correct else ("correct", "easier")
     raise DataError(
         f"iteration {it.k} has no {lacking} answer to learn from ({correct} correct, {incorrect} incorrect among "
-        f"{summary['labelled']} labelled solutions of M{it.k - 1}): take {remedy}, or more samples, in another --out. "
-        "What is done is kept",
+        f"{summary['labelled']} labelled solutions of M{it.k - 1}): take {remedy} problems, another temperature or "
+        "more samples, in another --out. What is done is kept",
         path=it.folder / "labels",
     )
 
@@ -260,21 +236,13 @@ def _convert(it: Iteration, labels: Path) -> dict[str, Any]:
     from stepkd.labels.convert import convert_rows
 
     converter = it.spec.converter(it.k)
-    to = type(converter).__name__
-    try:
-        converted = convert_rows(load_rows(parse_spec(str(labels))), converter)
-    except DataError as error:
-        raise DataError(f"iteration {it.k}, conversion to {to}: {error}", path=labels) from error
+    converted = convert_rows(load_rows(parse_spec(str(labels))), converter)
     written = converter.write(converted.rows, it.folder / CONVERTED_NAME)
-    return {"to": to, "rows": written, "counts": converted.counts}
+    return {"to": type(converter).__name__, "rows": written, "counts": converted.counts}
 
 
 def _pairs(it: Iteration, job: LabelConfig) -> dict[str, Any]:
-    """Run the pair job to its end."""
-    try:
-        summary = _run_job(it, it.spec.pair_spec(it.k, job, out=str(it.folder / "pairs")), PAIRS_NAME)
-    except DataError as error:
-        raise DataError(f"iteration {it.k}, pairs: {error}") from error
+    summary = _run_job(it, it.spec.pair_spec(it.k, job, out=str(it.folder / "pairs")))
     return {"to": type(it.spec.pairs).__name__, "counts": {"pairs": summary["pairs"], **summary["dropped"]}}
 
 
@@ -284,7 +252,7 @@ def training_settings(it: Iteration, rows: Path) -> dict[str, Any]:
     none: dict[str, Any] = {"split": None, "limit": None, "offset": 0, "options": {}, "columns": {}}
     settings: dict[str, Any] = {
         "seed_everything": iteration_seed(it.spec.seed, "train", it.k),
-        **it.spec.train.dotted(),
+        **it.spec.train.overrides,
         "model.init_args.policy.path": it.model(it.k - 1),
         "data.init_args.train": {"source": "rows", "path": str(rows), **none},
     }
@@ -309,19 +277,15 @@ def _train(it: Iteration, rows: Path) -> dict[str, Any]:
             _launch(it, ["fit", *words, "--out", str(run), "--resume", "true"])
     marker = read_marker(run) or {}
     if marker.get("status") != "finished":
-        raise StepkdError(
-            f"iteration {it.k}: the training in {run} ended without being finished: {marker.get('message')}"
-        )
-    with open(rows, encoding="utf-8") as file:
-        count = sum(1 for line in file if line.strip())
-    return {"rows": count, "run": str(marker["created"])}
+        raise StepkdError(f"iteration {it.k}: the training in {run} was stopped: {marker.get('message')}")
+    return {"rows": sum(1 for _ in read_rows(rows)), "run": str(marker["created"])}
 
 
 def _export(it: Iteration) -> dict[str, Any]:
     from stepkd.models.checkpoint import export_model
 
     folder = export_model(it.folder / "train", it.model(it.k), overwrite=True)
-    return {"model": folder_fingerprint(folder)}
+    return {"model": fingerprint(folder)}
 
 
 def _greedy(it: Iteration, folder: Path) -> dict[str, Any]:
@@ -362,41 +326,21 @@ def _greedy(it: Iteration, folder: Path) -> dict[str, Any]:
     return {"pass@1": summary["metrics"]["pass@1"]}
 
 
-def file_fingerprint(path: Path) -> str:
-    """Short hash of a file's content.
+def fingerprint(path: Path) -> str:
+    """Short hash of a file, or of the files in a model folder.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: it is gone.
     """
+    digest = hashlib.sha256()
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+            with open(file, "rb") as stream:
+                digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
     except OSError as error:
         raise DataError(
             f"cannot be read ({error.strerror}), and a finished stage made it: put it back, or start again with "
             "--overwrite",
             path=path,
         ) from error
-
-
-def folder_fingerprint(folder: Path) -> str:
-    """Short hash of a model folder: names, sizes, and 64 blocks of each file, evenly spaced.
-
-    Enough to recognise a changed model in milliseconds, not a proof.
-
-    Raises:
-        DataError: there is no such folder.
-    """
-    if not folder.is_dir():
-        raise DataError(
-            "the model that a finished stage left is gone: put it back, or start again with --overwrite", path=folder
-        )
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with open(path, "rb") as file:
-            for start in sorted({max(0, size - BLOCK) * i // 63 for i in range(64)}):
-                file.seek(start)
-                digest.update(file.read(BLOCK))
     return digest.hexdigest()[:16]

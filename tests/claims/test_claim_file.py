@@ -40,7 +40,7 @@ def test_quick_settings_come_last(write_claim: Write) -> None:
 def test_statements_belong_to_variants(write_claim: Write) -> None:
     two = {"metric": "correct", "better": "better", "worse": "plain"}
     claim = load_claim(
-        write_claim(variants={"one": {}, "two": {}}, statements=[two, {**two, "variants": ["two"], "at_least": 0.1}])
+        write_claim(variants={"one": {}, "two": {}}, statements=[two, {**two, "variants": ["two"], "bound": 0.1}])
     )
     assert [len(claim.statements_of(variant)) for variant in ("one", "two")] == [1, 2]
 
@@ -58,7 +58,7 @@ def test_the_fingerprint_follows_what_decides(write_claim: Write) -> None:
         fingerprint(equal={"steps": None}),
         fingerprint(metrics={"correct": "drawn"}),
         fingerprint(jobs={"drawn": {"call": {"function": "fake_claim_code.give", "columns": {"correct": 1}}}}),
-        fingerprint(statements=[{"metric": "correct", "better": "better", "worse": "plain", "at_least": 0.1}]),
+        fingerprint(statements=[{"metric": "correct", "better": "better", "worse": "plain", "bound": 0.1}]),
     }
     assert len(others - {same}) == 7
 
@@ -72,7 +72,7 @@ def test_a_claim_takes_what_it_lacks_from_its_base(write_claim: Write, tmp_path:
         "settings": {"problems": 3},
         "jobs": {"drawn": {"call": {"task": "two"}}},
         "metrics": {"share": None, "rate": "drawn.share"},
-        "statements": [{"metric": "rate", "arm": "plain", "at_most": 0.5}],
+        "statements": [{"metric": "rate", "arm": "plain", "direction": "lower", "bound": 0.5}],
     }
     path = tmp_path / "second.yaml"
     path.write_text(yaml.safe_dump(own))
@@ -93,16 +93,17 @@ TWO = {"metric": "correct", "better": "better", "worse": "plain"}
     ("changes", "message"),
     [
         ({"claim": None}, "needs the key 'claim'"),
-        ({"claim": "  "}, "claim: must be text"),
+        ({"claim": "  "}, "claim: String should have at least 1 character, got"),
         ({"seed": [1]}, "no key 'seed'. Did you mean 'seeds'?"),
-        ({"seeds": []}, "seeds: must be a list of different whole numbers"),
-        ({"seeds": [1, 1]}, "seeds: must be a list of different whole numbers"),
-        ({"seeds": [-1]}, "seeds: must be a list of different whole numbers"),
-        ({"seeds": 5}, "seeds: must be a list of different whole numbers"),
-        ({"settings": [1]}, "settings: must be keys with values"),
+        ({"seeds": []}, "seeds: List should have at least 1 item"),
+        ({"seeds": [1, 1]}, r"seeds: must differ, got \[1, 1\]"),
+        ({"seeds": [-1]}, "seeds: 0: Input should be greater than or equal to 0, got -1"),
+        ({"seeds": [True]}, "seeds: 0: Input should be a valid integer, got True"),
+        ({"seeds": 5}, "seeds: Input should be a valid list, got 5"),
+        ({"settings": [1]}, "settings: Input should be a valid dictionary"),
         ({"settings": {"seed": 1}}, "settings: 'seed' is the name of a job, or of the seed or arm"),
         ({"settings": {"drawn": 1}}, "settings: 'drawn' is the name of a job"),
-        ({"settings": {"base": "$bas"}}, "settings: base: no setting or job 'bas'. Did you mean 'base'?"),
+        ({"settings": {"base": "$bas"}}, "drawn -> base -> bas: no setting or job 'bas'. Did you mean 'base'?"),
         ({"settings": {"base": "$gain", "gain": "$base"}}, "refers to itself"),
         ({"quick": {"settings": {"problem": 3}}}, "quick: settings: the claim has no setting 'problem'. Did you mean"),
         ({"variants": {"a": {"problem": 3}}}, "variants: a: the claim has no setting 'problem'. Did you mean"),
@@ -111,24 +112,25 @@ TWO = {"metric": "correct", "better": "better", "worse": "plain"}
         ({"jobs": {"drawn": {"fitt": {}}}}, "jobs: drawn: no kind of job 'fitt'. Did you mean 'fit'?"),
         (
             {"jobs": {"drawn": {"fit": {}, "call": {}}}},
-            "must be one kind with its settings, got fit, call",
+            "jobs: drawn: Dictionary should have at most 1 item",
         ),
-        ({"jobs": {"drawn": {"call": {"x": ["$sed"]}}}}, "jobs: drawn: no setting or job 'sed'. Did you mean 'seed'?"),
+        ({"jobs": {"drawn": {"call": {"x": ["$sed"]}}}}, "drawn -> sed: no setting or job 'sed'. Did you mean 'seed'?"),
         ({"jobs": {"drawn": {"call": {"x": "$drawn"}}}}, "drawn -> drawn refers to itself"),
-        ({"metrics": {"correct": None}}, "metrics: correct: must be JOB.COLUMN"),
-        ({"metrics": {"correct": "drwn"}}, "metrics: correct: no job or setting 'drwn'. Did you mean 'drawn'?"),
-        ({"arms": {}}, "arms: name at least one"),
+        ({"metrics": {"correct": None}}, "metrics: correct: Input should be a valid string"),
+        ({"metrics": {"correct": ".share"}}, "metrics: correct: String should match pattern .*, got '.share'"),
+        ({"metrics": {"correct": "drwn"}}, "drwn: no setting or job 'drwn'. Did you mean 'drawn'?"),
+        ({"arms": {}}, "arms: Dictionary should have at least 1 item"),
         (
             {"arms": {"plain": {"gian": 1}, "better": {}}},
             "arms: plain: the claim has no setting 'gian'. Did you mean",
         ),
-        ({"arms": {"a/b": {}, "better": {}, "plain": {}}}, "'a/b' cannot be a name"),
-        ({"variants": {"../up": {}}}, "'../up' cannot be a name"),
-        ({"statements": []}, "at least one statement"),
-        ({"statements": ["better"]}, "statement 1: must be keys with values"),
+        ({"arms": {"a/b": {}, "better": {}, "plain": {}}}, "arms: a/b: .* should match pattern"),
+        ({"variants": {"../up": {}}}, "variants: ../up: .* should match pattern"),
+        ({"statements": []}, "statements: List should have at least 1 item"),
+        ({"statements": ["better"]}, "statements: 0: Input should be a valid dictionary, got 'better'"),
         (
-            {"statements": [TWO, {**TWO, "at_lest": 1}]},
-            "statement 2: 'at_lest' is not a setting; did you mean 'at_least'?",
+            {"statements": [TWO, {**TWO, "bond": 1}]},
+            "statement 2: 'bond' is not a setting; did you mean 'bound'?",
         ),
         ({"statements": [TWO, {**TWO, "worse": "better"}]}, "statement 2: better and worse are the same arm"),
         (
@@ -139,16 +141,16 @@ TWO = {"metric": "correct", "better": "better", "worse": "plain"}
             {"statements": [{**TWO, "measure": "quotient"}]},
             "statement 1: measure: expected one of .*'seed_ratio'], got 'quotient'",
         ),
-        ({"statements": [{**TWO, "at_least": "much"}]}, "statement 1: at_least: expected float, got 'much'"),
-        ({"statements": [{**TWO, "at_least": True}]}, "statement 1: at_least: expected float, got 'True'"),
+        ({"statements": [{**TWO, "bound": "much"}]}, "statement 1: bound: expected float, got 'much'"),
+        ({"statements": [{**TWO, "bound": True}]}, "statement 1: bound: expected float, got 'True'"),
         ({"statements": [{**TWO, "worse": "plian"}]}, "statement 1: no arm 'plian'. Did you mean 'plain'?"),
         ({"statements": [{**TWO, "metric": "corect"}]}, "no metric 'corect'. Did you mean 'correct'?"),
         ({"statements": [{**TWO, "variants": ["x"]}]}, "statement 1: no variant 'x'"),
         ({"statements": [{"better": "better", "worse": "plain"}]}, "statement 1: .*metric"),
-        ({"run": "../up"}, "run: '../up' cannot be a folder's name"),
-        ({"equal": {"tokens": None}}, "equal: no metric 'tokens'. Known: correct, share, steps"),
+        ({"run": "../up"}, "run: String should match pattern .*, got '../up'"),
+        ({"equal": {"tokens": None}}, "equal: tokens: no metric 'tokens'. Known: correct, share, steps"),
         ({"equal": {"steps": ["bettr"]}}, "equal: steps: no arm 'bettr'. Did you mean 'better'?"),
-        ({"equal": {"steps": "all"}}, "equal: steps: must be a list of names"),
+        ({"equal": {"steps": "all"}}, "equal: steps: Input should be a valid list, got 'all'"),
     ],
 )
 def test_mistakes(changes: dict[str, Any], message: str, write_claim: Write) -> None:

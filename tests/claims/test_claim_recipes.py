@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,9 @@ import numpy as np
 import pytest
 
 from stepkd.claims import jobs
-from stepkd.claims.claim_file import Claim, load_claim
+from stepkd.claims.claim_file import Statement, load_claim, overall
 from stepkd.claims.jobs import training_settings
 from stepkd.claims.results import read_results, results_path
-from stepkd.claims.runner import Arm
-from stepkd.claims.statements import Statement, overall
 from stepkd.cli import main
 from stepkd.statistics import Interval, t_interval
 from stepkd.training.fit import check_fit
@@ -76,24 +73,8 @@ def test_committed_verdicts_follow_from_the_committed_numbers(path: Path) -> Non
 
 def verdict_again(row: dict[str, Any]) -> str:
     low, high = (math.nan if row[name] is None else row[name] for name in ("low", "high"))
-    bound = {"at_most" if row["below"] else "at_least": row["bound"]}
-    return Statement("m", arm="any", **bound).verdict(Interval(0.0, low, high, "t"))
-
-
-def wanted_jobs(claim: Claim) -> list[tuple[str, dict[str, Any]]]:
-    """Kind and settings of every different job, with names in place of folders."""
-    wanted: dict[str, tuple[str, dict[str, Any]]] = {}
-
-    def note(name: str, kind: str, settings: Mapping[str, Any]) -> str:
-        wanted[json.dumps([kind, settings])] = kind, dict(settings)
-        return f"folders/{name}"
-
-    for variant in claim.variants:
-        for arm in claim.arms:
-            asked = Arm(claim, variant, arm, claim.seeds[0], note)
-            for metric in claim.metrics:
-                asked.source(metric)
-    return list(wanted.values())
+    direction = "lower" if row["below"] else "higher"
+    return Statement("m", arm="any", direction=direction, bound=row["bound"]).verdict(Interval(0.0, low, high, "t"))
 
 
 @pytest.mark.parametrize("path", CLAIMS, ids=lambda path: path.stem)
@@ -101,8 +82,8 @@ def test_commands_take_the_settings_of_every_job(path: Path) -> None:
     """In both versions; a fitted threshold must be there before steps can be cut by it."""
     checked = 0
     for quick in (False, True):
-        for kind, settings in wanted_jobs(load_claim(path, quick=quick)):
-            if kind in jobs.KINDS_WITH_SETTINGS and "threshold.json" not in str(settings):
+        for kind, settings in load_claim(path, quick=quick).wanted():
+            if kind in (*jobs.CONFIGS, "pairs") and "threshold.json" not in str(settings):
                 assert jobs.job_config(kind, settings, Path("out"))
                 checked += 1
     assert checked
@@ -113,9 +94,9 @@ def test_commands_take_the_settings_of_every_job(path: Path) -> None:
 def test_stepkd_fit_takes_the_training_of_every_arm(path: Path) -> None:
     """In both versions; a teacher's cache must be there before a training can read it."""
     for quick in (False, True):
-        for kind, settings in wanted_jobs(load_claim(path, quick=quick)):
+        for kind, settings in load_claim(path, quick=quick).wanted():
             if kind == "fit" and "Cached" not in str(settings):
-                check_fit(*training_settings(settings))
+                check_fit(*training_settings(**settings))
 
 
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:

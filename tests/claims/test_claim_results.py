@@ -56,12 +56,12 @@ def test_summary_of_a_clear_effect(write_claim: Write, tmp_path: Path) -> None:
     [
         ({"metric": "correct", "better": "plain", "worse": "better"}, "not reproduced"),
         ({"metric": "share", "better": "plain", "worse": "better"}, "inconclusive"),
-        ({"metric": "correct", "arm": "better", "at_least": 0.6}, "reproduced"),
+        ({"metric": "correct", "arm": "better", "bound": 0.6}, "reproduced"),
         (
-            {"metric": "correct", "better": "better", "worse": "plain", "measure": "ratio", "at_least": 1.1},
+            {"metric": "correct", "better": "better", "worse": "plain", "measure": "ratio", "bound": 1.1},
             "reproduced",
         ),
-        ({"metric": "steps", "arm": "plain", "at_most": 99}, "not reproduced"),
+        ({"metric": "steps", "arm": "plain", "direction": "lower", "bound": 99}, "not reproduced"),
     ],
 )
 def test_verdicts(statement: dict[str, Any], verdict: str, write_claim: Write, tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_the_command(write_claim: Write, tmp_path: Path, capsys: pytest.CaptureF
 
 def test_claims_share_a_run(write_claim: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = write_claim(run="both").rename(tmp_path / "first.yaml")
-    other = [{"metric": "share", "arm": "plain", "at_most": 0.9}]
+    other = [{"metric": "share", "arm": "plain", "direction": "lower", "bound": 0.9}]
     second = write_claim(run="both", statements=other).rename(tmp_path / "second.yaml")
     command = ["claims", "run", str(first), str(second), "--out", str(tmp_path / "runs")]
     for arguments in (command, [*command, "--overwrite"]):

@@ -18,7 +18,6 @@ from stepkd.iteration.spec import (
     IterateConfig,
     PairsConfig,
     StepPairs,
-    TrainConfig,
     TreePairs,
     explicit_word,
     iteration_seed,
@@ -201,13 +200,7 @@ def test_training_overrides_may_be_nested_or_dotted(small: Any, write: Any, tmp_
             "tiny-0.1m",
             str(tmp_path / "rows.jsonl"),
         )
-        assert spec.identity()["train"]["overrides"]["trainer.max_steps"] == steps
-
-
-def test_texts_among_training_overrides_stay_texts() -> None:
-    texts = {"a": "~", "b": "yes", "c": "007", "d": "\n", "e": "Step: ", "f": "###"}
-    found = TrainConfig(recipes=["tiny/sft"], overrides={**texts, "g": "3", "h": "true", "i": "0.5"}).dotted()
-    assert found == {**texts, "g": 3, "h": True, "i": 0.5}
+        assert int(spec.identity()["train"]["overrides"]["trainer"]["max_steps"]) == steps
 
 
 def test_where_it_runs_decides_no_result(small: Any, write: Any) -> None:
@@ -249,8 +242,8 @@ def test_a_job_under_a_launcher_gets_the_same_settings(
     for name in ("job.run_label_job", "job.run_pair_job"):
         monkeypatch.setattr(f"stepkd.labels.{name}", lambda config, options: given.append(config))
     monkeypatch.setattr(stages.subprocess, "run", lambda words, check: Done(cli.main(words[3:])))
-    with pytest.raises(StepkdError, match=r"ended without rows\.jsonl"):
-        stages._run_job(iteration(spec, tmp_path, 1), job, "rows.jsonl")
+    with pytest.raises(FileNotFoundError):  # nothing has run that would leave a summary
+        stages._run_job(iteration(spec, tmp_path, 1), job)
     assert given == [job]
 
 
