@@ -138,8 +138,9 @@ def overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, An
 
 
 def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings by dotted name (``trainer.max_steps``), or nested already, as a recipe nests them; later ones win."""
+    """Settings by dotted name (``trainer.max_steps``), nested or both, as a recipe nests them; later ones win."""
     found: dict[str, Any] = {}
     for name, value in settings.items():
-        found = overlaid(found, reduce(lambda below, part: {part: below}, reversed(name.split(".")), value))
+        below = nested(value) if isinstance(value, Mapping) else value
+        found = overlaid(found, reduce(lambda inner, part: {part: inner}, reversed(name.split(".")), below))
     return found

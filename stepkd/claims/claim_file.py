@@ -141,7 +141,11 @@ def overall(verdicts: Sequence[Verdict]) -> Verdict:
 
 # ---- the file --------------------------------------------------------------------------------------------------------
 
-Text: TypeAlias = Annotated[str, pydantic.StringConstraints(strip_whitespace=True, min_length=1)]
+Text: TypeAlias = Annotated[
+    str,
+    pydantic.StringConstraints(strip_whitespace=True, min_length=1),
+    pydantic.AfterValidator(lambda text: " ".join(text.split())),
+]
 Name: TypeAlias = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.@+-]*$")]
 """Can be the name of a folder or row."""
 Seeds: TypeAlias = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
@@ -149,7 +153,21 @@ Changes: TypeAlias = dict[str, Any]
 """Settings on top of others."""
 
 
-class QuickFile(pydantic.BaseModel):
+def _statements(raw: Any) -> Any:
+    if not isinstance(raw, list):
+        return raw
+    found = []
+    for number, item in enumerate(raw, start=1):
+        where = f"statement {number}"
+        try:
+            found.append(build_settings(Statement, mapping(item, where), where))
+        except ConfigError as error:
+            text = str(error)
+            raise ConfigError(text if text.startswith(where) else f"{where}: {text}") from error
+    return tuple(found)
+
+
+class Quick(pydantic.BaseModel):
     """How the quick version is smaller."""
 
     model_config = pydantic.ConfigDict(strict=True)
@@ -158,60 +176,43 @@ class QuickFile(pydantic.BaseModel):
     variants: list[str] | None = None
 
 
-class ClaimFile(pydantic.BaseModel):
-    """The keys of a claim file, with what it takes from its base."""
+class Claim(pydantic.BaseModel):
+    """A claim: the keys of its file, those of its base among them."""
 
-    model_config = pydantic.ConfigDict(strict=True)
-    claim: Text
-    source: Text
-    statements: Annotated[list[Changes], Field(min_length=1)]
-    jobs: dict[Name, Annotated[dict[str, Changes | None], Field(min_length=1, max_length=1)]]
-    metrics: dict[Name, Annotated[str, Field(pattern=r"^\w+(\..+)?$")]]
-    arms: Annotated[dict[Name, Changes], Field(min_length=1)]
-    seeds: Seeds
-    quick: QuickFile
-    settings: Changes = {}
-    variants: dict[Name, Changes] = {}
-    run: Name | None = None
-    equal: dict[str, list[str] | None] = {}
-
-
-OWN = ("claim", "source", "statements")
-"""Keys that a claim does not take from its base."""
-MERGED = ("jobs", "metrics", "settings")
-"""Keys that are merged key by key with those of its base."""
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A claim, ready to run."""
-
-    name: str
-    """File name without the ending."""
+    model_config = pydantic.ConfigDict(strict=True, frozen=True)
     path: Path
     """The file."""
-    claim: str
-    """What is claimed, one sentence."""
-    source: str
-    """Paper and number."""
-    jobs: Mapping[str, Mapping[str, Any]]
-    """Job -> its kind, with its settings."""
-    metrics: Mapping[str, str]
-    """Metric -> ``job.column``; the job may be a setting that refers to one."""
-    variants: Mapping[str, Mapping[str, Any]]
-    """Variant -> all settings; one called ``main`` when the file names none."""
-    arms: Mapping[str, Mapping[str, Any]]
-    """Arm -> its settings, which go before those of the variant."""
-    run: str
-    """Name of the run's folder; claims that share it share its rows."""
-    seeds: tuple[int, ...]
-    """Seeds, in the file's order."""
-    statements: tuple[Statement, ...]
-    """What must hold."""
-    equal: Mapping[str, tuple[str, ...]]
-    """Metric -> arms that must share it in every seed."""
-    quick: bool = False
+    is_quick: bool
     """Whether this is the reduced version."""
+    claim: Text
+    """What is claimed, one sentence."""
+    source: Text
+    """Paper and number."""
+    statements: Annotated[tuple[Statement, ...], pydantic.BeforeValidator(_statements), Field(min_length=1)]
+    """What must hold."""
+    jobs: dict[Name, Annotated[dict[str, Changes | None], Field(min_length=1, max_length=1)]]
+    """Job -> its kind, with its settings."""
+    metrics: dict[Name, Annotated[str, Field(pattern=r"^\w+(\..+)?$")]]
+    """Metric -> ``job.column``; the job may be a setting that refers to one."""
+    arms: Annotated[dict[Name, Changes], Field(min_length=1)]
+    """Arm -> its settings, which go before those of the variant."""
+    seeds: Seeds
+    """Seeds, in the file's order."""
+    quick: Quick
+    """How the quick version is smaller."""
+    settings: Changes = {}
+    """What texts refer to."""
+    variants: dict[Name, Changes] = {"main": {}}
+    """Variant -> all settings; one called ``main`` when the file names none."""
+    run: Name = ""
+    """Name of the run's folder; claims that share it share its rows."""
+    equal: dict[str, list[str] | None] = {}
+    """Metric -> arms that must share it in every seed; None: all."""
+
+    @property
+    def name(self) -> str:
+        """File name without the ending."""
+        return self.path.name.removesuffix(".yaml")
 
     def wanted(self) -> list[tuple[str, dict[str, Any]]]:
         """Kind and settings of every different job of all arms, with names in place of folders.
@@ -241,11 +242,22 @@ class Claim:
         """Statements about this variant."""
         return [statement for statement in self.statements if not statement.variants or variant in statement.variants]
 
+    def check_statements(self, variant: str, values: Mapping[str, Collection[str]]) -> None:
+        """Every arm has the metrics that statements name of it.
+
+        Raises:
+            DataError: one has not.
+        """
+        for statement in self.statements_of(variant):
+            for arm in statement.arms:
+                if statement.metric not in values[arm]:
+                    raise DataError(f"statement {str(statement)!r}: the arm {arm!r} has no {statement.metric!r}")
+
     def fingerprint(self) -> str:
         """Short hash of everything that decides the verdict but recipes and code."""
         whole = self.identity() | {
-            "seeds": list(self.seeds),
-            "equal": {metric: list(arms) for metric, arms in self.equal.items()},
+            "seeds": self.seeds,
+            "equal": {metric: list(self.arms if arms is None else arms) for metric, arms in self.equal.items()},
             "statements": [
                 statement.to_dict() | {"variants": list(statement.variants)} for statement in self.statements
             ],
@@ -286,16 +298,22 @@ def load_claim(path: str | Path, *, quick: bool = False) -> Claim:
     """
     path = Path(path)
     try:
-        file = _parsed(_with_base(read_yaml(path, "claim"), path))
-        full, reduced = (_build(path, file, quick=flag) for flag in (False, True))
+        raw = _with_base(read_yaml(path, "claim"), path)
+        full, reduced = (_build(raw, path, quick=flag) for flag in (False, True))
     except ConfigError as error:
         raise DataError(str(error), path=path) from error
     return reduced if quick else full
 
 
+OWN = ("claim", "source", "statements")
+"""Keys that a claim does not take from its base."""
+MERGED = ("jobs", "metrics", "settings")
+"""Keys that are merged key by key with those of its base."""
+
+
 def _with_base(raw: Any, path: Path) -> dict[str, Any]:
     """The claim's keys, with those that it takes from the claim that it is based on."""
-    check_keys(raw, ["base", *ClaimFile.model_fields], "the claim")
+    check_keys(raw, ["base", *(name for name in Claim.model_fields if name not in ("path", "is_quick"))], "the claim")
     own = dict(raw)
     if (base := own.pop("base", None)) is None:
         return own
@@ -310,57 +328,50 @@ def _with_base(raw: Any, path: Path) -> dict[str, Any]:
     return merged
 
 
-def _parsed(raw: Mapping[str, Any]) -> ClaimFile:
-    check_keys(raw.get("quick"), list(QuickFile.model_fields), "quick")
+def _build(raw: Mapping[str, Any], path: Path, *, quick: bool) -> Claim:
+    check_keys(raw.get("quick"), list(Quick.model_fields), "quick")
     try:
-        return ClaimFile.model_validate(raw)
+        claim = Claim.model_validate({**raw, "path": path, "is_quick": quick})
     except pydantic.ValidationError as error:
         found = error.errors()[0]
         place = ": ".join(map(str, found["loc"]))
         if found["type"] == "missing":
             raise ConfigError(f"a claim needs the key {place!r}") from None
         raise ConfigError(f"{place}: {found['msg']}, got {found['input']!r}") from None
+    _check_names(claim)
+    reduced = claim.quick if quick else Quick()
+    chosen = list(claim.variants) if reduced.variants is None else reduced.variants
+    claim = claim.model_copy(
+        update={
+            "variants": {name: claim.settings | claim.variants[name] | reduced.settings for name in chosen},
+            "run": f"{claim.run or claim.name}{'-quick' if quick else ''}",
+            "seeds": reduced.seeds or claim.seeds,
+        }
+    )
+    if len(set(claim.seeds)) < len(claim.seeds):
+        raise ConfigError(f"seeds: must differ, got {claim.seeds}")
+    claim.wanted()
+    return claim
 
 
-def _build(path: Path, file: ClaimFile, *, quick: bool) -> Claim:
-    reduced = file.quick if quick else QuickFile()
-    variants = file.variants or {"main": {}}
-    seeds = reduced.seeds or file.seeds
-    if len(set(seeds)) < len(seeds):
-        raise ConfigError(f"seeds: must differ, got {seeds}")
-    for name, job in file.jobs.items():
+def _check_names(claim: Claim) -> None:
+    """Everything that one part of a claim names is there in another."""
+    for name, job in claim.jobs.items():
         _check_known(next(iter(job)), KINDS, f"jobs: {name}: no kind of job")
-    for name in file.settings:
-        if name in ("seed", "arm", *file.jobs):
+    for name in claim.settings:
+        if name in ("seed", "arm", *claim.jobs):
             raise ConfigError(f"settings: {name!r} is the name of a job, or of the seed or arm: take another name")
-    changed = {"quick: settings": file.quick.settings}
-    changed |= {f"arms: {arm}": changes for arm, changes in file.arms.items()}
-    changed |= {f"variants: {variant}": changes for variant, changes in variants.items()}
+    changed = {"quick: settings": claim.quick.settings}
+    changed |= {f"arms: {arm}": changes for arm, changes in claim.arms.items()}
+    changed |= {f"variants: {variant}": changes for variant, changes in claim.variants.items()}
     for where, changes in changed.items():
         for name in changes:
-            _check_known(name, file.settings, f"{where}: the claim has no setting")
-    chosen = list(variants) if reduced.variants is None else reduced.variants
-    for name in chosen:
-        _check_known(name, variants, "quick: no variant")
-    name = path.name.removesuffix(".yaml")
-    claim = Claim(
-        name=name,
-        path=path,
-        claim=" ".join(file.claim.split()),
-        source=" ".join(file.source.split()),
-        jobs=file.jobs,
-        metrics=file.metrics,
-        variants={variant: file.settings | variants[variant] | reduced.settings for variant in chosen},
-        arms=file.arms,
-        run=f"{file.run or name}{'-quick' if quick else ''}",
-        seeds=tuple(seeds),
-        statements=tuple(_statement(f"statement {n}", item) for n, item in enumerate(file.statements, start=1)),
-        equal={metric: tuple(file.arms if arms is None else arms) for metric, arms in file.equal.items()},
-        quick=quick,
-    )
+            _check_known(name, claim.settings, f"{where}: the claim has no setting")
+    for variant in claim.quick.variants or ():
+        _check_known(variant, claim.variants, "quick: no variant")
     for metric, arms in claim.equal.items():
         _check_known(metric, claim.metrics, f"equal: {metric}: no metric")
-        for arm in arms:
+        for arm in arms or ():
             _check_known(arm, claim.arms, f"equal: {metric}: no arm")
     for number, statement in enumerate(claim.statements, start=1):
         where = f"statement {number}"
@@ -368,17 +379,7 @@ def _build(path: Path, file: ClaimFile, *, quick: bool) -> Claim:
         for arm in statement.arms:
             _check_known(arm, claim.arms, f"{where}: no arm")
         for variant in statement.variants:
-            _check_known(variant, variants, f"{where}: no variant")
-    claim.wanted()
-    return claim
-
-
-def _statement(where: str, item: Mapping[str, Any]) -> Statement:
-    try:
-        return build_settings(Statement, item, where)
-    except ConfigError as error:
-        text = str(error)
-        raise ConfigError(text if text.startswith(where) else f"{where}: {text}") from error
+            _check_known(variant, claim.variants, f"{where}: no variant")
 
 
 def _check_known(name: str, known: Collection[str], problem: str) -> None:

@@ -44,10 +44,8 @@ def summarise_claim(claim: Claim, out: str | Path, packages: Mapping[str, str | 
     statements = []
     verdicts = []
     for variant in claim.variants:
+        claim.check_statements(variant, values[variant])
         for statement in claim.statements_of(variant):
-            for arm in statement.arms:
-                if statement.metric not in values[variant][arm]:
-                    raise DataError(f"{str(statement)!r}: the arm {arm!r} has no {statement.metric!r}", path=out)
             estimate = statement.estimate(values[variant])
             verdict = statement.verdict(estimate.decides)
             verdicts.append(verdict)
@@ -74,7 +72,7 @@ def summarise_claim(claim: Claim, out: str | Path, packages: Mapping[str, str | 
         "metrics": {variant: _metrics(claim, values[variant]) for variant in claim.variants},
         "settings": identity["variants"],
         "arms": identity["arms"],
-        "seeds": list(claim.seeds),
+        "seeds": claim.seeds,
         "fingerprint": claim.fingerprint(),
         "packages": dict(packages),
         "level": LEVEL,

@@ -122,20 +122,21 @@ def _unit_rows(claim: Claim, variant: str, seed: int, folder: Path, report: Repo
             measured[str(out)] = Measured(**json.loads(done.read_bytes()))
         return str(out)
 
-    rows = []
+    rows: list[dict[str, Any]] = []
+    problems: list[str] = []
     for index, arm in enumerate(claim.arms):
         asked = Arm(claim, variant, arm, seed, do)
+        metrics = _measure(asked, measured, problems, f"{where}, arm {arm!r}")
         row = {"id": f"{variant}/{seed}/{arm}", "index": index, "variant": variant, "seed": seed, "arm": arm}
-        rows.append(row | _measure(claim, asked, measured, f"{where}, arm {arm!r}"))
-    _check_rows(claim, variant, rows, where)
+        rows.append(row | {"problems": problems, "metrics": metrics})
+    _check_rows(claim, variant, {row["arm"]: row["metrics"] for row in rows}, where)
     return rows
 
 
-def _measure(claim: Claim, arm: Arm, measured: Mapping[str, Measured], where: str) -> dict[str, Any]:
-    """The metrics of an arm, and the problems that they are about."""
+def _measure(arm: Arm, measured: Mapping[str, Measured], problems: list[str], where: str) -> dict[str, Any]:
+    """The metrics of an arm; ``problems`` are those that all arms' metrics are about, set by the first."""
     metrics: dict[str, Any] = {}
-    problems: list[str] = []
-    for name in claim.metrics:
+    for name in arm.metrics:
         if (source := arm.source(name)) is None:
             continue
         folder, column = source
@@ -152,30 +153,21 @@ def _measure(claim: Claim, arm: Arm, measured: Mapping[str, Measured], where: st
             of = [str(problem) for problem in measured[folder].problems]
             if len(array) != len(of):
                 raise DataError(f"{where}: the metric {name!r} has {len(array)} entries for {len(of)} problems")
-            if problems and problems != of:
+            problems[:] = problems or of
+            if problems != of:
                 raise DataError(f"{where}: the metric {name!r} is about other problems than those before it")
-            problems = of
         metrics[name] = values
-    return {"problems": problems, "metrics": metrics}
+    return metrics
 
 
-def _check_rows(claim: Claim, variant: str, rows: Sequence[Mapping[str, Any]], where: str) -> None:
-    """Arms are paired by problem; what the claim names was measured, and the budgets that it wants equal are."""
-    values = {row["arm"]: row["metrics"] for row in rows}
-    for row in rows:
-        if row["problems"] and row["problems"] != (first := next(r for r in rows if r["problems"]))["problems"]:
-            raise DataError(
-                f"{where}, arm {row['arm']!r}: other problems than arm {first['arm']!r}; arms are paired by problem"
-            )
+def _check_rows(claim: Claim, variant: str, values: Mapping[str, Mapping[str, Any]], where: str) -> None:
+    """What the claim names was measured, and the budgets that it wants equal are."""
     for name, text in claim.metrics.items():
         if not any(name in metrics for metrics in values.values()):
             raise DataError(f"{where}: no arm has the metric {name!r}: is there such a column ({text})?")
-    for statement in claim.statements_of(variant):
-        for arm in statement.arms:
-            if statement.metric not in values[arm]:
-                raise DataError(f"statement {str(statement)!r}: the arm {arm!r} has no {statement.metric!r}")
+    claim.check_statements(variant, values)
     for name, arms in claim.equal.items():
-        spent = {arm: values[arm].get(name, math.nan) for arm in arms}
+        spent = {arm: values[arm].get(name, math.nan) for arm in arms or claim.arms}
         if len(set(spent.values())) > 1:
             shown = ", ".join(f"{arm} {number:g}" for arm, number in spent.items())
             raise DataError(f"{where}: the claim wants equal {name}, and the arms have {shown}")
@@ -207,22 +199,17 @@ def value_array(values: float | Sequence[Any]) -> FloatArray:
 
 
 def seed_values(claim: Claim, out: str | Path, variant: str) -> SeedValues:
-    """Metrics of every arm of a variant: one (P, K, 2) array per seed, in the claim's order of seeds.
+    """Metrics of every arm of a variant that has been run: one (P, K, 2) array per seed, in the claim's order of seeds.
 
     Raises:
-        DataError: a seed has not been run.
+        DataError: an arm has a metric in some of the seeds only.
     """
-    job = _job(Path(out))
-    values: dict[str, dict[str, list[Any]]] = {arm: {} for arm in claim.arms}
-    for number, seed in enumerate(claim.seeds):
-        rows = {row["arm"]: row for row in job.rows(variant, [_key(seed)]) or ()}
-        for arm, metrics in values.items():
-            if arm not in rows:
-                raise DataError(f"variant {variant!r}, seed {seed}, arm {arm!r} has not been run", path=out)
-            for name, numbers in rows[arm]["metrics"].items():
-                metrics.setdefault(name, []).append(value_array(numbers))
-            if short := [name for name, arrays in metrics.items() if len(arrays) != number + 1]:
-                raise DataError(
-                    f"variant {variant!r}, arm {arm!r}: {short[0]!r} is not there for every seed up to {seed}", path=out
-                )
+    job, values = _job(Path(out)), {}
+    of_seeds = [{row["arm"]: row["metrics"] for row in job.rows(variant, [_key(seed)]) or ()} for seed in claim.seeds]
+    for arm in claim.arms:
+        found = [metrics[arm] for metrics in of_seeds]
+        for name in (names := dict.fromkeys(name for metrics in found for name in metrics)):
+            if lacking := [seed for seed, metrics in zip(claim.seeds, found, strict=True) if name not in metrics]:
+                raise DataError(f"variant {variant!r}, arm {arm!r}: seed {lacking[0]} has no {name!r}", path=out)
+        values[arm] = {name: [value_array(metrics[name]) for metrics in found] for name in names}
     return values

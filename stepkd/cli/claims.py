@@ -86,7 +86,7 @@ def run(config: ListClaimsConfig | QuickConfig) -> int:
             )
         begun.add(claim.run)
         summary = summarise_claim(claim, out, settings["packages"])
-        print_results(console, claim.name, summary, quick=claim.quick)
+        print_results(console, claim.name, summary, quick=claim.is_quick)
         console.print(f"rows, models and evaluations: {out}", markup=False, highlight=False, soft_wrap=True)
         if isinstance(config, RunConfig) and config.save:
             path = save_results(claim, summary)

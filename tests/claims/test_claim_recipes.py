@@ -41,7 +41,7 @@ def test_committed_results_belong_to_the_claim(path: Path) -> None:
         pytest.skip("no results yet")
     if not results.get("stale"):
         assert results["fingerprint"] == claim.fingerprint()
-        assert results["seeds"] == list(claim.seeds)
+        assert results["seeds"] == claim.seeds
         assert results["settings"] == claim.identity()["variants"]
         assert results["arms"] == claim.identity()["arms"]
 
