@@ -176,8 +176,7 @@ class Balanced(ConverterConfig):
             if any(label is not None for label in labels)
         ]
         signed = [sum(_sign(label) != 0 for labels in each for label in labels) for each in (before, after)]
-        counts = {"rows": len(kept), "rows_without_labels_now": len(rows) - len(kept)}
-        return Converted(kept, counts | {"labels_before": signed[0], "labels_kept": signed[1]})
+        return Converted(kept, {"rows": len(kept), "labels_before": signed[0], "labels_kept": signed[1]})
 
 
 def balance_by_prefix_length(labels: Sequence[Sequence[Label]], seed: int) -> list[list[Label]]:

@@ -20,6 +20,7 @@ from stepkd.sampling.sampler import SamplingConfig
 from stepkd.scorers.load import load_scorer
 from stepkd.scorers.scorer import ScorerConfig, Solutions, StepScorer
 from stepkd.steps.labels import Label, check_threshold, passes
+from stepkd.tasks.base import Given
 from stepkd.tasks.rows import check_row
 
 Row = Mapping[str, Any]
@@ -110,23 +111,28 @@ class LabellerConfig(ABC):
         """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TaskChecker(LabellerConfig):
     """The exact checker of the tiny world: true labels, for rows of source ``task``."""
 
+    given: Given = "truth"
+    """What a step is judged by: what the problem demands at its place (truth), or what the steps before it claim."""
     needs = (A_TASK,)
+
+    def __post_init__(self) -> None:
+        check_bounds("", self)
 
     def build(self, bench: Any, sampler: Any) -> Labeller:
         """Itself."""
         return self
 
     def label(self, solutions: Sequence[Solution]) -> list[StepLabels]:
-        """See :class:`Labeller`; a label is true where the step is what the problem demands at its place."""
-        return [StepLabels(tuple(check_row(each.row, each.steps))) for each in solutions]
+        """See :class:`Labeller`; labels are true or false."""
+        return [StepLabels(tuple(check_row(each.row, each.steps, given=self.given))) for each in solutions]
 
     def provenance(self) -> dict[str, Any]:
         """What the labels came from."""
-        return {"labeller": "checker"}
+        return {"labeller": "checker", "given": self.given}
 
 
 @dataclass(frozen=True)

@@ -101,19 +101,14 @@ class RejectSegmenter:
 
     threshold: float = 0.3
     """Probability of a rejection so far at which the step ends, in (0, 1); the paper's repository has 0.3 and 0.7."""
-    min_tokens: int = 2
-    """Shortest step in tokens, >= 1; the completion's last step may be shorter."""
-    max_tokens: int = 20
-    """Longest step in tokens, >= ``min_tokens``; only white space and end tokens behind it can make it longer."""
+    min_tokens: ClassVar = 2
+    """Shortest step in tokens; the completion's last step may be shorter."""
+    max_tokens: ClassVar = 20
+    """Longest step in tokens; only white space and end tokens behind it can make it longer."""
 
     def __post_init__(self) -> None:
         if not 0 < self.threshold < 1:
             raise ConfigError(f"reject threshold {self.threshold}: must lie between 0 and 1")
-        if not 1 <= self.min_tokens <= self.max_tokens:
-            raise ConfigError(
-                f"min_tokens={self.min_tokens} and max_tokens={self.max_tokens}: a step needs at least one token, and "
-                "min_tokens must not exceed max_tokens"
-            )
 
     def ends(self, completion: TokenizedText) -> list[int]:
         """See :class:`~stepkd.steps.segment.Segmenter`.
@@ -140,11 +135,9 @@ def _signal(completion: TokenizedText, name: str, segmenter: str) -> tuple[float
     """A completion's per-token signal, checked; no tokens need none."""
     values: tuple[float, ...] | None = getattr(completion, name)
     if values is None and len(completion):
-        sampled = "sampled completions carry them as raw_logprobs; " if name == "logprobs" else ""
-        teacher = " with a teacher" if name == "teacher_logprobs" else ""
         raise DataError(
-            f"segmenter {segmenter!r} needs the {name} of every token, and this completion has none: {sampled}"
-            f"stepkd.sampling.annotate{teacher} computes them for any text"
+            f"segmenter {segmenter!r} needs the {name} of every token, and this completion has none: sampled ones "
+            "carry raw_logprobs, and stepkd.sampling.annotate computes all signals of any text"
         )
     return _checked(values or (), name)
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from stepkd.errors import ConfigError, check_choice
+from stepkd.errors import ConfigError, check_bounds
 
 Meaning = Literal["correctness", "value", "outcome"]
 """What a score estimates: that the step is correct, that the answer will be correct from here on (Monte-Carlo labels),
@@ -38,8 +38,7 @@ class StepFormat:
     separator (Qwen2.5-Math-PRM). They differ for tokenizers that begin a text with a piece of its own."""
 
     def __post_init__(self) -> None:
-        check_choice("marker_place", self.marker_place, ("step_end", "before_separator"))
-        check_choice("tokenize", self.tokenize, ("whole", "per_step"))
+        check_bounds("", self)
         if self.marker == "":
             raise ConfigError("the step marker is empty text: name a token, 'auto', or null for no marker")
         if self.marker is None and self.marker_place == "before_separator":

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from stepkd.errors import ConfigError, DataError, check_bounds, check_choice
-from stepkd.tasks.base import Task, TaskProblem, answer_line, keyed_bits, keyed_fraction, keyed_rng
+from stepkd.tasks.base import Given, Task, TaskProblem, answer_line, keyed_bits, keyed_fraction, keyed_rng
 from stepkd.tasks.families import get_task
 
 
@@ -209,12 +209,13 @@ def is_task_row(row: Mapping[str, Any]) -> bool:
     return "task" in row and "meta" in row
 
 
-def check_row(row: Mapping[str, Any], steps: Sequence[str]) -> list[bool]:
+def check_row(row: Mapping[str, Any], steps: Sequence[str], *, given: Given = "truth") -> list[bool]:
     """Judge a model's steps against the problem of a row.
 
     Args:
         row: a row of `make_rows`; see `row_problem`.
         steps: the lines of a completion, any text.
+        given: as in `Task.check_solution`.
 
     Returns:
         One bool per step.
@@ -223,4 +224,4 @@ def check_row(row: Mapping[str, Any], steps: Sequence[str]) -> list[bool]:
         DataError: the row is not a row of the tiny world.
     """
     task, problem = row_problem(row)
-    return task.check_solution(problem, steps)
+    return task.check_solution(problem, steps, given=given)

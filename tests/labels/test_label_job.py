@@ -324,6 +324,7 @@ GREEDY = SamplingConfig(n=2, temperature=0)
         (lambda: Cut(segmenter="newlines"), "unknown segmenter 'newlines'"),
         (lambda: Cut(segmenter="reject"), "choose Reject, with the teacher"),
         (lambda: Reject(teacher="m", probability=2.0), "reject threshold 2.0"),
+        (lambda: TaskChecker(given="lies"), "unknown given 'lies'"),
         (lambda: Outcome(scope="first"), "unknown scope 'first'"),
         (lambda: Scored(scorer="judge:m", threshold=1.0), "threshold=1.0: must lie between 0 and 1"),
     ],

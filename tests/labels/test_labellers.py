@@ -25,18 +25,22 @@ def solution(steps: Sequence[str], *, row: Any = ROW, correct: bool | None = Non
     return Solution(np.ones(1), ids, ids + 1, id=id, index=0, row=row, steps=tuple(steps), correct=correct)
 
 
-def test_the_checker_judges_by_the_truth() -> None:
+def test_checker_truth_and_claims() -> None:
     first, second, answer = ROW["steps"]
     incorrect = f"{first[:-2]}{(int(first[-2]) + 1) % 10}\n"
     rest = [second, answer]
     assert TaskChecker().label([solution(ROW["steps"])])[0].labels == (True, True, True)
     assert TaskChecker().label([solution([incorrect, *rest])])[0].labels == (False, True, True), "a silent recovery"
-    assert TaskChecker().provenance() == {"labeller": "checker"}
+    claims = TaskChecker(given="claims").label([solution([incorrect, *rest])])[0]
+    assert claims.labels[:2] == (False, False), "the second line does not follow from the incorrect claim"
+    assert TaskChecker(given="claims").provenance() == {"labeller": "checker", "given": "claims"}
 
 
 def test_checker_refuses_other_rows() -> None:
     with pytest.raises(DataError, match="task"):
         TaskChecker().label([solution(["x"], row={"id": "p", "prompt": "?"})])
+    with pytest.raises(ConfigError, match="unknown given"):
+        TaskChecker(given="lies")  # type: ignore[arg-type]
 
 
 def test_outcome() -> None:

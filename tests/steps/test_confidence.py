@@ -111,7 +111,6 @@ def test_reject_closed_forms() -> None:
     # a = 1/2 at every token: 1 - a^1 = 0.5 > 0.3 at once, so the shortest length decides
     halves = with_teacher([math.log(0.8)] * 7, [math.log(0.4)] * 7)
     assert step_ends(segment(RejectSegmenter(), halves)) == [2, 4, 6, 7]
-    assert step_ends(segment(RejectSegmenter(min_tokens=1), halves)) == [1, 2, 3, 4, 5, 6, 7]
     assert step_ends(segment(RejectSegmenter(0.8), halves)) == [3, 6, 7]  # 1 - 1/8 = 0.875
     # a teacher that agrees, or likes the tokens more: only the longest length cuts
     agrees = with_teacher([math.log(0.4)] * 50, [math.log(0.8)] * 50)
@@ -133,20 +132,18 @@ logprob = st.floats(-12, 0)
 @given(
     pairs=st.lists(st.tuples(logprob, logprob), min_size=1, max_size=60),
     h=st.floats(0.05, 0.95),
-    shortest=st.integers(1, 4),
-    extra=st.integers(0, 20),
 )
-def test_reject_is_its_definition(pairs: list[tuple[float, float]], h: float, shortest: int, extra: int) -> None:
+def test_reject_is_its_definition(pairs: list[tuple[float, float]], h: float) -> None:
     student, teacher = [s for s, _ in pairs], [t for _, t in pairs]
-    spans = segment(RejectSegmenter(h, shortest, shortest + extra), with_teacher(student, teacher))
-    assert step_ends(spans) == reject_cuts(student, teacher, h, shortest, shortest + extra)
-    assert all(shortest <= end - start <= shortest + extra for start, end in spans[:-1])
+    spans = segment(RejectSegmenter(h), with_teacher(student, teacher))
+    assert step_ends(spans) == reject_cuts(student, teacher, h, 2, 20)
+    assert all(2 <= end - start <= 20 for start, end in spans[:-1])
 
 
 segmenters = st.one_of(
     st.builds(AdaptiveStepSegmenter, st.floats(0.01, 0.99)),
     st.builds(EntropySegmenter, st.floats(0, 4)),
-    st.builds(RejectSegmenter, st.floats(0.05, 0.95), st.integers(1, 3), st.integers(3, 10)),
+    st.builds(RejectSegmenter, st.floats(0.05, 0.95)),
 )
 
 
@@ -183,21 +180,19 @@ def test_long_blank_completions_are_read_once() -> None:
         (
             AdaptiveStepSegmenter(0.1),
             {},
-            "segmenter 'adaptive_step' needs the logprobs of every token, and this completion has "
-            "none: sampled completions carry them as raw_logprobs; stepkd.sampling.annotate computes them for any "
-            "text",
+            "segmenter 'adaptive_step' needs the logprobs of every token, and this completion has none: sampled ones "
+            "carry raw_logprobs, and stepkd.sampling.annotate computes all signals of any text",
         ),
         (
             EntropySegmenter(1.0),
             {"logprobs": (-1.0, -1.0)},
-            "needs the entropies of every token, and this completion has none: stepkd.sampling.annotate computes",
+            "needs the entropies of every token, and this completion has none",
         ),
         (RejectSegmenter(), {"teacher_logprobs": (-1.0, -1.0)}, "'reject' needs the logprobs of"),
         (
             RejectSegmenter(),
             {"logprobs": (-1.0, -1.0)},
-            "needs the teacher_logprobs of every token, and this completion has "
-            "none: stepkd.sampling.annotate with a teacher computes them for any text",
+            "needs the teacher_logprobs of every token, and this completion has none",
         ),
         (
             AdaptiveStepSegmenter(0.1),
@@ -232,8 +227,6 @@ def test_no_tokens_need_no_signals(segmenter: Segmenter) -> None:
         (lambda: EntropySegmenter(-0.1), "entropy threshold -0.1: must be a finite number of nats"),
         (lambda: EntropySegmenter(math.inf), "entropy threshold inf"),
         (lambda: RejectSegmenter(1.0), "reject threshold 1.0: must lie between 0 and 1"),
-        (lambda: RejectSegmenter(min_tokens=0), "min_tokens=0 and max_tokens=20: a step needs at least one token"),
-        (lambda: RejectSegmenter(min_tokens=9, max_tokens=8), "min_tokens must not exceed max_tokens"),
     ],
 )
 def test_bad_settings(make: Any, message: str) -> None:

@@ -139,7 +139,7 @@ def test_segmenters_by_name(fitted: SegmentThreshold, tmp_path: Path) -> None:
     assert get_segmenter("adaptive_step:0.05") == AdaptiveStepSegmenter(0.05)
     assert get_segmenter("entropy:1.5") == EntropySegmenter(1.5)
     assert get_segmenter(f"entropy:{entropy}") == EntropySegmenter(89.0)
-    assert get_segmenter("reject") == RejectSegmenter(0.3, 2, 20)
+    assert get_segmenter("reject") == RejectSegmenter(0.3)
     assert get_segmenter("reject:0.7") == RejectSegmenter(0.7)
     completion = completion_of([-0.1, -5.0, -0.1])
     assert segment(get_segmenter("adaptive_step:0.05"), completion) == [(0, 2), (2, 3)]

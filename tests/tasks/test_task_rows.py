@@ -122,14 +122,14 @@ def test_bad_settings(settings: dict, message: str) -> None:
         make_rows(arguments.pop("task"), arguments.pop("n"), **arguments)
 
 
-def test_check_row_marks_slips_and_surplus() -> None:
+def test_check_row_marks_slips_surplus_and_claims() -> None:
     row = make_rows("modular:terms=3,operators=+", 1, seed=0)[0]
     task, problem = row_problem(row)
     slip = task.slips(problem, [], row["steps"][0])[0]
     carried = task.next_step(problem, [slip])
     assert carried is not None
     assert check_row(row, [slip, carried]) == [False, False]
-    assert task.check_solution(problem, [slip, carried], given="claims") == [False, True]
+    assert check_row(row, [slip, carried], given="claims") == [False, True]
     assert check_row(row, [*row["steps"], "more"]) == [True, True, True, False]
     assert check_row(row, []) == []
 
