@@ -7,7 +7,6 @@ import logging
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -142,8 +141,11 @@ class StepData(LightningDataModule):
             examples = [each or encoder.prompt_example(row) for each, row in zip(read, rows, strict=True)]
         else:
             examples = encoder.examples(rows)
-        if contracts is None and name in ("validation", "test"):
-            self._check_measured(name, examples)
+        solved = any(len(each.token_ids) for each in examples)
+        measured = solved or self._needs(name) or getattr(self._module, "fidelity_spec", None)
+        if contracts is None and name in ("validation", "test") and not measured:
+            reason = "no row has a solution and model.init_args.validation.sampling is null"
+            raise DataError(f"data.{name}: nothing would be measured, because {reason}")
         facts = encoder.check(examples, training=name == "train", allow_one_class=self.allow_one_class)
         facts |= {key: count for key, count in sorted(encoder.counts.items()) if count}
         logger.info("%s: %d of %d rows%s", name, len(examples), len(rows), f", {facts}" if facts else "")
@@ -167,17 +169,6 @@ class StepData(LightningDataModule):
     def _needs(self, name: str) -> Needs:
         return getattr(self._module, "reads", lambda split: {})(name)
 
-    def _check_measured(self, name: str, examples: list[Completion]) -> None:
-        """Refuse problems of which nothing can be measured."""
-        measured = (
-            self._needs(name)
-            or getattr(self._module, "fidelity_spec", None)
-            or any(len(each.token_ids) for each in examples)
-        )
-        if not measured:
-            reason = "no row has a solution and model.init_args.validation.sampling is null"
-            raise DataError(f"data.{name}: nothing would be measured, because {reason}")
-
     def _rows(self, name: str, spec: DataConfig, contract: Contract | None = None) -> list[Row]:
         """The rows of a split; what is wrong with them, or left out of a file of one's own, is told with its name."""
         if name == "train":
@@ -199,7 +190,18 @@ class StepData(LightningDataModule):
     def _report_overlap(self) -> None:
         train = (str(example.row.get("prompt")) for example in self.examples["train"])
         validation = {each.id: str(each.row.get("prompt")) for each in self.examples["validation"]}
-        logger.info("train/validation overlap: %s", overlap_report(train, validation, self.overlap_ngram))
+        shares = overlap_report(train, validation, self.overlap_ngram)
+        seen = [name for name, share in shares.items() if share >= 0.5]
+        logger.info(
+            "train/validation overlap: of %d validation prompts %d share all of their %d-word n-grams with training "
+            "prompts, %d at least half, %d at least one%s",
+            len(shares),
+            sum(share == 1 for share in shares.values()),
+            self.overlap_ngram,
+            len(seen),
+            sum(share > 0 for share in shares.values()),
+            f"; largely seen: {', '.join(seen[:5])}" if seen else "",
+        )
 
     def _loader(self, name: str) -> StepLoader:
         examples, training = self.examples[name], name == "train"
@@ -253,30 +255,7 @@ class StepData(LightningDataModule):
         return self._loader("predict")
 
 
-@dataclass(frozen=True)
-class Overlap:
-    """How much of some test texts stands in training texts."""
-
-    n: int
-    """Words per n-gram."""
-    train_count: int
-    """Number of training texts."""
-    shares: dict[str, float]
-    """Id of a test text -> share of its distinct n-grams that stand in some training text, in [0, 1]."""
-    exact: list[str]
-    """Ids of those whose whole text is a training text, case, punctuation and spacing aside."""
-
-    def __str__(self) -> str:
-        half = [name for name, share in self.shares.items() if share >= 0.5]
-        some = sum(share > 0 for share in self.shares.values())
-        return (
-            f"of {len(self.shares)} test texts {len(self.exact)} are one of {self.train_count} training texts, "
-            f"{len(half)} have at least half of their {self.n}-word n-grams in training, and {some} at least one"
-            + (f"; largely seen: {', '.join(half[:5])}{', ...' * (len(half) > 5)}" if half else "")
-        )
-
-
-def overlap_report(train_texts: Iterable[str], test_texts: Mapping[str, str], n: int = 8) -> Overlap:
+def overlap_report(train_texts: Iterable[str], test_texts: Mapping[str, str], n: int = 8) -> dict[str, float]:
     """Measure how much of the test texts stands in the training texts, by word n-grams.
 
     Texts are compared as words in lower case, without punctuation and spacing; arithmetic operators count as words. A
@@ -286,26 +265,18 @@ def overlap_report(train_texts: Iterable[str], test_texts: Mapping[str, str], n:
         train_texts: read once, may be a generator of any length.
         test_texts: by id; their n-grams are held in memory.
         n: words per n-gram, at least 1; 8 to 13 are usual for contamination checks.
+
+    Returns:
+        By id the share of a test text's distinct n-grams that stand in some training text, in [0, 1].
     """
-    wholes = {name: normalised_words(text) for name, text in test_texts.items()}
-    grams = {name: _grams(words, n) for name, words in wholes.items()}
-    known = set(wholes.values())
+    grams = {name: _grams(text, n) for name, text in test_texts.items()}
     wanted = set().union(*grams.values())
     seen: set[tuple[str, ...]] = set()
-    equal: set[tuple[str, ...]] = set()
-    train_count = 0
-    for words in map(normalised_words, train_texts):
-        train_count += 1
-        seen |= wanted & _grams(words, n)
-        equal |= {words} & known
-    shares = {name: len(own & seen) / max(len(own), 1) for name, own in grams.items()}
-    return Overlap(n, train_count, shares, [name for name, words in wholes.items() if words in equal])
+    for text in train_texts:
+        seen |= wanted & _grams(text, n)
+    return {name: len(own & seen) / max(len(own), 1) for name, own in grams.items()}
 
 
-def normalised_words(text: str) -> tuple[str, ...]:
-    """A text's words and arithmetic operators, case-folded, in compatibility form."""
-    return tuple(_WORDS.findall(unicodedata.normalize("NFKC", text).replace("\u2212", "-").casefold()))
-
-
-def _grams(words: tuple[str, ...], n: int) -> set[tuple[str, ...]]:
-    return {words[start : start + n] for start in range(max(len(words) - n + 1, min(len(words), 1)))}
+def _grams(text: str, n: int) -> set[tuple[str, ...]]:
+    words = _WORDS.findall(unicodedata.normalize("NFKC", text).replace("\u2212", "-").casefold())
+    return {tuple(words[start : start + n]) for start in range(max(len(words) - n + 1, min(len(words), 1)))}

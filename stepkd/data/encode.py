@@ -22,7 +22,7 @@ from stepkd.data.completion import Completion
 from stepkd.data.rows import Contract, ends_partition
 from stepkd.data.templates import PromptTemplate, end_ids
 from stepkd.errors import ConfigError, DataError, check_bounds
-from stepkd.steps.labels import ANY_SUCCESS, Label, LabelKind, Neutral, check_threshold, label_kind, verdicts
+from stepkd.steps.labels import ANY_SUCCESS, LabelKind, Neutral, check_threshold, label_kind, verdicts
 from stepkd.steps.segment import Segmenter, Span, segment, spans_from_ends, step_ends
 from stepkd.steps.text import TokenizedText, text_from_ids, tokenize_text
 
@@ -100,9 +100,15 @@ def step_targets(row: Mapping[str, Any], num_steps: int, num_classes: int, rule:
         raise refused(row, column, f"soft labels for {num_classes} classes: they need two, or labels.harden")
     neutral = rule.neutral if num_classes == 2 else "correct"
     marks = verdicts(labels, neutral=neutral, threshold=ANY_SUCCESS if rule.harden is None else rule.harden)
-    targets = [
-        _target(label, mark, kind, num_classes, rule.harden is None) for label, mark in zip(labels, marks, strict=True)
-    ]
+    targets: list[Target | None] = []
+    for label, mark in zip(labels, marks, strict=True):
+        if mark is None:
+            targets.append(None)
+        elif kind == "soft" and rule.harden is None:
+            targets.append((1.0 - float(label), float(label)))
+        else:
+            neutral_class = kind == "rating" and label == 0 and num_classes == 3
+            targets.append(_one_hot(1 if neutral_class else (num_classes - 1) * mark, num_classes))
     if rule.after_error != "keep" and False in marks:
         incorrect = marks.index(False)
         targets[incorrect + 1 :] = [None] * (num_steps - incorrect - 1)
@@ -124,14 +130,6 @@ def row_outcome(row: Mapping[str, Any]) -> bool | None:
 def refused(row: Mapping[str, Any], column: str, message: str) -> DataError:
     """The error for a row that an encoder cannot read; it names the row by its id."""
     return DataError(message, path=str(row.get("id", "?")), column=column)
-
-
-def _target(label: Label, mark: bool | None, kind: str, num_classes: int, keep_soft: bool) -> Target | None:
-    if label is not None and kind == "soft" and keep_soft:
-        return (1.0 - float(label), float(label))
-    if label is not None and kind == "rating" and num_classes == 3:
-        return _one_hot(int(label) + 1, 3)
-    return None if mark is None else _one_hot(num_classes - 1 if mark else 0, num_classes)
 
 
 def _one_hot(index: int, num_classes: int) -> Target:

@@ -18,7 +18,7 @@ from itertools import accumulate, pairwise
 from typing import Any, Literal
 
 from stepkd.data.completion import Completion
-from stepkd.data.encode import Encoder, LabelRule, refused, row_outcome, step_targets, with_end
+from stepkd.data.encode import Encoder, LabelRule, Target, refused, row_outcome, step_targets, with_end
 from stepkd.data.rows import COMPLETION, PREFERENCE, STEP_PREFERENCE, STEPWISE, UNPAIRED
 from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, DataError
@@ -28,6 +28,8 @@ from stepkd.steps.segment import Segmenter, Span, segment, spans_from_ends
 from stepkd.steps.text import TokenizedText, first_difference, text_from_ids, tokenize_text
 
 CORRECT, INCORRECT, UNKNOWN = 1, 0, -1
+INCORRECT_TARGET = (1.0, 0.0)
+"""Target of an incorrect step."""
 SIDES = ("chosen", "rejected")
 
 
@@ -79,11 +81,11 @@ class FeedbackEncoder(Encoder):
         completion, spans = self.steps(row)
         if not (fitting := self._fitting(prompt, spans)):
             return None
-        labels = self._labels(row, len(spans))[:fitting]
-        if self.labels.after_error == "truncate" and INCORRECT in labels[:-1]:
-            labels = labels[: labels.index(INCORRECT) + 1]
+        targets = self._targets(row, len(spans))[:fitting]
+        if self.labels.after_error == "truncate" and INCORRECT_TARGET in targets[:-1]:
+            targets = targets[: targets.index(INCORRECT_TARGET) + 1]
             self.counts["rows_cut_at_first_error"] += 1
-        if outcome == UNKNOWN and all(label == UNKNOWN for label in labels):
+        if outcome == UNKNOWN and all(target is None for target in targets):
             self.counts["rows_without_feedback"] += 1
             return None
         self.counts["rows_without_outcome"] += outcome == UNKNOWN
@@ -91,10 +93,10 @@ class FeedbackEncoder(Encoder):
             row,
             prompt,
             completion.token_ids,
-            spans[: len(labels)],
+            spans[: len(targets)],
             outcome=outcome,
-            targets=tuple(None if label == UNKNOWN else (1.0 - label, float(label)) for label in labels),
-            read_at=tuple(end - 1 for _, end in spans[: len(labels)]),
+            targets=tuple(targets),
+            read_at=tuple(end - 1 for _, end in spans[: len(targets)]),
         )
 
     def check(self, examples: Sequence[Completion], *, training: bool, allow_one_class: bool) -> dict[str, int]:
@@ -133,9 +135,9 @@ class FeedbackEncoder(Encoder):
         spans = spans_from_ends(ends, len(text))
         return (text, spans) if row_outcome(row) is None else self._with_end(text, spans)
 
-    def _labels(self, row: Mapping[str, Any], num_steps: int) -> list[int]:
+    def _targets(self, row: Mapping[str, Any], num_steps: int) -> list[Target | None]:
         if all(row.get(column) is None for column in ("labels", "step_labels", "step_values")):
-            return [UNKNOWN] * num_steps
+            return [None] * num_steps
         targets = step_targets(row, num_steps, 2, self.labels)
         if soft := [target[1] for target in targets if target is not None and target[1] not in (0.0, 1.0)]:
             raise refused(
@@ -144,7 +146,7 @@ class FeedbackEncoder(Encoder):
                 f"a step label of {soft[0]:g} is neither correct nor incorrect, and feedback is binary: set "
                 "labels.harden (0.001 is 'any continuation succeeded')",
             )
-        return [UNKNOWN if target is None else int(target[1]) for target in targets]
+        return targets
 
 
 def feedback_counts(examples: Iterable[Completion]) -> dict[str, int]:

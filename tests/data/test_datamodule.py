@@ -139,7 +139,7 @@ def test_truncation_and_overlap_are_reported(attach: Any, tmp_path: Path, caplog
     with caplog.at_level(logging.INFO):
         data.setup("fit")
     assert "train: 2 of 2 rows, {'rows_truncated': 1, 'steps_dropped': 1}" in caplog.text
-    assert "of 1 test texts 1 are one of 2 training texts" in caplog.text
+    assert "of 1 validation prompts 1 share all of their 8-word n-grams with training prompts" in caplog.text
     assert "largely seen: v1" in caplog.text
 
 

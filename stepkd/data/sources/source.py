@@ -45,11 +45,9 @@ class Source:
     map_row: MapRow = lambda raw, options: dict(raw)
     """Maps a raw row to a contract row, or to several (or none)."""
     reads: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """Contract column -> the file's columns that may hold it, first match wins; empty: columns stay as they are."""
+    """Our column -> the file's columns that may hold it, first match wins; empty: columns stay as they are."""
     requires: Sequence[str] = ("prompt", "answer")
     """The columns in ``reads`` that a file must have; of any other the contract says what it lacks."""
-    keeps: Sequence[str] = ()
-    """Further file columns passed on to ``map_row``, where present."""
     hub: str | None = None
     """Dataset id on the Hugging Face hub."""
     hub_configs: Sequence[str] = ()
@@ -105,7 +103,6 @@ class Source:
         """
         renamed = set(columns.values())
         values: Row = {} if self.reads else {name: value for name, value in row.items() if name not in renamed}
-        values |= {name: row[name] for name in self.keeps if name in row}
         listed = ", ".join(map(repr, row)) or "no columns"
         for name, candidates in {**self.reads, **{name: (column,) for name, column in columns.items()}}.items():
             found = next((candidate for candidate in candidates if candidate in row), None)
