@@ -61,17 +61,15 @@ def print_process(console: Any, summary: dict[str, Any]) -> None:
             label += f"\n({section['unscored_solutions']} more left out:\ntoo long for the context)"
         if section["unknown_first_error"]:
             label += f"\n({section['unknown_first_error']} not in F1: labels\nmissing before an error)"
-        rules = [(f"below {section['fixed']['threshold']:.2f}", section["fixed"])]
+        rules = [(f"below {section['fixed']['threshold']:.2f}", section["fixed"], "\n")]
         if "tuned" in section:
             where = "here: optimistic" if section["tuned"]["optimistic"] else f"on {summary['tuned_on']}"
-            rules.append((f"below {section['tuned']['threshold']:.2f},\ntuned {where}", section["tuned"]))
-        for i, (rule, found) in enumerate(rules):
-            table.add_row(label if i == 0 else "", rule, *(percent(found[key], "\n") for key in _FIRST_ERROR))
-        for rule, found in section["baselines"].items():
-            if found is None:
-                continue
-            baselines = (percent(found[key], None) for key in _FIRST_ERROR)
-            table.add_row("", f"{rule} (baseline)", *baselines, style="dim")
+            rules.append((f"below {section['tuned']['threshold']:.2f},\ntuned {where}", section["tuned"], "\n"))
+        baselines = [(f"{rule} (baseline)", found, None) for rule, found in section["baselines"].items() if found]
+        for rule, found, gap in [*rules, *baselines]:
+            shares = (percent(found[key], gap) for key in ("f1", "acc_error", "acc_correct"))
+            table.add_row(label, rule, *shares, style="dim" if gap is None else None)
+            label = ""
         table.add_section()
     console.print(table)
     steps = Table(title="steps up to and including the first error", title_justify="left")
@@ -81,21 +79,14 @@ def print_process(console: Any, summary: dict[str, Any]) -> None:
         steps.add_column(name, justify="right", overflow="fold")
     for title, group, key, show in _STEP_ROWS:
         groups = (summary["sets"][name][group] for name in names)
-        steps.add_row(title, *("-" if found is None else show(found[key]) for found in groups))
-    argmin = [summary["sets"][name]["argmin"] for name in names]
-    chance = ["-" if found is None else f"{100 * found['expected_last']:.1f}" for found in argmin]
-    steps.add_row("  expected by chance", *chance)
-    swaps = [summary["sets"][name]["order_swap"] for name in names]
-    if any(swaps):
-        shown_swaps = ("-" if swap is None else percent(swap["drop_rate"]) for swap in swaps)
-        steps.add_row("score falls when dependent\nsteps are swapped (%)", *shown_swaps)
+        cells = ["-" if found is None else show(found[key]) for found in groups]
+        if set(cells) != {"-"}:
+            steps.add_row(title, *cells)
     console.print(steps)
     for what, why in summary["undefined"].items():
         console.print(f"no {what.replace('_', ' ')}: {why}", markup=False, highlight=False)
 
 
-_FIRST_ERROR = ("f1", "acc_error", "acc_correct")
-"""Keys of a rule's figures, in the order of the table."""
 _STEP_ROWS: tuple[tuple[str, str, str, Any], ...] = (
     ("steps", "steps", "steps", str),
     ("correct (%)", "steps", "positive_share", percent),
@@ -106,5 +97,7 @@ _STEP_ROWS: tuple[tuple[str, str, str, Any], ...] = (
     ("Brier", "calibration", "brier", shown),
     ("Brier skill", "calibration", "skill_base_rate", shown),
     ("lowest score is last (%)", "argmin", "share_last", percent),
+    ("  expected by chance", "argmin", "expected_last", percent),
+    ("score falls when dependent\nsteps are swapped (%)", "order_swap", "drop_rate", percent),
 )
-"""Title, group and key in a set's summary, how it is shown."""
+"""Title, group and key in a set's summary, how it is shown; what no set has is left out."""

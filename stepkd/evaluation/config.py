@@ -64,12 +64,20 @@ class EvaluateConfig(JobConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluatePRMConfig(JobConfig):
-    """One evaluation of a step scorer on sets of step-labelled solutions."""
+class _ScorerJobConfig(JobConfig):
+    """A job that runs a step scorer."""
 
     scorer: ScorerConfig | str
     """What scores the steps: one of the classes, or a word (run folder, checkpoint, export or published PRM;
     judge:MODEL; checker; arithmetic; gain)."""
+    max_rows: int = 32
+    """Solutions scored at once, at least 1; it belongs to what decides the result: batch shapes decide rounding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluatePRMConfig(_ScorerJobConfig):
+    """One evaluation of a step scorer on sets of step-labelled solutions."""
+
     sets: tuple[str, ...] = ("gsm8k", "math")
     """Step-labelled sets: ProcessBench's subsets (gsm8k, math, olympiadbench, omnimath) or data settings
     (prm800k:path=...); the first two are those that most papers report."""
@@ -82,8 +90,6 @@ class EvaluatePRMConfig(JobConfig):
     subsets, and no tuning without one."""
     limit: int | None = None
     """Solutions per set, at least 1, drawn at random (always the same ones); the default takes all."""
-    max_rows: int = 32
-    """Solutions scored at once, at least 1; it belongs to what decides the result: batch shapes decide rounding."""
     seed: int = 0
     """Seed of the intervals' resampling, at least 0."""
     figures: bool = True
@@ -129,12 +135,9 @@ class EvaluatePRMConfig(JobConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreConfig(JobConfig):
+class ScoreConfig(_ScorerJobConfig):
     """One set of solutions whose steps are scored."""
 
-    scorer: ScorerConfig | str
-    """What scores the steps: one of the classes, or a word (run folder, checkpoint, export or published PRM;
-    judge:MODEL; checker; arithmetic; gain)."""
     completions: str
     """File or data settings of the solutions: completions, or rows with step texts."""
     reduction: Reduction | None = None
@@ -144,8 +147,6 @@ class ScoreConfig(JobConfig):
     segmenter: str | None = None
     """Cuts solutions that come as one text (newline, blank_line, ...); the default is newline. Steps that a row has, or
     a segmenter that it names, stay as they are."""
-    max_rows: int = 32
-    """Solutions scored at once, at least 1; it belongs to what decides the result: batch shapes decide rounding."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

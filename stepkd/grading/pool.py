@@ -94,14 +94,12 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True)
 class Grade:
-    """The verdict on one completion, with what it compared."""
+    """The verdict on one completion, with the answer it found."""
 
     verdict: Verdict
     """One of the four outcomes."""
     extracted: str | None
     """The answer found, at most 2,000 characters of it; ``None`` if none was found."""
-    gold: str
-    """The reference answer it was compared with."""
 
 
 @dataclass
@@ -213,15 +211,19 @@ class Grader:
             that swallows the error can come back as ``incorrect``.)
 
         Raises:
-            DataError: different lengths, an answer that is not text, an empty answer.
+            DataError: different lengths, or an empty answer.
             StepkdError: the workers cannot be started (math-verify missing, ``memory_mb`` too small).
         """
-        golds = _check_input(completions, answers)
+        if len(completions) != len(answers):
+            raise DataError(f"{len(completions)} completions but {len(answers)} answers; give one for each")
+        golds = [extract_answer(answer, ("hash", "boxed")) or answer.strip() for answer in answers]
+        if "" in golds:
+            raise DataError(f"answers[{golds.index('')}] is empty: every problem needs an answer", column="answers")
         cut = [False] * len(golds) if cut_off is None else cut_off
         found = [extract_answer(t or "", self.extractors, cut_off=c) for t, c in zip(completions, cut, strict=True)]
         return [
-            Grade(verdict, answer and answer[:MAX_ANSWER_CHARS], gold)
-            for verdict, answer, gold in zip(self._verdicts(found, golds), found, golds, strict=True)
+            Grade(verdict, answer and answer[:MAX_ANSWER_CHARS])
+            for verdict, answer in zip(self._verdicts(found, golds), found, strict=True)
         ]
 
     def same(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
@@ -323,18 +325,3 @@ class Grader:
 def _stop(pool: list[_Worker]) -> None:
     while pool:
         pool.pop().stop()
-
-
-def _check_input(completions: Sequence[str | None], answers: Sequence[str]) -> list[str]:
-    """Check both columns and reduce whole solutions to their answers."""
-    if len(completions) != len(answers):
-        raise DataError(f"{len(completions)} completions but {len(answers)} answers; give one answer per completion")
-    for index, answer in enumerate(answers):
-        if not isinstance(answer, str):
-            raise DataError(f"answers[{index}] is {type(answer).__name__}, not text; use str()", column="answers")
-    golds = [extract_answer(answer, ("hash", "boxed")) or answer.strip() for answer in answers]
-    if "" in golds:
-        raise DataError(
-            f"answers[{golds.index('')}] is empty; every problem needs a reference answer", column="answers"
-        )
-    return golds

@@ -45,17 +45,15 @@ class _Reader(ScorerConfig):
     def build(self, *, device: str = "auto", max_rows: int = 32) -> StepScorer:
         """See :meth:`ScorerConfig.build`."""
         where = pick_device(device)
-        reading = {"max_length": self.max_length, "temperature": self.temperature}
-        scorer = self._load(max_rows=max_rows, name=self.path, **reading)
+        reading = {"max_length": self.max_length, "temperature": self.temperature, "name": self.path}
+        scorer = self._load({"dtype": self.dtype, "attention": self.attention}, max_rows=max_rows, **reading)
         scorer.policy.to(where)
         return scorer
 
-    def _weights(self) -> dict[str, Any]:
-        return {"dtype": self.dtype, "attention": self.attention}
-
     @abstractmethod
-    def _load(self, **reading: Any) -> Any:
-        """The scorer, on the CPU; ``reading`` are settings of :class:`~stepkd.scorers.prm.PolicyScorer`."""
+    def _load(self, weights: dict[str, Any], **reading: Any) -> Any:
+        """The scorer, on the CPU, with weights as :func:`~stepkd.models.checkpoint.load_trained` is told; ``reading``
+        are settings of :class:`~stepkd.scorers.prm.PolicyScorer`."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +63,12 @@ class PRM(_Reader):
     head: StepHeadConfig | None = None
     """How a plain model scores steps: LabelTokens or Classifier; the default is the head that it was trained with."""
 
-    def _load(self, **reading: Any) -> Any:
+    def _load(self, weights: dict[str, Any], **reading: Any) -> Any:
         from stepkd.models.checkpoint import load_trained
         from stepkd.models.source import trained_template
         from stepkd.scorers.prm import PRMScorer
 
-        policy = load_trained(self.path, **self._weights())
+        policy = load_trained(self.path, **weights)
         if self.head is not None:
             policy.attach_step_head(self.head)
         policy.require_step_head()
@@ -89,12 +87,12 @@ class _Published(_Reader):
 
     family: ClassVar[str]
 
-    def _load(self, **reading: Any) -> Any:
+    def _load(self, weights: dict[str, Any], **reading: Any) -> Any:
         from stepkd.scorers.prm import PRMScorer
         from stepkd.scorers.published import open_published
 
         own = {"separator": self.separator} if isinstance(self, TRLPRM) else {}
-        policy, template, encoder = open_published(self.family, self.path, **own, **self._weights())
+        policy, template, encoder = open_published(self.family, self.path, **own, **weights)
         return PRMScorer(policy, template=self.template or template, encoder=encoder, **reading)
 
 
@@ -138,12 +136,12 @@ class Judge(_Reader):
                 "it, or give a YAML file"
             )
 
-    def _load(self, **reading: Any) -> Any:
+    def _load(self, weights: dict[str, Any], **reading: Any) -> Any:
         from stepkd.models.checkpoint import load_trained
         from stepkd.scorers.judge import JUDGE_TEMPLATE, PromptedJudge
 
         return PromptedJudge(
-            load_trained(self.path, **self._weights()),
+            load_trained(self.path, **weights),
             template=JUDGE_TEMPLATE if self.template is None else self.template,
             answers=(self.answers,) if self.answers else (),
             reference=self.reference,

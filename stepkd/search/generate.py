@@ -22,7 +22,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from stepkd.data.completion import Completion
 from stepkd.errors import ConfigError, DataError, check_bounds, check_choice
 from stepkd.grading.pool import Grader
 from stepkd.models.checkpoint import weights_fingerprint
@@ -102,7 +101,9 @@ class SampledSteps:
         flat = [draft for group in drafts for draft in group]
         while blank := [draft for draft in flat if self._unfinished_blank(draft)]:
             for room in sorted({self._room(draft) for draft in blank}):
-                self._more([draft for draft in blank if self._room(draft) == room], replace(spec, n=1), room)
+                alike = [draft for draft in blank if self._room(draft) == room]
+                keys = [("sample", draft.sample, "token", len(draft.token_ids)) for draft in alike]
+                self._draw([[d] for d in alike], replace(spec, n=1, max_new_tokens=room), PROPOSE, keys)
         for draft in flat:
             self.step_tokens[draft.state.problem.index] += len(draft.token_ids)
         return [[self._step(draft) for draft in group] for group in drafts]
@@ -142,30 +143,31 @@ class SampledSteps:
         self, states: Sequence[State], drafts: Sequence[Sequence[_Draft]], spec: SamplingConfig, purpose: str
     ) -> None:
         for state in states:
-            room = self.room(state)
-            if room is not None and room < 1:
+            if (room := self.room(state)) is not None and room < 1:
                 raise DataError(
                     f"the solution so far has {len(state.token_ids)} tokens behind a prompt of "
                     f"{len(state.problem.prompt_ids)}, which fills the model's context of {self.policy.max_length}",
                     path=str(state.problem.row.get("id", state.problem.index)),
                 )
-        prompts = [(*state.problem.prompt_ids, *state.token_ids) for state in states]
-        indices = [_index(state.problem.index, *state.path) for state in states]
-        for group, continuations in zip(
-            drafts, self.sampler.sample(prompts, spec, purpose=purpose, indices=indices), strict=True
-        ):
-            for draft, continuation in zip(group, continuations, strict=True):
-                _extend(draft, continuation)
+        self._draw(drafts, spec, purpose, [()] * len(states))
 
-    def _more(self, drafts: Sequence[_Draft], spec: SamplingConfig, room: int) -> None:
-        """Go on with drafts that hold nothing but white space."""
-        prompts = [(*d.state.problem.prompt_ids, *d.state.token_ids, *d.token_ids) for d in drafts]
-        indices = [
-            _index(d.state.problem.index, *d.state.path, "sample", d.sample, "token", len(d.token_ids)) for d in drafts
-        ]
-        drawn = self.sampler.sample(prompts, replace(spec, max_new_tokens=room), purpose=PROPOSE, indices=indices)
-        for draft, (continuation,) in zip(drafts, drawn, strict=True):
-            _extend(draft, continuation)
+    def _draw(
+        self,
+        drafts: Sequence[Sequence[_Draft]],
+        spec: SamplingConfig,
+        purpose: str,
+        keys: Sequence[tuple[int | str, ...]],
+    ) -> None:
+        """Continue groups of drafts that say the same so far; ``keys`` tell groups of one state apart."""
+        heads = [group[0] for group in drafts]
+        prompts = [(*d.state.problem.prompt_ids, *d.state.token_ids, *d.token_ids) for d in heads]
+        indices = [_index(d.state.problem.index, *d.state.path, *key) for d, key in zip(heads, keys, strict=True)]
+        drawn = self.sampler.sample(prompts, spec, purpose=purpose, indices=indices)
+        for group, continuations in zip(drafts, drawn, strict=True):
+            for draft, continuation in zip(group, continuations, strict=True):
+                draft.token_ids += continuation.token_ids.tolist()
+                draft.raw_logprobs += continuation.raw_logprobs.tolist()
+                draft.finish = continuation.finish
 
     def _room(self, draft: _Draft) -> int:
         """Tokens that a draft of a step may still have."""
@@ -218,12 +220,6 @@ class SampledSteps:
     def _until_stop(self, state: State, text: str) -> str:
         """The new text before a string that ends the solution; such a string may begin in an earlier step."""
         return before_stop(state.text + text, self.sampling.stop)[len(state.text) :]
-
-
-def _extend(draft: _Draft, continuation: Completion) -> None:
-    draft.token_ids += continuation.token_ids.tolist()
-    draft.raw_logprobs += continuation.raw_logprobs.tolist()
-    draft.finish = continuation.finish
 
 
 def _index(*parts: int | str) -> int:
