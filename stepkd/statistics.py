@@ -164,6 +164,13 @@ def ratio_of_sums(resampled: FloatArray) -> FloatArray:
     return _divide(top, bottom)
 
 
+def balanced_accuracy(resampled: FloatArray) -> FloatArray:
+    """The mean of two shares as a statistic of :func:`cluster_bootstrap`; its columns are hits among correct steps,
+    correct steps, hits among incorrect steps, incorrect steps."""
+    hits, correct, hits_too, incorrect = resampled.sum(axis=1).T
+    return (_divide(hits, correct) + _divide(hits_too, incorrect)) / 2
+
+
 def cluster_bootstrap(
     per_problem: ArrayLike,
     statistic: Statistic = mean_statistic,

@@ -31,6 +31,7 @@ from stepkd.statistics import (
     Resampling,
     Result,
     Statistic,
+    balanced_accuracy,
     cluster_bootstrap,
     cluster_sums,
     numbered,
@@ -143,7 +144,7 @@ def step_metrics(
     sums = cluster_sums(columns, steps.problems)
     balanced = area = None
     if correct.any() and not correct.all():
-        balanced = proper_width(cluster_bootstrap(sums[:, 2:], _balanced, **settings))
+        balanced = proper_width(cluster_bootstrap(sums[:, 2:], balanced_accuracy, **settings))
         area = proper_width(cluster_bootstrap(np.arange(sums.shape[0]), _auroc_statistic(steps), **settings))
     return StepMetrics(
         accuracy=ratio_interval(sums[:, 0], sums[:, 1], **settings),
@@ -154,13 +155,6 @@ def step_metrics(
         steps=int(correct.size),
         problems=int(sums.shape[0]),
     )
-
-
-def _balanced(resampled: FloatArray) -> FloatArray:
-    """Columns hits among correct steps, correct steps, hits among incorrect ones, incorrect ones -> mean share."""
-    sums = resampled.sum(axis=1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.asarray((sums[:, 0] / sums[:, 1] + sums[:, 2] / sums[:, 3]) / 2, dtype=np.float64)
 
 
 def _auroc_statistic(steps: LabelledSteps) -> Statistic:

@@ -26,7 +26,6 @@ from stepkd.labels.labellers import Labeller, Row, Solution
 from stepkd.labels.monte_carlo import MonteCarlo
 from stepkd.labels.quality import row_labels, summarise_labels
 from stepkd.labels.settings import (
-    Cut,
     Fitted,
     LabelConfig,
     OwnSteps,
@@ -229,15 +228,15 @@ def _correct_steps(rows: Sequence[Row]) -> dict[str, tuple[float, float]]:
 
 def _warn_of_foreign_threshold(config: LabelConfig, model: str) -> None:
     """A threshold file belongs to the model whose samples it was fitted on; another model's signals are others."""
-    steps = config.steps
-    if not isinstance(steps, Cut) or not steps.signals or not Path(file := steps.segmenter.partition(":")[2]).is_file():
+    file = Path(config.steps.segmenter.partition(":")[2])
+    if not config.steps.signals or not file.is_file():
         return
     threshold = SegmentThreshold.load(file)
     if threshold.model not in (None, model):
         warnings.warn(
-            f"segmenter {steps.segmenter!r}: its threshold was fitted on samples of {threshold.model}, and {model} is "
-            f"another model: it may divide at more or fewer than {threshold.quantile:.1%} of the tokens. To fit one "
-            "on this job's solutions, choose Fitted steps",
+            f"the threshold in {file} was fitted on samples of {threshold.model}, and {model} is another model: it may "
+            f"divide at more or fewer than {threshold.quantile:.1%} of the tokens. To fit one on this job's solutions, "
+            "choose Fitted steps",
             stacklevel=2,
         )
 

@@ -12,7 +12,7 @@ import numpy as np
 from stepkd.data.rows import check_unique_ids
 from stepkd.errors import DataError
 from stepkd.labels.labellers import Row, outcome_of
-from stepkd.statistics import FloatArray, Interval, Result, cluster_bootstrap, ratio_interval
+from stepkd.statistics import FloatArray, Interval, Result, balanced_accuracy, cluster_bootstrap, ratio_interval
 from stepkd.steps.labels import ANY_SUCCESS, Label, first_incorrect, passes, tally, verdicts
 
 
@@ -131,9 +131,13 @@ def label_quality(rows: Sequence[Row], truth_rows: Sequence[Row], *, seed: int =
         return ratio_interval(top, bottom, seed=seed) if bottom.sum() else None
 
     both_correct, both_incorrect = steps[:, 0], steps[:, 3]  # of label and truth; between them one of the two
-    every, truly_correct = steps.sum(1), steps[:, [0, 2]].sum(1)
+    every, truly_correct, truly_incorrect = steps.sum(1), steps[:, [0, 2]].sum(1), steps[:, [1, 3]].sum(1)
+    balanced = None
+    if truly_correct.any() and truly_incorrect.any():
+        hits = np.stack([both_correct, truly_correct, both_incorrect, truly_incorrect], axis=1)
+        balanced = cluster_bootstrap(hits, balanced_accuracy, seed=seed)
     return LabelQuality(
-        balanced_accuracy=_balanced(steps, seed),
+        balanced_accuracy=balanced,
         accuracy=ratio_interval(both_correct + both_incorrect, every, seed=seed),
         always_positive=ratio_interval(truly_correct, every, seed=seed),
         precision=share(both_correct, 0, 1),
@@ -145,20 +149,6 @@ def label_quality(rows: Sequence[Row], truth_rows: Sequence[Row], *, seed: int =
         steps=int(steps.sum()),
         solutions=int(columns[:, 6].sum()),
     )
-
-
-def _balanced(counts: FloatArray, seed: int) -> Interval | None:
-    """Balanced accuracy of (problems, 4) counts; None without correct or without incorrect steps."""
-    if not counts[:, [0, 2]].sum() or not counts[:, [1, 3]].sum():
-        return None
-
-    def statistic(resampled: FloatArray) -> FloatArray:
-        cells = resampled.sum(axis=1)
-        with np.errstate(invalid="ignore"):
-            shares = cells[:, [0, 3]] / (cells[:, [0, 3]] + cells[:, [2, 1]])
-        return np.asarray(shares.sum(1) / 2, dtype=np.float64)
-
-    return cluster_bootstrap(counts, statistic, seed=seed)
 
 
 def summarise_labels(

@@ -38,9 +38,6 @@ class Noise:
     """Which operands are mislearnt (systematic); which lines slip (random), together with the caller's generator."""
 
     def __post_init__(self) -> None:
-        for name in ("rate", "recover", "seed"):
-            if not isinstance(value := getattr(self, name), int | float):
-                raise ConfigError(f"noise {name}={value!r} is not a number")
         check_bounds("noise ", self, rate="[0, 1]", recover="[0, 1]", seed="[0, inf)")
 
 
@@ -109,7 +106,6 @@ def make_rows(
     seed: int,
     split: Split = "train",
     noise: Noise | None = None,
-    unique: bool = True,
 ) -> list[dict[str, Any]]:
     """Generate problem rows with worked solutions.
 
@@ -121,8 +117,7 @@ def make_rows(
         n: number of rows, at least 1.
         seed: seed of the problems and of the random slips, at least 0.
         split: which part of the problem space to draw from.
-        noise: slips in the solutions; None for clean ones.
-        unique: no prompt twice.
+        noise: slips in the solutions; None for clean ones. No prompt comes twice.
 
     Returns:
         Rows with `id`, `prompt`, `answer` (the true one), `solution` (the steps joined), `steps`, `step_labels` (bool
@@ -140,12 +135,12 @@ def make_rows(
     seen: set[str] = set()
     rows = []
     for index in range(n):
-        problem = _draw(task, seed=seed, split=split, index=index, seen=seen if unique else set())
+        problem = _draw(task, seed=seed, split=split, index=index, seen=seen)
         if problem is None:
             raise ConfigError(
-                f"{n} rows asked of {task.spec} ({split} split), but only {index} {'different ' if unique else ''}"
-                f"problems were found ({_DRAWS_WITHOUT_NEWS} further draws gave no new one); ask for at most {index}, "
-                "widen the task's settings" + (", or allow repeats with unique=False" if unique and index else "")
+                f"{n} rows asked of {task.spec} ({split} split), but only {index} different problems were found "
+                f"({_DRAWS_WITHOUT_NEWS} further draws gave no new one); ask for at most {index}, or widen the task's "
+                "settings"
             )
         seen.add(problem.prompt)
         steps, labels = demonstration(task, problem, keyed_rng(seed, "noise", split, index), noise)

@@ -208,10 +208,9 @@ def test_training_data_is_allowed() -> None:
         ({"source": "gsm8k", "offset": -1}, "offset=-1: must be 0 or positive"),
         ({"source": "task", "path": "x"}, "source 'task' generates its rows; drop path, hub and columns"),
         (
-            {"source": "task", "options": {"uniqe": True}},
-            "unknown option of source 'task' 'uniqe': did you mean",
+            {"source": "task", "options": {"noize": True}},
+            "unknown option of source 'task' 'noize': did you mean",
         ),
-        ({"source": "task", "options": {"unique": 1}}, "must be bool, found int 1"),
         ({"source": "reasoning_gym", "options": {"size": True}}, "must be int, found bool True"),
         ({"source": "reasoning_gym", "options": {"config": 3}}, "must be dict, found int 3"),
         (

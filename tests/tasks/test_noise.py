@@ -158,7 +158,6 @@ def test_seeds_choose_other_slips() -> None:
     ("settings", "message"),
     [
         ({"rate": 1.5}, "noise rate=1.5: must lie in [0, 1]"),
-        ({"rate": "high"}, "noise rate='high' is not a number"),
         ({"rate": float("nan")}, "noise rate=nan: must lie in [0, 1]"),
         ({"rate": 0.1, "recover": -1}, "noise recover=-1: must lie in [0, 1]"),
         ({"rate": 0.1, "kind": "sistematic"}, "unknown noise kind 'sistematic': did you mean 'systematic'?"),

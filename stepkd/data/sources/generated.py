@@ -71,6 +71,4 @@ def task_rows(options: Options, split: Any) -> Iterator[Row]:
     noise, where = options["noise"], "noise of source 'task'"
     if noise is not None:
         noise = build_settings(Noise, mapping(noise, where), where)
-    yield from make_rows(
-        options["task"], options["n"], seed=options["seed"], split=split, noise=noise, unique=options["unique"]
-    )
+    yield from make_rows(options["task"], options["n"], seed=options["seed"], split=split, noise=noise)
