@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Unpack
 
@@ -21,9 +20,7 @@ import numpy as np
 from stepkd.errors import DataError
 from stepkd.scorers.scorer import Meaning, reduce_scores
 from stepkd.statistics import (
-    Interval,
     Resampling,
-    Result,
     cluster_bootstrap,
     cluster_sums,
     proper_width,
@@ -34,35 +31,13 @@ from stepkd.tasks.base import is_answer
 from stepkd.tasks.rows import row_problem
 
 
-@dataclass(frozen=True)
-class ArgminPositions(Result):
-    """Where in its solution the lowest step score falls, against a place drawn at random."""
-
-    edges: tuple[float, ...]
-    """Bin edges of the relative position (i + 1/2) / H, from 0 to 1."""
-    observed: tuple[float, ...]
-    """Solutions whose lowest score falls into each bin; equal lowest scores share their solution."""
-    expected: tuple[float, ...]
-    """The same if every step were equally likely to be lowest."""
-    share_last: Interval
-    """Share of solutions whose lowest score is at the last step."""
-    expected_last: float
-    """The same at random: the mean of 1/H."""
-    excess_last: Interval
-    """The former minus the latter, paired by problem: far above 0, the scorer acts as an outcome model."""
-    solutions: int
-    """Solutions counted."""
-    single_step: int
-    """Solutions left out because they have one step only."""
-
-
 def argmin_positions(
     scores: Sequence[Sequence[float]],
     *,
     problems: Sequence[Hashable] | None = None,
     bins: int = 10,
     **settings: Unpack[Resampling],
-) -> ArgminPositions:
+) -> dict[str, Any]:
     """Histogram of where the lowest score falls: a process model whose lowest score is always last is an ORM.
 
     Args:
@@ -70,6 +45,14 @@ def argmin_positions(
         problems: per solution the id of its problem; None when every solution belongs to another problem.
         bins: bins of the relative position, at least 1.
         **settings: see :class:`~stepkd.statistics.Resampling`.
+
+    Returns:
+        JSON values. ``observed``: solutions whose lowest score falls into each bin of the relative position
+        (i + 1/2) / H, equal lowest scores sharing their solution, and ``expected``: the same if every step were equally
+        likely to be lowest; the bins' ``edges``, from 0 to 1. ``share_last``: share of solutions whose lowest score is
+        at the last step, ``expected_last``: the mean of 1/H, and ``excess_last``: the former minus the latter, paired
+        by problem; far above 0, the scorer acts as an outcome model. ``solutions`` counted, and those of a
+        ``single_step``, which are left out.
 
     Raises:
         DataError: a missing score (an outcome scorer has no positions), or no solution with at least two steps.
@@ -94,34 +77,20 @@ def argmin_positions(
     if not counted:
         raise DataError(f"none of {len(scores)} solutions has two steps or more: there are no positions to compare")
     sums = cluster_sums(counted, owner_of)
-    return ArgminPositions(
-        edges=tuple((np.arange(bins + 1) / bins).tolist()),
-        observed=tuple(observed.tolist()),
-        expected=tuple(expected.tolist()),
-        share_last=ratio_interval(sums[:, 0], sums[:, 1], **settings),
-        expected_last=float((sums[:, 0] - sums[:, 2]).sum() / sums[:, 1].sum()),
-        excess_last=proper_width(cluster_bootstrap(sums[:, [2, 1]], ratio_of_sums, **settings)),
-        solutions=len(counted),
-        single_step=len(scores) - len(counted),
-    )
+    return {
+        "edges": (np.arange(bins + 1) / bins).tolist(),
+        "observed": observed.tolist(),
+        "expected": expected.tolist(),
+        "share_last": ratio_interval(sums[:, 0], sums[:, 1], **settings).to_dict(),
+        "expected_last": float((sums[:, 0] - sums[:, 2]).sum() / sums[:, 1].sum()),
+        "excess_last": proper_width(cluster_bootstrap(sums[:, [2, 1]], ratio_of_sums, **settings)).to_dict(),
+        "solutions": len(counted),
+        "single_step": len(scores) - len(counted),
+    }
 
 
 TOLERANCE = 0.05
 """Largest change of a solution's score that counts as none."""
-
-
-@dataclass(frozen=True)
-class OrderSwapResult(Result):
-    """How scores react to swaps of two steps of which the second needs the first."""
-
-    drop_rate: Interval
-    """Share of swaps whose score falls by more than the tolerance; 1 is best."""
-    mean_drop: Interval
-    """Mean of original minus swapped score."""
-    swaps: int
-    """Swaps scored."""
-    unscored: int
-    """Swaps left out because one of the two solutions has no score."""
 
 
 def task_swaps(row: Mapping[str, Any]) -> list[tuple[list[str], list[str]]]:
@@ -156,7 +125,7 @@ def order_swap_test(
     *,
     meaning: Meaning,
     **settings: Unpack[Resampling],
-) -> OrderSwapResult | None:
+) -> dict[str, Any] | None:
     """Compare the scores of original and swapped solutions.
 
     Args:
@@ -166,7 +135,9 @@ def order_swap_test(
         **settings: see :class:`~stepkd.statistics.Resampling`; problems are resampled.
 
     Returns:
-        The result; None where no swap has a score for both solutions.
+        JSON values: ``drop_rate``, the share of swaps whose score falls by more than `TOLERANCE` (1 is best);
+        ``mean_drop``, of original minus swapped score; ``swaps`` scored, and ``unscored`` ones, of which a solution has
+        no score. None where all are unscored.
     """
     counted, owners = [], []
     for pair, owner in zip(scores, problems, strict=True):
@@ -179,9 +150,9 @@ def order_swap_test(
     if not counted:
         return None
     sums = cluster_sums(counted, owners)
-    return OrderSwapResult(
-        drop_rate=ratio_interval(sums[:, 0], sums[:, 1], **settings),
-        mean_drop=cluster_bootstrap(sums[:, [2, 1]], ratio_of_sums, **settings),
-        swaps=len(counted),
-        unscored=len(scores) - len(counted),
-    )
+    return {
+        "drop_rate": ratio_interval(sums[:, 0], sums[:, 1], **settings).to_dict(),
+        "mean_drop": cluster_bootstrap(sums[:, [2, 1]], ratio_of_sums, **settings).to_dict(),
+        "swaps": len(counted),
+        "unscored": len(scores) - len(counted),
+    }

@@ -63,7 +63,7 @@ def argmin_histogram(result: Mapping[str, Any], path: str | Path) -> Path:
     """Where the lowest step score falls, against what a random place would give.
 
     Args:
-        result: ``ArgminPositions.to_dict()``.
+        result: what :func:`~stepkd.evaluation.diagnostics.argmin_positions` returns.
         path, returns and errors: as in `reliability_diagram`.
     """
     edges, observed, expected = result["edges"], result["observed"], result["expected"]

@@ -294,8 +294,8 @@ def _section(rows: Sequence[Row], threshold: float, meaning: Meaning, seed: int)
     labels = _located(rows)[1]
     steps = labelled_steps(scores, [row["labels"] for row in rows], problems=problems, up_to_first_error=True)
     several_steps = any(len(found) > 1 for found in scores)
-    swaps = [(pair, row["prompt"]) for row in rows for pair in row.get("swaps", ())]
-    order_swap = order_swap_test([pair for pair, _ in swaps], [owner for _, owner in swaps], meaning=meaning, seed=seed)
+    swaps = [pair for row in rows for pair in row.get("swaps", ())]
+    swapped = [row["prompt"] for row in rows for _ in row.get("swaps", ())]
     return {
         "solutions": len(rows),
         "unknown_first_error": len(rows) - len(labels),
@@ -304,8 +304,8 @@ def _section(rows: Sequence[Row], threshold: float, meaning: Meaning, seed: int)
             "always positive": processbench_f1([NO_ERROR] * len(labels), labels, seed=seed).to_dict(),
             "random": _random(rows, threshold),
         },
-        "argmin": argmin_positions(scores, problems=problems, seed=seed).to_dict() if several_steps else None,
-        "order_swap": None if order_swap is None else order_swap.to_dict(),
+        "argmin": argmin_positions(scores, problems=problems, seed=seed) if several_steps else None,
+        "order_swap": order_swap_test(swaps, swapped, meaning=meaning, seed=seed),
         "steps": step_metrics(steps, threshold=threshold, seed=seed).to_dict(),
         "calibration": calibration_report(steps.scores, steps.labels, problems=steps.problems, seed=seed).to_dict(),
     }

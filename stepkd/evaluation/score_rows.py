@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +110,7 @@ def score_file(config: ScoreConfig, *, scorer: StepScorer | None = None, options
     temperature, fit = getattr(loaded, "temperature", None), None
     if labelled is not None:
         unit = {"fit": labelled}
-        job.work(TEMPERATURE, unit, lambda given: [asdict(fit_temperature(*labelled_scores(loaded, given)))])
+        job.work(TEMPERATURE, unit, lambda given: [fit_temperature(*labelled_scores(loaded, given))])
         fit = job.wait(TEMPERATURE, unit)[0]
         temperature = fit["temperature"]
     units = numbered(_blocks(rows, config.max_rows))

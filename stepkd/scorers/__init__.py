@@ -10,7 +10,7 @@ from typing import Any
 from stepkd.lazy import lazily
 
 _HOMES = {
-    "calibration": "TemperatureFit fit_temperature scaled",
+    "calibration": "fit_temperature scaled",
     "judge": "PromptedJudge",
     "load": "Judge MathShepherdPRM PRM QwenPRM TRLPRM load_scorer scorer_of",
     "prm": "PRMScorer",

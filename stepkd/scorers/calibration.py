@@ -7,7 +7,7 @@ The scaled score is ``sigmoid(logit(score) / T)``. The order of the scores does 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,22 +18,6 @@ CLIP = 1e-6
 """Scores are clipped to [CLIP, 1 - CLIP] before their logit is taken: exactly 0 and 1 have none."""
 LOWEST, HIGHEST = 0.01, 100.0
 """Bounds of the fitted temperature."""
-
-
-@dataclass(frozen=True)
-class TemperatureFit:
-    """A fitted temperature, and what it did to the data it was fitted on."""
-
-    temperature: float
-    """T from `LOWEST` to `HIGHEST`: above 1 for over-confident scores, below 1 for timid ones. At a bound the optimum
-    lies outside: at the lowest the scores separate the labels without an error, at the highest they say nothing about
-    them, or the contrary."""
-    nll_before: float
-    """Mean negative log-likelihood per label at T = 1, in nats."""
-    nll_after: float
-    """The same at the fitted temperature; never larger."""
-    n: int
-    """Labels it was fitted on."""
 
 
 def scaled(scores: ArrayLike, temperature: float) -> NDArray[np.float64]:
@@ -56,7 +40,7 @@ def scaled(scores: ArrayLike, temperature: float) -> NDArray[np.float64]:
     return np.asarray(expit(_logit(values) / temperature), dtype=np.float64)
 
 
-def fit_temperature(scores: ArrayLike, labels: ArrayLike) -> TemperatureFit:
+def fit_temperature(scores: ArrayLike, labels: ArrayLike) -> dict[str, Any]:
     """Fit the temperature that makes the labels most likely.
 
     The negative log-likelihood is convex in 1/T, so its slope there changes its sign once, and the place is bracketed:
@@ -67,7 +51,10 @@ def fit_temperature(scores: ArrayLike, labels: ArrayLike) -> TemperatureFit:
         labels: (n,) 0 or 1 (bool), both present.
 
     Returns:
-        The fit; its temperature is `LOWEST` or `HIGHEST` where there is no optimum between.
+        ``temperature``, from `LOWEST` to `HIGHEST`: above 1 for over-confident scores, below 1 for timid ones; at a
+        bound the optimum lies outside: at the lowest the scores separate the labels without an error, at the highest
+        they say nothing about them, or the contrary. ``nll_before``, the mean negative log-likelihood per label at
+        T = 1, in nats, and ``nll_after``, at the fitted one, which is never larger. ``n``, the number of labels.
 
     Raises:
         DataError: different lengths, no data, a missing or impossible score, a label that is not 0 or 1, only one
@@ -100,7 +87,8 @@ def fit_temperature(scores: ArrayLike, labels: ArrayLike) -> TemperatureFit:
         temperature = HIGHEST
     else:
         temperature = math.exp(brentq(slope, low, high, xtol=1e-15))
-    return TemperatureFit(temperature, nll(logits), nll(logits / temperature), int(values.size))
+    nlls = {"nll_before": nll(logits), "nll_after": nll(logits / temperature)}
+    return {"temperature": temperature, **nlls, "n": int(values.size)}
 
 
 def checked(scores: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

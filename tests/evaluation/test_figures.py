@@ -33,7 +33,7 @@ def results() -> dict[str, dict[str, Any]]:
     scores = {"prm": [rng.random(8).tolist() for _ in problems]}
     return {
         "reliability": through_json(calibration_report(p, rng.random(200) < p, n_resamples=50)),
-        "argmin": through_json(argmin_positions([rng.random(5).tolist() for _ in range(30)], n_resamples=50)),
+        "argmin": argmin_positions([rng.random(5).tolist() for _ in range(30)], n_resamples=50),
         "curve": through_json(bon_curve(problems, [1, 2, 8], scores, n_resamples=50)),
     }
 

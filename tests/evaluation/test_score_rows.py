@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -273,7 +273,7 @@ def test_a_temperature_is_fitted_once_saved_and_applied(job: ScoreConfig, tmp_pa
     assert "h" in dying.asked
     assert "h" not in again.asked, "fitted before the kill"
     temperature = summary["temperature"]
-    assert summary["temperature_fit"] == asdict(fit_temperature(scores, labels))
+    assert summary["temperature_fit"] == fit_temperature(scores, labels)
     assert temperature == summary["temperature_fit"]["temperature"] != 1
     out = read(job)
     assert out[0]["step_scores"] == pytest.approx(scaled([0.9, 0.8], temperature).tolist())
