@@ -193,14 +193,6 @@ class PairEncoder(Encoder):
 
     contracts = (PREFERENCE, STEP_PREFERENCE)
 
-    def check(self, examples: Sequence[Completion], *, training: bool, allow_one_class: bool) -> dict[str, int]:
-        """How many pairs have a prefix, and how many have visit counts."""
-        counts = {
-            "with_prefix": sum(bool(pair.row.get("prefix")) for pair in examples),
-            "with_visits": sum(getattr(pair, "visits", None) is not None for pair in examples),
-        }
-        return {key: count for key, count in counts.items() if count}
-
     def example(self, row: Mapping[str, Any]) -> PairExample | None:
         """A row's pair; None (and a count in ``counts``) when it cannot be used.
 
@@ -219,10 +211,11 @@ class PairEncoder(Encoder):
             self.counts["pairs_too_long"] += 1
             return None
         chosen, rejected = (self._completion(row, (*prompt, *prefix), ids, self._spans(row, ids)) for ids in sides)
-        visits = [int(row[f"{side}_visits"]) for side in SIDES if row.get(f"{side}_visits") is not None]
-        return PairExample(
-            **vars(chosen), rejected=rejected, visits=(visits[0], visits[1]) if len(visits) > 1 else None
-        )
+        better, worse = (row.get(f"{side}_visits") for side in SIDES)
+        visits = None if better is None or worse is None else (better, worse)
+        self.counts["with_prefix"] += bool(row.get("prefix"))
+        self.counts["with_visits"] += visits is not None
+        return PairExample(**vars(chosen), rejected=rejected, visits=visits)
 
     def _nothing_left(self) -> str:
         return f"no pair is left ({dict(self.counts)}): raise max_length={self.max_length}, or look at the builder"

@@ -133,8 +133,7 @@ def rated_rows(raw: RawRow, options: Options) -> list[Row]:
     else:
         raise raw.error(
             "fits neither layout of PRM800K: released lines have 'question' and 'label', trajectories have 'problem', "
-            f"'steps' and 'labels'; this row has {', '.join(map(repr, raw)) or 'none of them'}. "
-            "TRL's form (trl-lib/prm800k) is read by source 'rows'"
+            "'steps' and 'labels'. TRL's form (trl-lib/prm800k) is read by source 'rows'"
         )
     record = f"{Path(raw.path).stem}/{raw.line}" if identity is None else str(identity)
 
