@@ -37,21 +37,12 @@ def print_summary(job: StartedJob, summary: Mapping[str, Any]) -> None:
     """Counts, what was left out and why, and where in the solutions the pairs are."""
     from rich.table import Table
 
-    common = ("items", "items_with_pairs", "pairs", "problems", "dropped", "by_position", "facts")
-    more = {name: value for name, value in summary.items() if name not in common and value is not None}
     job.say(
         f"{summary['pairs']} pairs of {summary['problems']} problems, from {summary['items_with_pairs']} of "
         f"{summary['items']} items" + dropped(summary),
         facts(summary["facts"]),
-        ", ".join(f"{name.replace('_', ' ')} {_shown(name, value)}" for name, value in more.items()),
     )
     table = Table("step", "pairs", "share")
     for part in summary["by_position"][:12]:
         table.add_row(str(part["position"] + 1), str(part["pairs"]), f"{part['share']:.1%}")
     job.console.print(table)
-
-
-def _shown(name: str, value: float) -> str:
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:.1%}" if name.endswith("share") else f"{value:.2f}"

@@ -36,7 +36,7 @@ from stepkd.labels.settings import (
 )
 from stepkd.labels.solutions import ExistingSolutions, SampledSolutions, cut, labelled_row
 from stepkd.labels.step_pairs import StepPairBuilder
-from stepkd.labels.tree_pairs import TreePairBuilder, tree_summary
+from stepkd.labels.tree_pairs import TreePairBuilder
 from stepkd.labels.workbench import Workbench
 from stepkd.models.checkpoint import load_trained, weights_fingerprint
 from stepkd.models.policy import Policy
@@ -281,8 +281,6 @@ def run_pair_job(config: PairJobConfig, *, options: JobOptions = ALONE, **made: 
         return None
     records = drop_repeated_pairs(found)
     summary = summarise_pairs(records)
-    if isinstance(config, TreePairConfig):
-        summary |= tree_summary(records)
     rows = [row for record in records for row in record["rows"]]
     return _finish(job, PAIRS_NAME, rows, summary, nothing=f"no pair could be made from {summary['items']} items")
 

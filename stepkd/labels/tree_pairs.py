@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from stepkd.labels.labellers import A_TASK, PROBLEM_COLUMNS, Row
+from stepkd.labels.labellers import A_TASK, PROBLEM_COLUMNS
 from stepkd.labels.settings import StepScore, TreePairConfig
 from stepkd.labels.workbench import Workbench, pair_record
 from stepkd.models.policy import Policy
@@ -82,44 +82,12 @@ class TreePairBuilder:
     def _record(self, tree: SearchTree) -> dict[str, Any]:
         found = tree_pairs(tree, self.config.pairs, columns=PROBLEM_COLUMNS, provenance=self.pairing)
         index = tree.problem.index
-        return pair_record(
-            self.prompts[index].id,
-            index,
-            found.rows,
-            dropped=found.dropped,
-            facts=tree_facts(tree)
-            | {
-                "tokens_of_steps": self.generator.step_tokens.pop(index, 0),
-                "tokens_of_continuations": self.generator.rest_tokens.pop(index, 0),
-            },
-        )
-
-
-def tree_summary(records: Sequence[Row]) -> dict[str, Any]:
-    """Shares and means over all trees of a job, from its records."""
-
-    def total(fact: str) -> int:
-        return sum(int(record["facts"][fact]) for record in records)
-
-    trees, depths = total("trees"), [len(row["prefix"]) for record in records for row in record["rows"]]
-    return {
-        "solved_share": total("trees_with_a_correct_end") / trees,
-        "correct_path_share": total("correct_paths") / trees,
-        "mean_tree_depth": total("depth_of_trees") / trees,
-        "mean_path_steps": total("steps_of_paths") / trees,
-        "mean_pair_depth": sum(depths) / len(depths) if depths else None,
-        "tokens_generated": total("tokens_of_steps") + total("tokens_of_continuations"),
-    }
-
-
-def tree_facts(tree: SearchTree) -> dict[str, int]:
-    """Whole numbers that describe a tree; they may be added up over trees."""
-    nodes = [node for node in tree.root.subtree() if node is not tree.root]
-    return {
-        "trees": 1,
-        "trees_with_a_correct_end": int(tree.solved),
-        "correct_paths": int(tree.last.correct is True),
-        "steps_of_paths": len(tree.decisions),
-        "nodes": len(nodes),
-        "depth_of_trees": max((node.depth for node in nodes), default=0),
-    }
+        facts = {
+            "trees_with_a_correct_end": int(tree.solved),
+            "correct_paths": int(tree.last.correct is True),
+            "steps_of_paths": len(tree.decisions),
+            "nodes": sum(node is not tree.root for node in tree.root.subtree()),
+            "tokens_of_steps": self.generator.step_tokens.pop(index, 0),
+            "tokens_of_continuations": self.generator.rest_tokens.pop(index, 0),
+        }
+        return pair_record(self.prompts[index].id, index, found.rows, dropped=found.dropped, facts=facts)

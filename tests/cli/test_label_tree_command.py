@@ -29,7 +29,7 @@ def test_search_and_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     out = tmp_path / "an [odd] name"
     assert run(*PROBLEMS, *SMALL, *SHARE, "--out", str(out)) == 0
     shown = capsys.readouterr().out
-    for text in ("building pairs of 3/3", "of 3 items", "solved share", "mean tree depth", "tokens generated"):
+    for text in ("building pairs of 3/3", "of 3 items", "nodes", "tokens of steps"):
         assert text in shown
     assert f"pairs, summary and settings: {out}" in shown
     rows = load_rows(parse_spec(str(out)), contract=STEP_PREFERENCE)
