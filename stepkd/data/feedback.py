@@ -193,6 +193,14 @@ class PairEncoder(Encoder):
 
     contracts = (PREFERENCE, STEP_PREFERENCE)
 
+    def check(self, examples: Sequence[Completion], *, training: bool, allow_one_class: bool) -> dict[str, int]:
+        """How many pairs have a prefix, and how many have visit counts."""
+        counts = {
+            "with_prefix": sum(bool(pair.row.get("prefix")) for pair in examples),
+            "with_visits": sum(getattr(pair, "visits", None) is not None for pair in examples),
+        }
+        return {key: count for key, count in counts.items() if count}
+
     def example(self, row: Mapping[str, Any]) -> PairExample | None:
         """A row's pair; None (and a count in ``counts``) when it cannot be used.
 
@@ -213,8 +221,6 @@ class PairEncoder(Encoder):
         chosen, rejected = (self._completion(row, (*prompt, *prefix), ids, self._spans(row, ids)) for ids in sides)
         better, worse = (row.get(f"{side}_visits") for side in SIDES)
         visits = None if better is None or worse is None else (better, worse)
-        self.counts["with_prefix"] += bool(row.get("prefix"))
-        self.counts["with_visits"] += visits is not None
         return PairExample(**vars(chosen), rejected=rejected, visits=visits)
 
     def _nothing_left(self) -> str:
