@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -32,12 +34,48 @@ def data_dir(request: pytest.FixtureRequest) -> Path:
     return path
 
 
+_WORKERS: dict[tuple[int, int, float], tuple[Any, list[Any]]] = {}
+
+
+@pytest.fixture(autouse=True)
+def one_grading_pool(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graders with the same limits share their workers, each of which takes half a second to start."""
+    if request.path.parent.name == "grading":  # where the workers themselves are tested
+        return
+    from stepkd.grading.pool import Grader
+
+    begin = Grader.__init__
+
+    def join(self: Grader, *arguments: Any, **settings: Any) -> None:
+        begin(self, *arguments, **settings)
+        limits = (self._owner, self.config.memory_mb, self.config.deadline_s)
+        self._lock, self._pool = _WORKERS.setdefault(limits, (self._lock, self._pool))
+
+    monkeypatch.setattr(Grader, "__init__", join)
+    monkeypatch.setattr(Grader, "close", lambda self: None)
+
+
 @pytest.fixture(scope="session")
 def repo_root() -> Path:
     """The root of the checkout."""
     return Path(__file__).resolve().parents[1]
 
 
+LONGEST = [
+    *("test_real_model.py", "test_strategies.py", "test_claim_quick.py", "test_quickstart.py", "test_cli.py"),
+    *("test_pool.py", "test_readme.py", "test_recipes.py", "test_invariance.py", "test_kdrl.py", "test_gkd.py"),
+]
+"""Files that take long, longest first: at the end of a run one worker would be left waiting for the other."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest file first, so that the other worker is not left waiting for it (``--no-loadscope-reorder``)."""
-    items.sort(key=lambda item: item.path.name != "test_real_model.py")
+    """Begin with the longest files (xdist keeps this order: ``--no-loadscope-reorder``)."""
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the garbage collector need not walk through it again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(5000, 10, 10)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 
 from stepkd.cli import main
@@ -99,9 +98,8 @@ def test_help_names_every_stage(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.slow
 def test_killed_at_random_moments_it_ends_with_the_same_summary(folder: Path, tmp_path: Path) -> None:
     out, moments, kills = tmp_path / "run", random.Random(0), 0
-    command = [sys.executable, "-m", "stepkd", "quickstart", "--out", str(out), "--scale", "0.01"]
     for attempt in range(40):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        process = forked.Command(["quickstart", "--out", str(out), "--scale", "0.01"])
         done = len(list(out.glob("parts/stages/*.jsonl")))
         while process.poll() is None and len(list(out.glob("parts/stages/*.jsonl"))) == done:
             time.sleep(0.01)  # until a stage ends; then at some moment of the next one
@@ -110,7 +108,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_summary(folder: Path, tm
             break
         process.send_signal(signal.SIGTERM if attempt % 2 else signal.SIGKILL)
         kills += process.wait() != 0
-    assert process.returncode == 0, process.stderr.read() if process.stderr else ""
+    assert process.returncode == 0, process.streams()[1]
     assert kills >= 3
     assert (out / "summary.json").read_bytes() == (folder / "summary.json").read_bytes()
     model = Path("kdrl", "model", "model.safetensors")

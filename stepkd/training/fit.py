@@ -163,8 +163,8 @@ def run(words: Sequence[str]) -> int:
     Returns:
         Its exit code.
     """
-    if any(word == "-h" or word.partition("=")[0].endswith("help") for word in words):
-        set_parsing_settings(docstring_parse_attribute_docstrings=True)  # a second that a run need not wait
+    asks_help = any(word == "-h" or word.partition("=")[0].endswith("help") for word in words)
+    set_parsing_settings(docstring_parse_attribute_docstrings=asks_help)  # a second that a run need not wait
     return _run(words).exit_code
 
 
@@ -253,6 +253,7 @@ class StepkdCLI(LightningCLI):
             run: False: only build module and data.
         """
         quiet_libraries()
+        self._asked = words[0] if run else ""
         super().__init__(
             StepModule,
             LightningDataModule,
@@ -271,6 +272,10 @@ class StepkdCLI(LightningCLI):
     def exit_code(self) -> int:
         """0; of a run that was stopped, what its recipe asks for."""
         return 0 if self.status == "finished" else int(self.config["fit"].checkpoint.preempted_exit_code)
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The one that was asked for; a parser takes long to build."""
+        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name == self._asked}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Settings of stepkd beside Lightning's own."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 
 from stepkd.claims.claim_file import load_claim
@@ -95,17 +94,16 @@ def test_a_second_call_does_nothing_and_more_seeds_only_themselves(write_claim: 
     assert calls(out) == {f"main/seed-{seed}": 2 for seed in range(3)}
 
 
-@pytest.mark.parametrize("sign", ["SIGKILL", pytest.param("SIGTERM", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sign", ["SIGKILL", "SIGTERM"])
 def test_killed_and_resumed(write_claim: Write, code_folder: Path, tmp_path: Path, sign: str) -> None:
     """A signal in the second arm of the third seed: what was done before is not repeated, and the end is the same."""
     path = write_claim(settings={"kill_at": 2})
-    command = [sys.executable, "-m", "stepkd", "claims", "run", str(path), "--out", str(tmp_path / "runs")]
-    environment = {**os.environ, "SIGN": sign, "PYTHONPATH": os.pathsep.join([str(code_folder), *sys.path])}
-    killed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    words = ["claims", "run", str(path), "--out", str(tmp_path / "runs")]
+    killed = forked.run(words, SIGN=sign, PYTHONPATH=str(code_folder))
     assert killed.returncode == -signal.Signals[sign]
     out = tmp_path / "runs" / "fake"
     assert sorted(path.name for path in (out / "parts" / "main").iterdir()) == ["seed-0.jsonl", "seed-1.jsonl"]
-    again = subprocess.run(command, env={**environment, "SPARE": "1"}, capture_output=True, text=True, timeout=120)
+    again = forked.run(words, SIGN=sign, PYTHONPATH=str(code_folder), SPARE="1")
     assert again.returncode == 0, again.stderr
     assert calls(out) == {f"main/seed-{seed}": 2 + (seed == 2) for seed in range(5)}
     assert "fake 1/3, seed 2" in again.stdout

@@ -87,6 +87,7 @@ def test_the_folder_holds_what_a_reader_needs(uninterrupted: Path) -> None:
     assert last(uninterrupted)["stepkd"]["position"] == {"epoch": 2, "batch": 2}
 
 
+@pytest.mark.slow
 def test_two_runs_are_bit_identical(overlay: Path, uninterrupted: Path, tmp_path: Path) -> None:
     again = [sys.executable, "-m", "stepkd", *words(overlay, tmp_path / "again")]
     subprocess.run(again, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True, timeout=300)

@@ -66,6 +66,7 @@ def test_two_ranks_equal_one(folder: Path) -> None:
     assert (folder / "two" / "checkpoints" / "best.ckpt").is_file()
 
 
+@pytest.mark.slow
 def test_an_existing_folder_stops_both_ranks(folder: Path) -> None:
     done = fit(folder, "two", two=True, launcher=True)
     assert done.returncode != 0

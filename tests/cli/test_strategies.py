@@ -61,8 +61,7 @@ def test_two_processes_train_as_one(method: str, runs: Callable[[str], Any]) -> 
     assert_done(made.fit("one"))
     assert len(losses(made.folder / "one")) == 6
     for strategy in ("ddp", "fsdp2") if method == "kdrl" else ("fsdp2",):  # DDP: tests/modules/test_invariance.py
-        launcher = "torchrun" if (method, strategy) == ("kdrl", "fsdp2") else None
-        assert_done(made.fit(strategy, ranks=2, launcher=launcher, strategy=strategy))
+        assert_done(made.fit(strategy, ranks=2, strategy=strategy))
         assert_same_training(made, strategy, "one")
 
 
@@ -75,7 +74,7 @@ def test_what_the_launch_guard_advises_trains_as_one(runs: Callable[[str], Any])
     ddp = ("--trainer.strategy", json.dumps({"class_path": "DDPStrategy", "dict_kwargs": options}))
     made = runs("sft")
     assert_done(made.fit("one"))
-    assert_done(made.fit("advised", ranks=2, launcher="accelerate", strategy=advised))
+    assert_done(made.fit("advised", ranks=2, strategy=advised))
     assert_done(made.fit("options", *ddp, ranks=2))
     for name in ("advised", "options"):
         assert_same_training(made, name, "one")
@@ -162,10 +161,8 @@ def test_a_killed_sharded_run_goes_on(phase: str, runs: Callable[[str], Any]) ->
     made = runs("kdrl")
     assert_done(made.fit("whole", ranks=2, strategy="fsdp2"))
     ways = {"ranks": 2, "strategy": "fsdp2"}
-    launcher = "torchrun" if phase == "rollout" else None
-    killed = made.fit("parts", **ways, launcher=launcher, stop_at=f"{phase}:3:SIGKILL", stop_rank=1)
+    killed = made.fit("parts", **ways, stop_at=f"{phase}:3:SIGKILL", stop_rank=1)
     assert killed.returncode != 0
-    assert ("Signal 9 (SIGKILL)" in killed.stderr) == (launcher is not None)
     assert seconds_since_the_end(made, "parts") < 60
     assert_done(made.fit("parts", "--resume", ranks=2, strategy="fsdp2"))
     for part in ("state_dict", "optimizer_states"):

@@ -146,6 +146,6 @@ def test_a_killed_rank_ends_the_others_and_the_same_command_does_what_is_missing
     assert parts(torn) < parts(whole)
     with pytest.raises(ProcessLookupError):
         os.kill(pids[0], 0)
-    again = subprocess.run([*command, *job("torn")], env=environ, capture_output=True, text=True)
+    again = forked.run(job("torn"), ranks=2)
     assert again.returncode == 0, again.stderr[-3000:]
     check(torn, whole, 2)

@@ -234,6 +234,7 @@ def test_settings_of_other_commands_take_effect(
     assert watcher.seen["inference_mode"] == inference_mode
 
 
+@pytest.mark.slow
 def test_a_whole_number_is_a_number_of_batches_whichever_library_named_the_types_first() -> None:
     code = (
         "import inspect, typing\nfrom lightning.pytorch import Trainer\n"
