@@ -295,21 +295,7 @@ _SPELLINGS = {sign: spelled + " " * spelled[-1].isalpha() for sign, spelled in _
 _SPELLED = re.compile("|".join(re.escape(sign) for sign in sorted(_SPELLINGS, key=len, reverse=True)))
 _RENAMED = {rf"\{name}": f" {to} " if to.isalpha() else to for name, to in _WORD_LISTS["names"].items()}
 _COMMAND = re.compile(r"\\[A-Za-z]+")
-_REWRITTEN = (
-    (r"\\[bB]igg?[lrm]?(?![A-Za-z])", ""),
-    (r"\\not\s*=", r"\\ne "),
-    (r"(?<![A-Za-z\\])inf(?:inity|ty)?(?![A-Za-z])", r"\\infty "),
-    (r"(?<![A-Za-z\\])(pi|sqrt)(?![A-Za-z])", r"\\\1 "),
-    (r"\\(?:mathrm|mathbf|boldsymbol|bm|mathit)\s+([A-Za-z0-9])(?![A-Za-z])", r"\1"),
-    (r",?\s*\\text\s*\{\s*,?\s*(and|or)\s*\}|,\s*(and|or)(?![A-Za-z])", r" \1\2 "),
-    (r"\^\s*\{?\s*\\circ\s*\}?|(?<!\^\{)\\circ(?![A-Za-z])", r"^{\\circ}"),
-    (r"\{([^{}]*?)\\over(?![A-Za-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
-    (r"^\s*(?:\\approx|\\text\s*\{\s*(?:approximately|about)\s*\}|(?:approximately|about)\s|=)", ""),
-    (r"(?<=[0-9])\s*\^\s*\{?o\}?$", r"^{\\circ}"),
-    (r"(?<=[0-9])\s*\^?\s*\{?\s*(?:\\text\s*\{\s*)?(?:st|nd|rd|th)(?![A-Za-z])\s*\}{0,2}", ""),
-    (r"\\pmod\s*(?:\{[^{}]*\}|[0-9]+)|\(\s*(?:\\text\s*\{\s*mod\s*\}|\\b?mod|mod)[^()]*\)", ""),
-    (r"\s+", " "),
-)
+_REWRITTEN = [(re.compile(pattern), by) for pattern, by in _WORD_LISTS["rewritten"].items()]
 _LINES = re.compile(r"\\(?:begin|end)\s*\{(?:align|aligned|cases|gather|gathered|equation|split)\*?\}|&")
 _FONT = re.compile(r"\\(?:math(?:rm|bf|it|sf)|boldsymbol|bm|pmb)\s*(?=\{)")
 _TOKEN = re.compile(r"\\(?:begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+|\\.|\s(?:and|or)\s|.", re.DOTALL)
@@ -333,7 +319,7 @@ def clean(text: str) -> str:
             inside = f"{{{inside}}}"
         text = text[: font.start()] + inside + text[end:]
     for pattern, replacement in _REWRITTEN:
-        text = re.sub(pattern, replacement, text)
+        text = pattern.sub(replacement, text)
     return text.strip()
 
 

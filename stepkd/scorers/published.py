@@ -20,6 +20,7 @@ wiring is tested on stand-ins of the same architecture.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -95,12 +96,19 @@ def recognise(path: str) -> str | None:
     Raises:
         ModelError: nothing of that name here or on the hub.
     """
-    names = _architectures(path)
+    folder, names = Path(path).expanduser(), list[str]()
+    if path not in TINY_PRESETS and not folder.is_file():
+        if not folder.exists():
+            check_source(path)
+        # No configuration there; offline, no such repository, no permission: loading will say which.
+        with contextlib.suppress(Exception):
+            config = model_file(path, folder, "config.json", None)
+            names = [] if config is None else json.loads(config.read_bytes()).get("architectures") or []
     if any("ProcessRewardModel" in name for name in names):
         return "qwen-prm"
     if any(name.endswith("ForTokenClassification") for name in names):
         return "trl"
-    name = Path(path).name.lower()
+    name = folder.name.lower()
     return "math-shepherd" if "math-shepherd" in name and "prm" in name else None
 
 
@@ -193,20 +201,6 @@ def _check_head(path: str, weights: dict[str, Tensor], layers: int) -> None:
         )
     if f"{last}.bias" not in weights:
         weights[f"{last}.bias"] = torch.zeros(2)
-
-
-def _architectures(path: str) -> list[str]:
-    """What the configuration names, of a folder or of a hub id that can be reached or is in the cache."""
-    folder = Path(path).expanduser()
-    if path in TINY_PRESETS or folder.is_file():
-        return []
-    if not folder.exists():
-        check_source(path)
-    try:
-        config = model_file(path, folder, "config.json", None)
-        return [] if config is None else [*map(str, json.loads(config.read_bytes()).get("architectures") or [])]
-    except Exception:  # no configuration there; offline, no such repository, no permission: loading will say which
-        return []
 
 
 def _tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
