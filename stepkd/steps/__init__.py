@@ -14,7 +14,7 @@ _HOMES = {
         "verdicts"
     ),
     "segment": (
-        "SEGMENTERS RegexSegmenter Segmenter SentenceSegmenter Span WholeSegmenter check_partition get_segmenter "
+        "SEGMENTERS RegexSegmenter Segmenter SentenceSegmenter Span WholeSegmenter get_segmenter "
         "segmenter_settings spans_from_ends step_ends"
     ),
     "text": "TokenizedText first_difference text_from_ids texts_from_ids tokenize_text tokenize_texts",

@@ -143,10 +143,8 @@ class Task(ABC):
         if match is None:
             raise ConfigError(f"{place}={value!r} is neither a number such as 5 nor a range such as 3-6")
         low, high = int(match[1]), int(match[2] or match[1])
-        if low > high:
-            raise ConfigError(f"{place}={value} is a reversed range; write {place}={high}-{low}")
-        if low < minimum or high > maximum:
-            raise ConfigError(f"{place}={value} is out of range; it must lie between {minimum} and {maximum}")
+        if not minimum <= low <= high <= maximum:
+            raise ConfigError(f"{place}={value} is out of range: {minimum} to {maximum}, the smaller number first")
         object.__setattr__(self, name, low if low == high else f"{low}-{high}")
         return high
 

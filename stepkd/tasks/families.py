@@ -377,11 +377,9 @@ def get_task(spec: str) -> Task:
     fields = {field.name: field for field in dataclasses.fields(task)}
     for item in settings.split(",") if colon else []:
         key, equals, value = (part.strip() for part in item.partition("="))
-        if not equals or not value:
-            raise ConfigError(f"task {spec!r}: {item!r} is not of the form key=value; write e.g. {task().spec}")
+        if not equals or not value or key in values:
+            raise ConfigError(f"task {spec!r}: {item!r} is not key=value, every key once; write e.g. {task().spec}")
         check_choice(f"setting of task {name!r}", key, fields)
-        if key in values:
-            raise ConfigError(f"task {spec!r}: the setting {key!r} is given twice")
         try:
             values[key] = int(value) if fields[key].type == "int" else value
         except ValueError:

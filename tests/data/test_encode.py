@@ -11,7 +11,7 @@ from stepkd.data.encode import Encoder
 from stepkd.data.templates import PromptTemplate, get_template
 from stepkd.errors import ConfigError, DataError
 from stepkd.models.spec import tiny_tokenizer
-from stepkd.steps.segment import check_partition, get_segmenter
+from stepkd.steps.segment import get_segmenter, spans_from_ends, step_ends
 
 PLAIN = PromptTemplate(style="plain", plain="{prompt}")
 ROW = {"id": "r", "prompt": "1+2=\n", "solution": "1+2=3\n3\n#### 3"}
@@ -65,7 +65,7 @@ def make(tokenizer: Any, template: PromptTemplate = PLAIN, segmenter: str = "new
 def encode(encoder: Encoder, row: dict[str, Any]) -> Completion:
     example = encoder.example(row)
     assert example is not None
-    check_partition(example.spans, len(example.token_ids))
+    assert spans_from_ends(step_ends(example.spans), len(example.token_ids)) == list(example.spans)
     return example
 
 

@@ -15,7 +15,7 @@ from stepkd.data.rows import COMPLETION, STEPWISE, UNPAIRED, validate
 from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, DataError
 from stepkd.models.spec import tiny_tokenizer
-from stepkd.steps.segment import check_partition, get_segmenter
+from stepkd.steps.segment import get_segmenter, spans_from_ends, step_ends
 
 PLAIN = PromptTemplate(style="plain", plain="{prompt}")
 TOKENIZER = tiny_tokenizer()
@@ -51,7 +51,7 @@ def stepwise(labels: list[Any], steps: list[str] | None = None, **columns: Any) 
 def encode(encoder: FeedbackEncoder, row: dict[str, Any]) -> Completion:
     example = encoder.example(row)
     assert isinstance(example, Completion)
-    check_partition(example.spans, len(example.token_ids))
+    assert spans_from_ends(step_ends(example.spans), len(example.token_ids)) == list(example.spans)
     assert len(example.step_labels) == len(example.spans)
     assert set(example.step_labels) <= {1, 0, -1}
     assert example.row is row

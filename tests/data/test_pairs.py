@@ -13,7 +13,7 @@ from stepkd.data.rows import PREFERENCE, STEP_PREFERENCE, validate
 from stepkd.data.templates import PromptTemplate
 from stepkd.errors import DataError
 from stepkd.models.spec import tiny_tokenizer
-from stepkd.steps.segment import check_partition, get_segmenter
+from stepkd.steps.segment import get_segmenter, spans_from_ends, step_ends
 
 PLAIN = PromptTemplate(style="plain", plain="{prompt}")
 TINY = tiny_tokenizer()
@@ -64,7 +64,7 @@ def encode(encoder: PairEncoder, row: dict[str, Any]) -> PairExample:
     assert (better, worse) == (pair, pair.rejected)
     for side in (better, worse):
         assert side.prompt_ids.tolist() == pair.prompt_ids.tolist()
-        check_partition(side.spans, len(side.token_ids))
+        assert spans_from_ends(step_ends(side.spans), len(side.token_ids)) == list(side.spans)
         assert len(side.token_ids)
     assert pair.size == len(pair.prompt_ids) + len(better.token_ids) + len(worse.token_ids)
     return pair

@@ -19,7 +19,7 @@ from stepkd.errors import ConfigError, DataError, UnreadableSolution
 from stepkd.models.spec import tiny_tokenizer
 from stepkd.scorers.published import BareSteps, SeparatedSteps, SpacedSteps
 from stepkd.steps.format import StepFormat, auto_marker, marker_token_id
-from stepkd.steps.segment import check_partition, get_segmenter
+from stepkd.steps.segment import get_segmenter, spans_from_ends, step_ends
 from stepkd.steps.text import tokenize_text
 
 PLAIN = PromptTemplate(style="plain", plain="{prompt}")
@@ -62,7 +62,7 @@ def make(tokenizer: Any, format: StepFormat | None = None, **settings: Any) -> S
 def pieces(tokenizer: Any, layout: Layout | Completion) -> list[str]:
     """Text of every step, its marker included."""
     ids = layout.ids if isinstance(layout, Layout) else layout.token_ids
-    check_partition(layout.spans, len(ids))
+    assert spans_from_ends(step_ends(layout.spans), len(ids)) == list(layout.spans)
     return [tokenizer.decode(list(ids[slice(*span)])) for span in layout.spans]
 
 
@@ -106,7 +106,7 @@ def test_the_rest_is_one_tokenisation_of_the_whole_text(name: str, request: pyte
     whole = tokenize_text(tokenizer, "so 7.\nso 7.\na\nso b\n").token_ids
     assert tuple(i for i in layout.ids if i != encoder.marker_id) == whole
     assert len(layout.ids) == len(whole) + 4
-    check_partition(layout.spans, len(layout.ids))
+    assert spans_from_ends(step_ends(layout.spans), len(layout.ids)) == list(layout.spans)
 
 
 def test_markers_before_the_separator(tiny: Any) -> None:
@@ -174,7 +174,7 @@ def test_nothing_is_kept_behind_the_last_label(place: str, tiny: Any) -> None:
     assert example.read_at == whole.read_at[:2]
     assert tuple(example.token_ids) == whole.ids[: whole.read_at[1] + 1]
     assert len(example.targets) == 2
-    check_partition(example.spans, len(example.token_ids))
+    assert spans_from_ends(step_ends(example.spans), len(example.token_ids)) == list(example.spans)
 
 
 def test_an_unlabelled_step_in_the_middle_keeps_its_marker(tiny: Any) -> None:
