@@ -1,7 +1,8 @@
 """A teacher on disk: its k most likely tokens at every position of given completions, and the mass of all others.
 
 It is written by a job (:mod:`stepkd.runs.job`): ``settings.json`` says what the numbers belong to (teacher, tokenizer,
-temperature, k), ``parts/completions/`` holds them, in Parquet files whose pages carry checksums.
+temperature, k), ``parts/completions/`` holds them, in safetensors files that carry a hash of their content and of the
+settings.
 
 A cache knows the completions it was written for, and nothing else: it cannot score what a student samples.
 """
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from stepkd.data.collate import Batch, collate, plan
@@ -35,15 +38,17 @@ COMPLETIONS = "completions"
 PART_SIZE = 256
 """Completions per file: what a kill can lose."""
 
+COLUMNS = ("keys", "lengths", "ids", "logps", "tail")
+"""Of a part: each completion's key (16 bytes) and number of tokens, and the entries, completion after completion."""
+
 Key = bytes
 Entry = tuple[Tensor, Tensor, Tensor]
 """Ids (T, k), log-probabilities (T, k) and the log-mass of all other tokens (T,) of a completion of T tokens."""
 
 
-def tokenizer_hash(tokenizer: Any) -> str:
-    """Short hash of a vocabulary: equal when the same ids are the same tokens."""
-    text = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _hash(facts: Any) -> str:
+    """Short hash of JSON values; of a sorted vocabulary equal when the same ids are the same tokens."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -85,15 +90,13 @@ class CachedTeacher(Teacher):
         self.folder = Path(spec.folder).expanduser()
         try:
             self.settings = read_settings(self.folder)
+            if self.settings["kind"] != KIND:
+                raise DataError(f"another kind of job ({self.settings['kind']})")
         except DataError as error:
             raise ModelError(
                 f"no teacher's cache that this version reads in {self.folder} ({error}): write one with `stepkd "
                 "cache-teacher`"
             ) from error
-        if self.settings["kind"] != KIND:
-            raise ModelError(
-                f"{self.folder} holds no teacher's cache, but another kind of job ({self.settings['kind']})"
-            )
         self.stored_k = int(self.settings["top_k"])
         self.top_k, self.tail = (self.stored_k, True) if spec.top_k is None else (spec.top_k.k, spec.top_k.tail)
         if self.top_k > self.stored_k:
@@ -106,21 +109,15 @@ class CachedTeacher(Teacher):
         """Read and check the cache (once); see :class:`~stepkd.teachers.signals.Teacher`.
 
         Raises:
-            ModelError: it was written with another tokenizer, is not finished, or a part is damaged.
+            ConfigError: it was written with another tokenizer or vocabulary.
+            ModelError: it is not finished, or a part is damaged.
         """
         if self._entries:
             return
-        if (own := tokenizer_hash(tokenizer)) != self.settings["tokenizer"]:
-            raise ModelError(
-                f"the cache in {self.folder} was written with another tokenizer ({self.settings['tokenizer']} there, "
-                f"{own} here): its ids are other tokens; write it again for this student"
-            )
-        if vocab_size not in (None, self.settings["vocabulary"]):
-            raise ModelError(
-                f"the cache in {self.folder} was written with {self.settings['vocabulary']} tokens, and the student "
-                f"has logits for {vocab_size}: resize its embeddings to its tokenizer, or write the cache again"
-            )
-        for path in sorted((self.folder / PARTS / COMPLETIONS).glob("*.parquet")):
+        self._check("tokenizer", _hash(sorted(tokenizer.get_vocab().items())))
+        if vocab_size is not None:
+            self._check("vocabulary", vocab_size)
+        for path in sorted((self.folder / PARTS / COMPLETIONS).glob("*.safetensors")):
             self._read_part(path)
         if len(self._entries) != self.settings["completions"]:
             raise ModelError(
@@ -128,28 +125,29 @@ class CachedTeacher(Teacher):
                 "give `stepkd cache-teacher` the same command again to finish it"
             )
 
-    def _read_part(self, path: Path) -> None:
-        from pyarrow import parquet
+    def _check(self, setting: str, own: Any) -> None:
+        """Refuse a run for whose tokens, logits or precision the numbers were not written."""
+        if own != self.settings[setting]:
+            raise ConfigError(
+                f"the cache in {self.folder} was written with {setting} {self.settings[setting]}, this run has {own}: "
+                "change that, or write the cache again with this run's settings"
+            )
 
+    def _read_part(self, path: Path) -> None:
         try:
-            # One thread: a pool's threads outlive the error, and would abort the process when it ends.
-            table = parquet.read_table(path, page_checksum_verification=True, use_threads=False, pre_buffer=False)
-            damage = "" if table.schema.equals(_schema(self.settings), check_metadata=True) else "its columns differ"
-        except Exception as error:  # pyarrow has many, all of which mean that the file is not what was written
-            damage = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in COLUMNS}
+                damage = "" if file.metadata() == {"hash": _digest(tensors, self.settings)} else "its hash differs"
+        except Exception as error:  # safetensors has its own class for what is not what was written
+            damage = f"{type(error).__name__}: {error}"
         if damage:
             raise ModelError(
                 f"{path} is damaged or was changed ({damage}): delete it, and give `stepkd cache-teacher` the same "
                 "command again"
             )
-        columns = (table.column(name) for name in ("key", "ids", "logps", "tail"))
-        for key, ids, logps, tail in zip(*columns, strict=True):
-            rows = -1, self.stored_k
-            self._entries[key.as_py()] = (
-                torch.tensor(ids.values.to_numpy(), dtype=torch.int32).view(rows),
-                torch.tensor(logps.values.to_numpy()).view(rows),
-                torch.tensor(tail.values.to_numpy()),
-            )
+        keys, lengths, *columns = tensors.values()
+        parts = (column.split(lengths.tolist()) for column in columns)
+        self._entries |= zip((bytes(key.tolist()) for key in keys), zip(*parts, strict=True), strict=True)
 
     def start(self, precision: str, template: PromptTemplate | None) -> None:
         """See :class:`~stepkd.teachers.signals.Teacher`.
@@ -157,17 +155,12 @@ class CachedTeacher(Teacher):
         Raises:
             ConfigError: the cache was computed in another one.
         """
-        own = self.settings.get("precision", "32-true")
-        if own != precision:
-            raise ConfigError(
-                f"the cache in {self.folder} was written with trainer.precision {own} and this run has {precision}: "
-                "its numbers are not those of a teacher beside the student; write it again with this run's settings"
-            )
+        self._check("precision", precision)
 
     def identity(self) -> str:
         """Fingerprint of the teacher that wrote it, with k and temperature."""
-        facts = {name: self.settings[name] for name in ("teacher", "top_k", "temperature", "tokenizer", "data")}
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        names = ("teacher", "top_k", "temperature", "tokenizer", "data")
+        return _hash({name: self.settings[name] for name in names})
 
     def signals(self, batch: Batch, *, temperature: float) -> Signals:
         """See :class:`~stepkd.teachers.signals.Teacher`.
@@ -175,30 +168,20 @@ class CachedTeacher(Teacher):
         Raises:
             ConfigError: another temperature than the cache's, or a completion that it does not hold.
         """
-        if temperature != self.settings["temperature"]:
+        self._check("temperature", temperature)
+        asked = [example for example in batch.examples if len(example.token_ids)]
+        if unknown := [example.id for example in asked if example.key not in self._entries]:
             raise ConfigError(
-                f"divergence.temperature={temperature}, and the cache in {self.folder} was written at "
-                f"{self.settings['temperature']}: set it to that, or write the cache again"
-            )
-        found = [self._entry(example) for example in batch.examples if len(example.token_ids)]
-        device = batch.targets_N.device
-        if not found:
-            empty = torch.zeros(0, self.top_k, device=device)
-            return CachedSignals(empty.long(), empty, empty[:, 0], self.tail)
-        ids, logps, tail = (torch.cat(parts).to(device) for parts in zip(*found, strict=True))
-        if self.top_k < self.stored_k:
-            tail = torch.logaddexp(tail, logps[:, self.top_k :].logsumexp(-1))
-        return CachedSignals(ids[:, : self.top_k].long(), logps[:, : self.top_k], tail, self.tail)
-
-    def _entry(self, example: Completion) -> Entry:
-        entry = self._entries.get(example.key)
-        if entry is None:
-            raise ConfigError(
-                f"the cache in {self.folder} does not hold the completion of row {example.id!r} (of "
+                f"the cache in {self.folder} does not hold the completion of row {unknown[0]!r} (of "
                 f"{self.settings['completions']} it does): the data, template or max_length is not what it was written "
                 "for. Write it again with this recipe"
             )
-        return entry
+        none = torch.zeros(0, self.stored_k)
+        found = [(none.int(), none, none[:, 0]), *(self._entries[example.key] for example in asked)]
+        ids, logps, tail = (torch.cat(parts).to(batch.targets_N.device) for parts in zip(*found, strict=True))
+        if self.top_k < self.stored_k:
+            tail = torch.logaddexp(tail, logps[:, self.top_k :].logsumexp(-1))
+        return CachedSignals(ids[:, : self.top_k].long(), logps[:, : self.top_k], tail, self.tail)
 
 
 def write_cache(
@@ -246,7 +229,7 @@ def write_cache(
         {
             "teacher": {"name": teacher.spec.path, "weights": teacher.identity()},
             "template": repr(teacher.spec.template),
-            "tokenizer": tokenizer_hash(teacher.policy.tokenizer),
+            "tokenizer": _hash(sorted(teacher.policy.tokenizer.get_vocab().items())),
             "vocabulary": vocabulary,
             "top_k": top_k,
             "temperature": temperature,
@@ -268,7 +251,7 @@ def write_cache(
 
     items = list(wanted.items())
     units = numbered([items[start : start + PART_SIZE] for start in range(0, len(items), PART_SIZE)])
-    job.work_files(COMPLETIONS, units, write, ".parquet")
+    job.work_files(COMPLETIONS, units, write, ".safetensors")
     if job.missing(COMPLETIONS, units):
         return {}
     job.tidy()
@@ -297,31 +280,22 @@ def _score(
             raise ModelError(f"the teacher {teacher.spec.path} gave logits that are not finite")
         sizes = [len(each.token_ids) for each in group]
         for each, rows in zip(group, values.split(sizes), strict=True):
-            found[each.key] = (rows[:, :top_k].long(), rows[:, top_k:-1].float(), rows[:, -1].float())
+            found[each.key] = (rows[:, :top_k].int(), rows[:, top_k:-1].float(), rows[:, -1].float())
     return [found[each.key] for each in examples]
 
 
-def _schema(settings: Mapping[str, Any]) -> Any:
-    """The columns of a part, with a fingerprint of the cache that it belongs to."""
-    import pyarrow
-
-    columns = {
-        "key": pyarrow.binary(16),
-        "ids": pyarrow.list_(pyarrow.field("element", pyarrow.int32())),
-        "logps": pyarrow.list_(pyarrow.field("element", pyarrow.float32())),
-        "tail": pyarrow.list_(pyarrow.field("element", pyarrow.float32())),
-    }
-    cache = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    return pyarrow.schema(columns, metadata={"cache": cache})
+def _digest(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> str:
+    """Hash of a part's content and of the cache that it belongs to."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name in COLUMNS:
+        digest.update(tensors[name].numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _write_part(path: Path, keys: list[Key], entries: list[Entry], settings: Mapping[str, Any]) -> None:
-    import pyarrow
-    from pyarrow import parquet
-
-    rows = [
-        {"key": key, "ids": ids.flatten().tolist(), "logps": logps.flatten().tolist(), "tail": tail.tolist()}
-        for key, (ids, logps, tail) in zip(keys, entries, strict=True)
-    ]
-    table = pyarrow.Table.from_pylist(rows, schema=_schema(settings))
-    write_file(path, lambda temporary: parquet.write_table(table, temporary, write_page_checksum=True))
+    lengths = torch.tensor([len(tail) for _, _, tail in entries])
+    columns = [torch.cat(column) for column in zip(*entries, strict=True)]
+    key_bytes = torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(-1, 16)
+    tensors = dict(zip(COLUMNS, (key_bytes, lengths, *columns), strict=True))
+    facts = {"hash": _digest(tensors, settings)}
+    write_file(path, lambda temporary: save_file(tensors, temporary, metadata=facts))
