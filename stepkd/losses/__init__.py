@@ -14,24 +14,17 @@ from stepkd.losses.divergence import (
     top_k_buckets,
 )
 from stepkd.losses.dpo import dpo, visit_smoothing
-from stepkd.losses.fused import fused_sum, head_parameters
 from stepkd.losses.kto import kto, kto_values, ratio_rule, reference_point, step_kto, step_kto_counts
 from stepkd.losses.linear import (
     DEFAULT_CHUNK,
     VocabHead,
     chunked_head,
     cross_entropy,
+    fused_sum,
+    head_parameters,
     target_logps,
     token_logps,
 )
-from stepkd.losses.policy_gradient import (
-    clipped_loss,
-    group_advantages,
-    group_step_advantages,
-    reward_to_go,
-    scatter_step_rewards,
-    token_normalisation,
-)
-from stepkd.losses.pqm import pqm
-from stepkd.losses.prm import label_token_logps, step_cross_entropy, step_weights
-from stepkd.losses.reduce import LossTerms, component_scales, reduce, segment_sum
+from stepkd.losses.policy_gradient import clipped_loss, group_advantages, step_advantages, token_normalisation
+from stepkd.losses.prm import label_token_logps, pqm, step_cross_entropy, step_weights
+from stepkd.losses.reduce import LossTerms, component_scales, segment_sum

@@ -50,23 +50,16 @@ def dpo(
         beta times the log-ratios used and of their difference) and ``accuracy`` (share of pairs with D > 0).
 
     Raises:
-        ValueError: an unknown loss, beta not positive, smoothing out of range or with another loss, or shapes that
-            differ (they would broadcast).
+        ValueError: an unknown loss, or shapes that differ (they would broadcast).
     """
     if loss not in get_args(PairLoss):
         raise ValueError(f"loss={loss!r}: must be one of {', '.join(get_args(PairLoss))}")
-    if beta <= 0:
-        raise ValueError(f"beta={beta}: must be positive")
     pairs = chosen_logratios_P.shape
     if rejected_logratios_P.shape != pairs:
         raise ValueError(f"chosen log-ratios {tuple(pairs)} and rejected {tuple(rejected_logratios_P.shape)}")
     smoothing_P = torch.as_tensor(label_smoothing, dtype=chosen_logratios_P.dtype, device=chosen_logratios_P.device)
     if smoothing_P.dim() and smoothing_P.shape != pairs:
         raise ValueError(f"label_smoothing of shape {tuple(smoothing_P.shape)} for {pairs.numel()} pairs")
-    if ((smoothing_P < 0) | (smoothing_P > 0.5)).any():
-        raise ValueError(f"label_smoothing={label_smoothing}: must lie in [0, 0.5]")
-    if loss != "sigmoid" and bool((smoothing_P > 0).any()):
-        raise ValueError(f"label_smoothing goes with the loss 'sigmoid', not with {loss!r}")
     if lengths_P2 is not None:
         if lengths_P2.shape != (*pairs, 2):
             raise ValueError(f"lengths of shape {tuple(lengths_P2.shape)} for {pairs.numel()} pairs")

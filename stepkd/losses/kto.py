@@ -48,10 +48,8 @@ def kto_values(logratios: Tensor, labels: Tensor, *, reference: float | Tensor =
         beta: risk aversion, > 0.
 
     Raises:
-        ValueError: beta not positive, or shapes that differ (they would broadcast).
+        ValueError: shapes that differ (they would broadcast).
     """
-    if beta <= 0:
-        raise ValueError(f"beta={beta}: must be positive")
     if labels.shape != logratios.shape:
         raise ValueError(f"log-ratios {tuple(logratios.shape)} and labels {tuple(labels.shape)}")
     if isinstance(reference, Tensor):
@@ -104,7 +102,7 @@ def step_kto(
     """Step-KTO: KTO's value term for the completion's outcome, and one of the same form for each of its steps.
 
     A completion's log-ratio is the sum of its steps' (they partition it), so one forward pass serves both terms. The
-    weight ``w_s`` of the step term is given to :func:`~stepkd.losses.reduce.reduce` (``weights={"step": w_s}``).
+    weight ``w_s`` of the step term is a weight of :func:`~stepkd.losses.reduce.component_scales`.
 
     A reconstruction: the paper (Lin et al. 2025, arXiv 2501.10799) adds step-level value terms to KTO's; their weight,
     average over steps and reference point were not found in it and are options here, beta is the outcome term's.
@@ -130,7 +128,7 @@ def step_kto(
         with an incorrect step among those whose steps are labelled, :func:`~stepkd.steps.labels.is_settled`).
 
     Raises:
-        ValueError: an unknown reduction, beta not positive, or shapes that differ.
+        ValueError: an unknown reduction, or shapes that differ.
     """
     if not step_logratios_S.shape == step_labels_S.shape == completion_S.shape:
         raise ValueError(
@@ -174,8 +172,6 @@ def _value_loss(
     share: Tensor,
 ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
     """Sum of ``share * lambda * (1 - value)`` over labelled items, and metrics."""
-    if min(weights) <= 0:
-        raise ValueError(f"class weights {weights}: must be positive")
     values = kto_values(logratios, labels, reference=reference, beta=beta)
     correct, incorrect = labels == 1, labels == 0
     factor = (correct.to(values.dtype) * weights[0] + incorrect.to(values.dtype) * weights[1]) * share

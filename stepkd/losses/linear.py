@@ -7,6 +7,10 @@ bias, LoRA on the head, a logit scale, a final soft-cap.
 
 Token log-probabilities and cross-entropy are made of it.
 
+Where the weight of every position is known beforehand, and only a weighted sum is wanted, :func:`fused_sum` makes a
+chunk's logits once: its gradient with respect to hidden states and head is taken on the spot, and the backward pass
+multiplies by one number. What is kept is as large as the hidden states (and the head, if it is trained).
+
 Axes: N needed positions (those that predict a completion token), C positions of one chunk, H hidden size, V vocabulary.
 """
 
@@ -14,9 +18,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from stepkd.losses.reduce import LossTerms
@@ -39,10 +45,6 @@ class VocabHead:
     """Final soft-capping: ``cap * tanh(logits / cap)`` (Gemma 2); None for none."""
     vocab_size: int | None = None
     """Number of real tokens V; rows beyond it are padding and are cut off before any softmax."""
-
-    def __post_init__(self) -> None:
-        if self.softcap is not None and self.softcap <= 0:
-            raise ValueError(f"softcap={self.softcap}: must be positive, or None")
 
     def __call__(self, hidden_CH: Tensor) -> Tensor:
         logits_CV = self.project(hidden_CH)
@@ -77,9 +79,9 @@ def chunked_head(
         (N, ...) results in order. Peak extra memory is O(chunk_size * V), in the backward pass too.
 
     Raises:
-        ValueError: ``chunk_size`` < 1, or tensors of different length.
+        ValueError: tensors of different length.
     """
-    check_chunks(chunk_size, hidden_NH, *per_position)
+    check_lengths(hidden_NH, *per_position)
 
     def run(hidden_CH: Tensor, *chunk: Tensor) -> Tensor:
         return fn(head(hidden_CH), *chunk)
@@ -94,14 +96,12 @@ def chunked_head(
     return torch.cat(pieces)
 
 
-def check_chunks(chunk_size: int, hidden_NH: Tensor, *per_position: Tensor) -> None:
+def check_lengths(hidden_NH: Tensor, *per_position: Tensor) -> None:
     """Refuse what would silently be cut or repeated.
 
     Raises:
-        ValueError: ``chunk_size`` < 1, or tensors of different length.
+        ValueError: tensors of different length.
     """
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size={chunk_size}: must be at least 1")
     for tensor in per_position:
         if tensor.shape[0] != hidden_NH.shape[0]:
             raise ValueError(f"{hidden_NH.shape[0]} hidden states but a per-position tensor of {tensor.shape[0]}")
@@ -167,3 +167,115 @@ def cross_entropy(
 def _logp_and_hit(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
     hits_C = (logits_CV.argmax(-1) == targets_C).to(logits_CV.dtype)
     return torch.stack([target_logps(logits_CV, targets_C), hits_C], dim=-1)
+
+
+# ---- gradients made in the forward pass ------------------------------------------------------------------------------
+
+PositionFunction = Callable[..., Tensor]
+"""``fn(logits_CV, *per_position_C)`` to (C,), or to (C, M) of which the first column is summed."""
+
+
+def head_parameters(head: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Tensors of a head that are trained: those of the module behind a :class:`VocabHead`."""
+    project = head.project if isinstance(head, VocabHead) else head
+    if not isinstance(project, nn.Module):
+        return []
+    return [parameter for parameter in project.parameters() if parameter.requires_grad]
+
+
+def fused_sum(
+    fn: PositionFunction,
+    head: Callable[[Tensor], Tensor],
+    hidden_NH: Tensor,
+    weights_N: Tensor,
+    *per_position: Tensor,
+    chunk_size: int = DEFAULT_CHUNK,
+) -> tuple[Tensor, Tensor]:
+    """``sum over positions of weight * fn(head(hidden), ...)``, and what ``fn`` gave.
+
+    Args:
+        fn: maps a chunk of logits, and the chunk of each tensor in ``per_position``, to (C,), or to (C, M) of which the
+            first column is summed; the others are for metrics and pass no gradient.
+        head: hidden states to logits, a module or :class:`~stepkd.losses.linear.VocabHead`: what of it is trained gets
+            gradients (:func:`head_parameters`).
+        hidden_NH: hidden states of the needed positions.
+        weights_N: weight of every position; constants, no gradient reaches them.
+        *per_position: tensors whose first axis is N; no gradient reaches them.
+        chunk_size: positions per chunk, >= 1; changes memory and speed, never the result.
+
+    Returns:
+        The sum, a scalar with exact first derivatives (float32, or float64 for float64 values); and the detached values
+        of ``fn``, (N,) or (N, M). Peak extra memory is O(chunk_size * V) beside a gradient of the hidden states'
+        size and one in float32 of the trained part of the head.
+
+        The trained part of a sharded head (FSDP2) must be gathered, as it is within the model's forward pass.
+
+    Raises:
+        ValueError: tensors of different length.
+    """
+    check_lengths(hidden_NH, weights_N, *per_position)
+    trained = head_parameters(head)
+    if any(hasattr(parameter, "full_tensor") for parameter in trained):
+        raise RuntimeError("the head is sharded and not gathered: compute the loss in the policy's forward pass")
+    constants = tuple(tensor.detach() for tensor in (weights_N, *per_position))
+    if not torch.is_grad_enabled():  # nobody will ask for the gradients that are made on the way
+        hidden_NH, trained = hidden_NH.detach(), []
+    total, values = _FusedSum.apply(fn, head, chunk_size, constants, hidden_NH, *trained)
+    return total, values
+
+
+class _FusedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        fn: PositionFunction,
+        head: Callable[[Tensor], Tensor],
+        chunk_size: int,
+        constants: tuple[Tensor, ...],
+        hidden_NH: Tensor,
+        *parameters: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        wanted = ctx.needs_input_grad[4:]
+        of_hidden_NH = torch.empty_like(hidden_NH) if wanted[0] else None
+        sums = [_accumulator(p) if needed else None for p, needed in zip(parameters, wanted[1:], strict=True)]
+        trained = [p for p, needed in zip(parameters, wanted[1:], strict=True) if needed]
+        totals, pieces = [], []
+        for start in range(0, max(hidden_NH.shape[0], 1), chunk_size):
+            rows = slice(start, start + chunk_size)
+            weights_C, *chunk = (tensor[rows] for tensor in constants)
+            with torch.set_grad_enabled(any(wanted)):
+                hidden_CH = hidden_NH[rows].detach().requires_grad_(wanted[0])
+                values = fn(head(hidden_CH), *chunk)
+                first_C = values if values.dim() == 1 else values[:, 0]
+                total = (first_C * weights_C.to(first_C.dtype)).sum()
+            totals.append(total.detach())
+            pieces.append(values.detach())
+            if not total.requires_grad:
+                continue
+            inputs = ([hidden_CH] if wanted[0] else []) + trained
+            gradients = list(torch.autograd.grad(total, inputs, allow_unused=True))
+            if of_hidden_NH is not None:
+                of_hidden_NH[rows] = gradients.pop(0)
+            for kept in (each for each in sums if each is not None):
+                if (gradient := gradients.pop(0)) is not None:
+                    kept += gradient
+        ctx.gradients = (of_hidden_NH, *sums)
+        ctx.dtypes = (hidden_NH.dtype, *(p.dtype for p in parameters))
+        values = torch.cat(pieces)
+        ctx.mark_non_differentiable(values)
+        return torch.stack(totals).sum(), values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = [
+            None if gradient is None else (gradient * of_total.to(gradient.dtype)).to(dtype)
+            for gradient, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
+        ]
+        return (None, None, None, None, *gradients)
+
+
+def _accumulator(parameter: Tensor) -> Tensor:
+    """Zeros for a sum over chunks: float32 for lower precision."""
+    low = parameter.dtype in (torch.float16, torch.bfloat16)
+    return torch.zeros_like(parameter, dtype=torch.float32 if low else parameter.dtype)

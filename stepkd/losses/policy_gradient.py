@@ -3,7 +3,7 @@
 Axes: R completions of a batch, G groups (a group is the completions of one prompt), N completion tokens, S steps.
 
 A loss is a sum over tokens of ``weight * value``; :func:`token_normalisation` says the weights and what the sum is
-divided by, so that :func:`stepkd.losses.reduce` alone divides.
+divided by, so that :mod:`stepkd.losses.reduce` alone divides.
 """
 
 from __future__ import annotations
@@ -86,10 +86,8 @@ def clipped_loss(
         clip_low, clip_high: bounds 1 - low and 1 + high, in [0, 1) and >= 0.
 
     Raises:
-        ValueError: bounds out of range, or shapes that differ.
+        ValueError: shapes that differ.
     """
-    if not 0 <= clip_low < 1 or clip_high < 0:
-        raise ValueError(f"clip_low={clip_low}, clip_high={clip_high}: must be in [0, 1), and not negative")
     if not logps_N.shape == old_logps_N.shape == advantages_N.shape:
         raise ValueError(
             f"{tuple(logps_N.shape)} log-probabilities, {tuple(old_logps_N.shape)} old ones and "
@@ -104,18 +102,9 @@ def clipped_loss(
     return Clipped(loss_N, low_N, high_N)
 
 
-class TokenWeights(NamedTuple):
-    """How a sum over tokens is normalised."""
-
-    weight_R: Tensor
-    """Weight of every token of a completion, float64."""
-    counts_R: Tensor
-    """What a completion adds to the denominator, float64."""
-
-
 def token_normalisation(
-    kind: Normalisation, lengths_R: Tensor, group_R: Tensor, *, max_length: int | None = None
-) -> TokenWeights:
+    kind: Normalisation, lengths_R: Tensor, group_R: Tensor, *, max_length: int
+) -> tuple[Tensor, Tensor]:
     """Weights and denominators of the normalisations in use; ``sum_R weight_R sum_t value / sum_R counts_R`` each.
 
     ===================  ==============================================================================================
@@ -129,124 +118,52 @@ def token_normalisation(
         kind: which one.
         lengths_R: tokens of every completion of the batch; an empty one has no weight and (``dapo`` apart) counts.
         group_R: number of each completion's group. For ``group_token_mean`` all completions of a group must be given.
-        max_length: ``dr_grpo``: the constant, >= 1.
+        max_length: the constant of ``dr_grpo``, >= 1; the others do not read it.
+
+    Returns:
+        Weight of every token of a completion, and what a completion adds to the denominator: (R,) each, float64.
 
     Raises:
         ConfigError: another kind.
-        ValueError: no ``max_length`` where one is needed.
     """
     check_choice("normalisation", kind, get_args(Normalisation))
     lengths_R = lengths_R.double()
     ones_R = torch.ones_like(lengths_R)
     if kind == "grpo":
-        return TokenWeights(1 / lengths_R.clamp_min(1), ones_R)
+        return 1 / lengths_R.clamp_min(1), ones_R
     if kind == "dapo":
-        return TokenWeights(ones_R, lengths_R)
+        return ones_R, lengths_R
     if kind == "dr_grpo":
-        if max_length is None or max_length < 1:
-            raise ValueError(f"dr_grpo divides by max_length={max_length}: must be at least 1")
-        return TokenWeights(ones_R / max_length, ones_R)
+        return ones_R / max_length, ones_R
     groups = int(group_R.max()) + 1 if len(group_R) else 0
     tokens_R = segment_sum(lengths_R, group_R, groups)[group_R]
     size_R = segment_sum(ones_R, group_R, groups)[group_R]
-    return TokenWeights(1 / tokens_R.clamp_min(1), 1 / size_R.clamp_min(1))
+    return 1 / tokens_R.clamp_min(1), 1 / size_R.clamp_min(1)
 
 
-# ---- steps -----------------------------------------------------------------------------------------------------------
-
-
-def scatter_step_rewards(
-    rewards_S: Tensor, ends_S: Tensor, completion_S: Tensor, starts_R: Tensor, num_tokens: int
-) -> Tensor:
-    """Rewards of steps, put on the last token of each.
-
-    Args:
-        rewards_S: reward of every step; NaN for a step without one (0).
-        ends_S: token behind each step's last one, counted from its completion's first.
-        completion_S: int64 completion of every step.
-        starts_R: number of each completion's first token among all N.
-        num_tokens: N.
-
-    Returns:
-        (N,) zeros but at the steps' ends.
-
-    Raises:
-        ValueError: an empty step, or one beyond the tokens.
-    """
-    places_S = starts_R[completion_S] + ends_S - 1
-    stops_R = torch.cat([starts_R[1:], starts_R.new_tensor([num_tokens])])
-    if len(ends_S) and (int(ends_S.min()) < 1 or bool((places_S >= stops_R[completion_S]).any())):
-        raise ValueError(f"steps end at {ends_S.tolist()}, which is not within their completions")
-    rewards_S = torch.where(rewards_S.isnan(), 0.0, rewards_S)
-    return rewards_S.new_zeros(num_tokens).index_add(0, places_S, rewards_S)
-
-
-def reward_to_go(rewards_N: Tensor, completion_N: Tensor, *, discount: float = 1.0) -> Tensor:
-    """Every token's own and later rewards: ``sum_(t' >= t) discount^(t' - t) r_t'`` within its completion.
-
-    Args:
-        rewards_N: by token, completion after completion.
-        completion_N: int64 completion of every token, not decreasing.
-        discount: per token, in [0, 1].
-
-    Raises:
-        ValueError: a discount out of range.
-    """
-    if not 0 <= discount <= 1:
-        raise ValueError(f"discount={discount}: must lie in [0, 1]")
-    if discount == 1:
-        rows = int(completion_N.max()) + 1 if len(completion_N) else 0
-        before_N = rewards_N.cumsum(0) - rewards_N
-        totals_R = segment_sum(rewards_N, completion_N, rows)
-        ahead_R = totals_R.cumsum(0) - totals_R  # of the completions before
-        return totals_R[completion_N] - (before_N - ahead_R[completion_N])
-    values, later, row = rewards_N.tolist(), 0.0, -1
-    for n in range(len(values) - 1, -1, -1):
-        if (now := int(completion_N[n])) != row:
-            later, row = 0.0, now
-        later = values[n] = values[n] + discount * later
-    return rewards_N.new_tensor(values)
-
-
-def group_step_advantages(
-    rewards_S: Tensor,
-    ends_S: Tensor,
-    completion_S: Tensor,
-    group_R: Tensor,
-    starts_R: Tensor,
-    num_tokens: int,
-    *,
-    discount: float = 1.0,
-) -> Tensor:
-    """An advantage for every token from rewards of steps.
+def step_advantages(rewards_S: Tensor, completion_S: Tensor, group_R: Tensor, *, discount: float = 1.0) -> Tensor:
+    """An advantage for every step, that of all of its tokens, from rewards of steps.
 
     Process supervision of DeepSeekMath (arXiv 2402.03300, section 4.1.3; from memory): every step's reward is
     normalised by mean and standard deviation of all step rewards of its group, and a token's advantage is the sum of
-    those of the steps that end at it or later.
+    those of its step and of later ones.
 
     Args:
-        rewards_S: reward of every step; NaN for a step without one, which counts for nothing.
-        ends_S, completion_S, starts_R, num_tokens: as for :func:`scatter_step_rewards`.
+        rewards_S: reward of every step, completion after completion; NaN for a step without one, which counts for
+            nothing.
+        completion_S: int64 completion of every step, not decreasing.
         group_R: int64 group of every completion.
         discount: factor on a step's reward for every step between it and the token's, in [0, 1]; 0 leaves every token
             the reward of its own step.
 
     Returns:
-        (N,) advantages by token.
-
-    Raises:
-        ValueError: a discount out of range, or what :func:`scatter_step_rewards` refuses.
+        (S,) advantages.
     """
     known_S = ~rewards_S.isnan()
-    normalised_S = torch.zeros_like(rewards_S)
-    normalised_S[known_S] = group_advantages(rewards_S[known_S], group_R[completion_S[known_S]])
-    # What a step and those behind it are worth, as differences between steps: their sum over later steps is that again.
-    ahead_S = reward_to_go(normalised_S, completion_S, discount=discount)
-    same_S = torch.zeros_like(known_S)
-    same_S[:-1] = completion_S[:-1] == completion_S[1:]
-    behind_S = torch.where(same_S, ahead_S.roll(-1), 0.0)
-    lengths_R = torch.diff(starts_R, append=starts_R.new_tensor([num_tokens]))
-    completion_N = torch.repeat_interleave(torch.arange(len(starts_R), device=starts_R.device), lengths_R)
-    return reward_to_go(
-        scatter_step_rewards(ahead_S - behind_S, ends_S, completion_S, starts_R, num_tokens), completion_N
-    )
+    worth_S = torch.zeros_like(rewards_S)
+    worth_S[known_S] = group_advantages(rewards_S[known_S], group_R[completion_S[known_S]])
+    worth, completions = worth_S.tolist(), completion_S.tolist()
+    for step in range(len(worth) - 2, -1, -1):
+        if completions[step] == completions[step + 1]:
+            worth[step] += discount * worth[step + 1]
+    return rewards_S.new_tensor(worth)

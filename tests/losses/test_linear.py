@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -193,9 +192,5 @@ def test_no_positions() -> None:
 
 def test_bad_input() -> None:
     linear, hidden = nn.Linear(H, V), torch.zeros(N, H)
-    with pytest.raises(ValueError, match="chunk_size=0: must be at least 1"):
-        token_logps(linear, hidden, targets(), chunk_size=0)
     with pytest.raises(ValueError, match="7 hidden states but a per-position tensor of 6"):
         token_logps(linear, hidden, targets()[1:])
-    with pytest.raises(ValueError, match=re.escape("softcap=-1.0: must be positive, or None")):
-        VocabHead(linear, softcap=-1.0)

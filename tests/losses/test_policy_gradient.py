@@ -9,17 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from losses_helper import reduce
 from torch import Tensor
 
 from stepkd.errors import ConfigError
-from stepkd.losses import reduce
 from stepkd.losses.policy_gradient import (
     Normalisation,
     clipped_loss,
     group_advantages,
-    group_step_advantages,
-    reward_to_go,
-    scatter_step_rewards,
+    step_advantages,
     token_normalisation,
 )
 
@@ -180,38 +178,30 @@ def test_losses_are_trls(kind: Normalisation) -> None:
 
 # ---- steps -----------------------------------------------------------------------------------------------------------
 
-STARTS = torch.tensor([0, 5, 8])  # completions of 5, 3 and 2 tokens
-ENDS = torch.tensor([2, 5, 3, 1, 2])
 ROWS = torch.tensor([0, 0, 1, 2, 2])
-OF_TOKEN = torch.tensor([0] * 5 + [1] * 3 + [2] * 2)
 
 
-def test_step_rewards_stand_at_the_steps_ends() -> None:
-    rewards = torch.tensor([1.0, 2.0, 3.0, math.nan, 5.0], dtype=torch.float64)
-    found = scatter_step_rewards(rewards, ENDS, ROWS, STARTS, 10)
-    assert found.tolist() == [0, 1, 0, 0, 2, 0, 0, 3, 0, 5]
-    assert reward_to_go(found, OF_TOKEN).tolist() == [3, 3, 2, 2, 2, 3, 3, 3, 5, 5]
-    half = reward_to_go(found, OF_TOKEN, discount=0.5)
-    assert half.tolist() == pytest.approx([0.5 + 2 / 16, 1 + 2 / 8, 0.5, 1, 2, 0.75, 1.5, 3, 2.5, 5])
-    nearly = reward_to_go(found, OF_TOKEN, discount=1 - 1e-12)
-    assert nearly.tolist() == pytest.approx([3, 3, 2, 2, 2, 3, 3, 3, 5, 5])
-    assert reward_to_go(found, OF_TOKEN, discount=0.0).tolist() == found.tolist()
-
-
-def test_steps_of_a_group_are_normalised_together() -> None:
+@pytest.mark.parametrize("discount", [1.0, 0.5, 0.0])
+def test_steps_of_a_group_are_normalised_together_and_worth_what_follows(discount: float) -> None:
     rewards = torch.tensor([1.0, 0.0, 1.0, math.nan, 0.0], dtype=torch.float64)
-    found = group_step_advantages(rewards, ENDS, ROWS, torch.tensor([0, 0, 1]), STARTS, 10)
+    found = step_advantages(rewards, ROWS, torch.tensor([0, 0, 1]), discount=discount)
     std = math.sqrt(1 / 3) + 1e-4  # of 1, 0, 1 with n - 1
     first, second = (1 - 2 / 3) / std, (0 - 2 / 3) / std
-    expected = [first + second] * 2 + [second] * 3 + [first] * 3 + [0.0] * 2  # the last group has one reward only
+    expected = [first + discount * second, second, first, 0.0, 0.0]  # the last group has one reward only
     assert found.tolist() == pytest.approx(expected)
+
+
+def test_a_step_without_a_reward_counts_for_nothing_and_passes_later_ones_on() -> None:
+    rewards = torch.tensor([math.nan, 0.0, 1.0, 1.0, 0.0], dtype=torch.float64)
+    found = step_advantages(rewards, ROWS, torch.zeros(3, dtype=torch.int64))
+    known = group_advantages(rewards[1:], torch.zeros(4, dtype=torch.int64)).tolist()
+    assert found.tolist() == pytest.approx([known[0], known[0], known[1], known[2] + known[3], known[3]])
 
 
 def test_one_step_a_solution_is_the_outcomes_advantage() -> None:
     rewards = torch.randn(3, dtype=torch.float64)
     group = torch.zeros(3, dtype=torch.int64)
-    found = group_step_advantages(rewards, torch.tensor([5, 3, 2]), torch.arange(3), group, STARTS, 10)
-    assert torch.allclose(found, group_advantages(rewards, group)[OF_TOKEN])
+    assert step_advantages(rewards, torch.arange(3), group).tolist() == group_advantages(rewards, group).tolist()
 
 
 # ---- mistakes --------------------------------------------------------------------------------------------------------
@@ -223,15 +213,5 @@ def test_mistakes() -> None:
         group_advantages(three, GROUPS[:3], kind="std")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"\(3,\) rewards and \(7,\) group numbers"):
         group_advantages(three, GROUPS)
-    with pytest.raises(ValueError, match=r"clip_low=1.0, clip_high=0.2"):
-        clipped_loss(three, three, three, clip_low=1.0)
     with pytest.raises(ValueError, match=r"\(3,\) log-probabilities, \(3,\) old ones and \(2,\) advantages"):
         clipped_loss(three, three, three[:2])
-    with pytest.raises(ValueError, match="dr_grpo divides by max_length=None"):
-        token_normalisation("dr_grpo", three, GROUPS[:3])
-    with pytest.raises(ValueError, match=r"discount=1.5: must lie in \[0, 1\]"):
-        reward_to_go(three, GROUPS[:3], discount=1.5)
-    with pytest.raises(ValueError, match="not within their completions"):
-        scatter_step_rewards(three[:1], torch.tensor([4]), torch.tensor([2]), STARTS, 10)
-    with pytest.raises(ValueError, match="not within their completions"):
-        scatter_step_rewards(three[:1], torch.tensor([6]), torch.tensor([0]), STARTS, 10)

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from losses_helper import reduce
 from torch import nn
 
-from stepkd.losses import VocabHead, cross_entropy, reduce, target_logps, token_logps
+from stepkd.losses import VocabHead, cross_entropy, target_logps, token_logps
 
 N, H, V = 7, 6, 11
 
