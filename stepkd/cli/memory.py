@@ -86,7 +86,7 @@ def lower_bound(module: Any, data: Any, *, precision: str = "32-true", shards: i
     if not module.scores_steps:  # a step head makes logits of its labels only
         targets = min(module.chunk_size, module.micro_batch_tokens, data.global_batch_size * data.max_length)
         found.phases["training"] = {"chunk of logits": 4 * targets * int(model.get_output_embeddings().weight.shape[0])}
-    for name in ("rollout", "source"):
+    for name in ("rollout_spec", "source"):
         how = getattr(module, name, None)
         if how is not None and getattr(how, "lmbda", 1.0) > 0 and hasattr(module.engine, "max_rows"):
             rows = min(module.engine.max_rows, data.global_batch_size * how.sampling.n)

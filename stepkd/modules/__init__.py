@@ -7,9 +7,9 @@ from typing import Any
 from stepkd.lazy import lazily
 
 _HOMES = {
-    "base": "Prepared StepModule",
+    "base": "StepModule",
     "components": "Component CrossEntropy ForwardPass",
-    "distillation": "DistillationModule",
+    "distillation": "Distillation DistillationModule",
     "distillation_settings": (
         "BalancedKL Beside CrossEntropyConfig DivergenceConfig ForwardKL JSD Mixed NKD ReverseKL SkewForwardKL "
         "SkewReverseKL SourceConfig"

@@ -11,7 +11,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -29,7 +29,7 @@ from stepkd.modules.components import Component, ForwardPass, terms_of
 from stepkd.modules.distributed import all_reduce, check_micro_batches, gradient_sync, union
 from stepkd.modules.optim import build_optimizer, build_schedule, put_back
 from stepkd.modules.policy_module import PolicyModule
-from stepkd.modules.step_metrics import Throughput, accumulate, require_finite, step_values
+from stepkd.modules.step_metrics import Throughput, accumulate, means, require_finite
 from stepkd.modules.validation import SampledAccuracy
 from stepkd.randomness import stream_key
 from stepkd.runs.process import STOP_REQUEST, Preempted
@@ -38,17 +38,6 @@ logger = logging.getLogger(__name__)
 
 MOST_SKIPPED = 100
 """Batches in a row that may be skipped for want of items."""
-
-
-@dataclass
-class Prepared:
-    """What one optimiser step trains on, on this rank."""
-
-    micro_batches: list[Batch]
-    """Micro-batches, largest first."""
-    denominators: dict[str, float]
-    """Per named sum of the loss, this rank's count over all micro-batches; reduced over ranks before the first
-    backward."""
 
 
 class StepModule(PolicyModule):
@@ -82,7 +71,6 @@ class StepModule(PolicyModule):
     loss_scales: Mapping[str, float] = {}
     """Factor of each component's sum in the optimiser step that is being taken."""
     _throughput: Throughput | None = None
-    _accuracy: SampledAccuracy | None = None
     _skipped = 0
     _own_settings: Sequence[dict[str, Any]] = ()  # the optimiser's settings, before a checkpoint replaces them
     _sums: dict[str, float]  # of the evaluation that runs
@@ -96,8 +84,8 @@ class StepModule(PolicyModule):
         reason = f"{split} samples and grades answers (model.init_args.validation.sampling is not null)"
         return {("answer",): reason} if self.validation_spec.sampling is not None or split == "predict" else {}
 
-    def prepare(self, batch: StepBatch) -> Iterable[Prepared]:
-        """Turn a loader batch into one or more optimiser steps.
+    def prepare(self, batch: StepBatch) -> Iterable[list[Batch]]:
+        """Turn a loader batch into one or more optimiser steps, each the micro-batches that this rank trains on.
 
         Offline methods use this default: the batch's examples, cut into micro-batches. On-policy methods roll out,
         score and grade here, without gradients.
@@ -113,8 +101,8 @@ class StepModule(PolicyModule):
         return {}
 
     def derived_metrics(self, values: dict[str, float]) -> dict[str, float]:
-        """Further values to log, from the means of the components' metrics (differences of means, for example)."""
-        return {}
+        """What is logged of the means of the components' metrics: themselves, and differences of them, for example."""
+        return values
 
     def after_step(self) -> None:
         """Called after every optimiser step, before anything is logged."""
@@ -168,18 +156,10 @@ class StepModule(PolicyModule):
             planned *= self.steps_per_batch  # Lightning counts batches
         return planned
 
-    def prepare_examples(self, examples: Iterable[Completion]) -> Prepared:
-        """Cut examples into micro-batches and count their denominators."""
+    def prepare_examples(self, examples: Iterable[Completion]) -> list[Batch]:
+        """Cut examples into micro-batches, largest first."""
         groups = plan(list(examples), self.micro_batch_tokens, share=self.shares_prompts)
-        return self.counted([self._collate(group) for group in groups])
-
-    def counted(self, batches: Sequence[Batch]) -> Prepared:
-        """Micro-batches with their denominators."""
-        counts: dict[str, float] = defaultdict(float)
-        for micro_batch in batches:
-            for name, value in self.count(micro_batch).items():
-                counts[name] += value
-        return Prepared(list(batches), dict(counts))
+        return [self._collate(group) for group in groups]
 
     def on_fit_start(self) -> None:
         """Refuse what manual optimisation cannot honour."""
@@ -230,14 +210,14 @@ class StepModule(PolicyModule):
         """Run the optimiser steps of one loader batch."""
         self.model.train()
         steps = 0
-        for prepared in self._prepared(batch):
-            self._optimizer_step(prepared, self.make_dummy(batch), begins=not steps)
+        for micro_batches in self._prepared(batch):
+            self._optimizer_step(micro_batches, self.make_dummy(batch), begins=not steps)
             steps += 1
         if not steps:
             raise TrainingError("the batch gave no optimiser step: prepare() must yield at least one")
         self.position = batch.next_position
 
-    def _prepared(self, batch: StepBatch) -> Iterator[Prepared]:
+    def _prepared(self, batch: StepBatch) -> Iterator[list[Batch]]:
         """What :meth:`prepare` gives, with the whole model in place until its first step, if it asks for that."""
         found = iter(self.prepare(batch))
         with self.gathered() if self.prepares_with_model else nullcontext():
@@ -246,26 +226,28 @@ class StepModule(PolicyModule):
             yield first
             yield from found
 
-    def _optimizer_step(self, prepared: Prepared, dummy: Batch, *, begins: bool) -> None:
+    def _optimizer_step(self, micro_batches: list[Batch], dummy: Batch, *, begins: bool) -> None:
         # Dropout is the only other draw from the global generator; keyed like this, a resumed run repeats it exactly.
         torch.manual_seed(stream_key(self.seed, "dropout", self.global_step, self.global_rank) % 2**63)
-        mine = {name: prepared.denominators.get(name, 0.0) for name in self.loss_names}
+        mine = dict.fromkeys(self.loss_names, 0.0)
+        for micro_batch in micro_batches:
+            for name, count in self.count(micro_batch).items():
+                mine[name] += count
         counts = all_reduce({**mine, "": float(bool(STOP_REQUEST))}, self.device)
         if counts.pop("") and begins:  # later steps of a batch are taken: a batch is done whole or not at all
             raise Preempted(f"asked to stop by {STOP_REQUEST.name or 'a signal to another rank'}")
-        if not any(counts.values()):
-            if self.skip_empty_steps:
-                self._skip()
+        self._skipped = 0 if any(counts.values()) else self._skipped + 1
+        if self._skipped:
+            if self.skip_empty_steps and self._skipped < MOST_SKIPPED:  # a run that has nothing else would never end
                 return
             raise TrainingError(
-                f"step {self.global_step}: no row of the batch has a single target ({', '.join(counts)} all 0); look "
-                "at max_length and at the rows' solutions"
+                f"step {self.global_step}: no row of {self._skipped} batch(es) in a row has a single target "
+                f"({', '.join(counts)} all 0); look at max_length, at what the method counts, and at the rows"
             )
-        self._skipped = 0
         self.loss_scales = component_scales(self.loss_names, counts, self.loss_weights, self.trainer.world_size)
-        longest = int(all_reduce({"n": float(len(prepared.micro_batches))}, self.device, op="max")["n"])
+        longest = int(all_reduce({"n": float(len(micro_batches))}, self.device, op="max")["n"])
         check_micro_batches(self.trainer.strategy, longest)
-        padded = prepared.micro_batches + [dummy] * (longest - len(prepared.micro_batches))
+        padded = micro_batches + [dummy] * (longest - len(micro_batches))
         optimizer = cast(torch.optim.Optimizer, self.optimizers())
         sums: dict[str, Tensor] = {}
         losses: list[Tensor] = []
@@ -287,17 +269,8 @@ class StepModule(PolicyModule):
         if self.ema is not None:
             self.ema.update(self.model.trainable_parameters())
         self.after_step()
-        tokens = sum(example.size for micro in prepared.micro_batches for example in micro.examples)
+        tokens = sum(example.size for micro in micro_batches for example in micro.examples)
         self._log_step(counts, sums, terms, {"grad_norm": norm, "lr": lr, "tokens": float(tokens)})
-
-    def _skip(self) -> None:
-        """Count steps without an item; a run that has nothing else would never end."""
-        self._skipped += 1
-        if self._skipped >= MOST_SKIPPED:
-            raise TrainingError(
-                f"step {self.global_step}: {self._skipped} batches in a row had nothing to learn from ("
-                f"{', '.join(self.loss_names)} all 0); look at what the method counts, and at the data"
-            )
 
     def _micro_loss(self, micro_batch: Batch) -> tuple[Tensor, LossTerms]:
         """Within one forward pass of the policy, which gathers what a strategy has sharded."""
@@ -313,14 +286,17 @@ class StepModule(PolicyModule):
     def _log_step(
         self, counts: dict[str, float], sums: dict[str, Tensor], last: LossTerms, facts: dict[str, float]
     ) -> None:
-        values, tokens = step_values(counts, sums, last, self.loss_weights, facts["tokens"], self.device)
-        means = {name: value for name, value in values.items() if name in last.metrics}
-        values = {f"train/{name}": value for name, value in (values | self.derived_metrics(means)).items()}
-        values["train/grad_norm"] = facts["grad_norm"]
-        values["train/lr"] = facts["lr"]
-        values["train/tokens"] = tokens
+        # Named by the last terms: every rank sends the same names, also one that had only dummies.
+        names = [f"sum/{name}" for name in last.sums]
+        names += [f"{part}/{name}" for name in last.metrics for part in ("metric", "number")]
+        totals = all_reduce({"tokens": facts["tokens"], **{name: sums.get(name, 0.0) for name in names}}, self.device)
+        totals |= {f"count/{name}": count for name, count in counts.items()}
+        losses, metrics = means(totals, self.loss_names, self.loss_weights)
+        facts["tokens"] = totals["tokens"]
+        found = dict.fromkeys(self.loss_names, 0.0) | losses | self.derived_metrics(metrics) | facts
+        values = {f"train/{name}": value for name, value in found.items()}
         if self._throughput is not None:
-            values.update(self._throughput.measure(tokens, self.trainer.world_size))
+            values.update(self._throughput.measure(facts["tokens"], self.trainer.world_size))
         for name in (*self.shown, "perf/tokens_per_second"):
             if name in values:
                 self.log(name, values.pop(name), prog_bar=True, batch_size=1)
@@ -337,12 +313,12 @@ class StepModule(PolicyModule):
         with averaged, self.gathered():
             yield
 
-    def _sampled(self) -> SampledAccuracy:
-        if self._accuracy is None:
-            self._accuracy = SampledAccuracy(self.model, self.validation_spec, self.seed)
-        return self._accuracy
+    @cached_property
+    def sampled_accuracy(self) -> SampledAccuracy:
+        """What samples and grades validation and prediction."""
+        return SampledAccuracy(self.model, self.validation_spec, self.seed)
 
-    def prepare_evaluation(self, batch: StepBatch) -> Prepared:
+    def prepare_evaluation(self, batch: StepBatch) -> list[Batch]:
         """What validation measures the loss on; every rank calls it for every batch."""
         return self.prepare_examples([example for example in batch.examples if len(example.token_ids)])
 
@@ -350,35 +326,26 @@ class StepModule(PolicyModule):
         """Fresh sums."""
         self._sums = defaultdict(float)
 
-    def on_test_epoch_start(self) -> None:
-        """Fresh sums."""
-        self.on_validation_epoch_start()
+    on_test_epoch_start = on_validation_epoch_start
 
     def validation_step(self, batch: StepBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Sums of this rank's share; a rank without examples adds nothing."""
         with self._averaged():
-            prepared = self.prepare_evaluation(batch)
-            for name, count in prepared.denominators.items():
-                self._sums[f"count/{name}"] += count
-            with self.phases.phase("validation", total=len(prepared.micro_batches)):
-                for micro_batch in prepared.micro_batches:
-                    terms = self.loss_terms(micro_batch.to(self.device))
-                    for name, value in terms.sums.items():
-                        self._sums[f"sum/{name}"] += float(value)
-                    for name, (total, items) in terms.metrics.items():
-                        self._sums[f"metric/{name}"] += float(total)
-                        self._sums[f"number/{name}"] += float(items)
+            micro_batches = self.prepare_evaluation(batch)
+            with self.phases.phase("validation", total=len(micro_batches)):
+                for micro_batch in micro_batches:
+                    for name, count in self.count(micro_batch).items():
+                        self._sums[f"count/{name}"] += count
+                    accumulate(self._sums, self.loss_terms(micro_batch.to(self.device)), float)
                     self.phases.advance()
             if self.validation_spec.sampling is not None and batch.examples:
-                for name, number in self._sampled()(batch, self.phases).items():
+                for name, number in self.sampled_accuracy(batch, self.phases).items():
                     self._sums[f"sampled/{name}"] += number
             for name, (part, whole) in (self.measured(batch) if batch.examples else {}).items():
                 self._sums[f"metric/{name}"] += part
                 self._sums[f"number/{name}"] += whole
 
-    def test_step(self, batch: StepBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """As validation, on the test set."""
-        self.validation_step(batch, batch_idx)
+    test_step = validation_step
 
     def on_validation_epoch_end(self) -> None:
         """Reduce over ranks and log ``val/...``."""
@@ -391,33 +358,22 @@ class StepModule(PolicyModule):
     def _log_evaluation(self, prefix: str) -> None:
         # A rank without a batch has no sums, and the others' names are not known to it.
         totals = all_reduce({name: self._sums.get(name, 0.0) for name in union(self._sums)}, self.device)
-        parts: dict[str, dict[str, float]] = defaultdict(dict)
-        for key, value in totals.items():
-            part, _, name = key.partition("/")
-            parts[part][name] = value
-        values = {name: parts["sum"][name] / count for name, count in parts["count"].items() if count}
-        if values:
-            weights = self.loss_weights
-            values["loss"] = sum(weights.get(name, 1.0) * values.get(name, 0.0) for name in self.loss_names)
-        means = self.evaluation_metrics(
-            {name: (total, parts["number"][name]) for name, total in parts["metric"].items()}
-        )
-        values |= means | self.derived_metrics(means) | SampledAccuracy.rates(parts["sampled"])
+        losses, metrics = means(totals, self.loss_names, self.loss_weights)
+        sampled = {
+            name.removeprefix("sampled/"): total for name, total in totals.items() if name.startswith("sampled/")
+        }
+        values = losses | self.derived_metrics(metrics) | SampledAccuracy.rates(sampled)
         shown = {f"{prefix}/{name}": values.pop(name) for name in ("loss", "accuracy") if name in values}
         self.log_dict(shown, prog_bar=True, batch_size=1)
         self.log_dict({f"{prefix}/{name}": value for name, value in values.items()}, batch_size=1)
         if self._throughput is not None:
             self._throughput.restart()
 
-    def evaluation_metrics(self, totals: Mapping[str, tuple[float, float]]) -> dict[str, float]:
-        """What an evaluation logs, from every metric's sum and number over all batches and ranks: their means."""
-        return {name: total / number for name, (total, number) in totals.items() if number}
-
     def predict_step(self, batch: StepBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Sample completions and return them as completion rows (``stepkd.data.rows.COMPLETION``)."""
         source = str(self.trainer.ckpt_path or self.policy_spec.path)
         with self._averaged():
-            return self._sampled().completion_rows(batch, self.phases, model_id=source)
+            return self.sampled_accuracy.completion_rows(batch, self.phases, model_id=source)
 
     # ---- plumbing --------------------------------------------------------------------------------------------------
 
@@ -436,6 +392,5 @@ class StepModule(PolicyModule):
 
     def teardown(self, stage: str) -> None:
         """Release worker processes."""
-        if self._accuracy is not None:
-            self._accuracy.close()
-            self._accuracy = None
+        if (made := vars(self).pop("sampled_accuracy", None)) is not None:
+            made.close()

@@ -121,7 +121,6 @@ def terms_of(components: Sequence[Component], forward: ForwardPass) -> LossTerms
     found = [component.terms(forward) for component in components]
     together = LossTerms({}, {})
     for terms in found:
-        assert not together.sums.keys() & terms.sums.keys(), "two components of one name"
         together.sums |= terms.sums
         together.metrics |= terms.metrics
     if any(terms.loss is not None for terms in found) and forward.scales:

@@ -1,25 +1,119 @@
-"""What methods with a teacher share, whatever they do with what it says."""
+"""What methods with a teacher share, and GKD's loss.
+
+Axes: B completions and N completion tokens of a micro-batch, C of one chunk, V vocabulary.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
+from stepkd import losses
 from stepkd.data.collate import Batch
 from stepkd.data.datamodule import StepData
 from stepkd.errors import ConfigError
+from stepkd.losses import LossTerms, fused_sum, segment_sum, target_logps, tempered
+from stepkd.modules import distillation_settings as settings
 from stepkd.modules.base import StepModule
-from stepkd.modules.components import ForwardPass
-from stepkd.runs.job import ALONE, JobOptions
+from stepkd.modules.components import Component, ForwardPass
+from stepkd.modules.distillation_settings import DivergenceConfig
 from stepkd.teachers.cache import write_cache
 from stepkd.teachers.local import LocalTeacher
 from stepkd.teachers.signals import Teacher
 
 _CPU = torch.device("cpu")
+
+
+DIVERGENCES: dict[type[DivergenceConfig], Callable[..., Tensor]] = {
+    settings.JSD: losses.generalized_jsd,
+    settings.ForwardKL: losses.forward_kl,
+    settings.ReverseKL: losses.reverse_kl,
+    settings.SkewForwardKL: losses.skew_forward_kl,
+    settings.SkewReverseKL: losses.skew_reverse_kl,
+    settings.BalancedKL: losses.balanced_kl,
+    settings.NKD: losses.nkd,
+}
+"""The function of each: log-probabilities of student and teacher (C, W), where :attr:`DivergenceConfig.whole` says so
+also the targets (C,), and the settings, to a divergence (C,) in nats."""
+Average = Literal["tokens", "sequences"]
+
+
+@dataclass
+class Distillation(Component):
+    """Divergence from a teacher and cross-entropy of the same tokens, in one pass over the logits."""
+
+    divergence: DivergenceConfig
+    average: Average
+    """Whether every token of the global batch weighs the same, or every completion."""
+    weights: Callable[[], tuple[float, float]] | None
+    """Weights of divergence and cross-entropy as they are now; None: of the divergence alone, 1."""
+    focuses: bool
+    """Whether steps have weights."""
+
+    names = ("kd",)
+
+    def __post_init__(self) -> None:
+        own = {} if self.divergence.tempers else {"temperature": self.divergence.temperature}
+        own |= {name: value for name, value in vars(self.divergence).items() if name != "temperature"}
+        self._divergence = partial(DIVERGENCES[type(self.divergence)], **own)
+
+    def count(self, batch: Batch) -> dict[str, float]:
+        """Completion tokens (or their weights), or completions in which something counts."""
+        weights_N = self._weights(batch)
+        if self.average == "tokens":
+            return {"kd": float(weights_N.sum())}
+        return {"kd": float(len(batch.completion_N[weights_N > 0].unique()))}
+
+    def terms(self, forward: ForwardPass) -> LossTerms:
+        """``kd``: the summed divergence (and weighted cross-entropy) in nats.
+
+        Metrics over all completion tokens: ``divergence`` alone, ``agreement`` (share of positions at which both find
+        the same argmax token), ``ce`` where it has a weight, ``focus`` (share that counts) where steps have weights.
+        """
+        batch, signals = forward.batch, forward.signals
+        kd_weight, ce_weight = (1.0, 0.0) if self.weights is None else self.weights()
+        assert signals is not None
+
+        def position(logits_CV: Tensor, targets_C: Tensor, *chunk: Tensor) -> Tensor:
+            student, teacher, argmax_C = signals.compare(
+                tempered(logits_CV, self.divergence.logits_temperature), *chunk
+            )
+            kd_C = self._divergence(student, teacher, *((targets_C,) if self.divergence.whole else ()))
+            agree_C = (logits_CV.argmax(-1) == argmax_C).to(kd_C.dtype)
+            if self.weights is None:
+                return torch.stack([kd_C, kd_C.detach(), agree_C], dim=-1)
+            ce_C = -target_logps(logits_CV, targets_C)
+            total_C = kd_weight * kd_C + ce_weight * ce_C
+            return torch.stack([total_C, kd_C.detach(), agree_C, ce_C.detach()], dim=-1)
+
+        weights_N = self._weights(batch)
+        if self.average == "sequences":
+            totals_B = segment_sum(weights_N, batch.completion_N, len(batch.examples))
+            weights_N = weights_N / totals_B.clamp_min(1e-300)[batch.completion_N]
+        arguments = (forward.hidden_NH, weights_N, batch.targets_N, *signals.tensors)
+        total, values = fused_sum(position, forward.head, *arguments, chunk_size=forward.chunk_size)
+        number = torch.tensor(float(len(values)), device=values.device)
+        metrics = {"divergence": (values[:, 1].sum(), number), "agreement": (values[:, 2].sum(), number)}
+        if self.focuses:
+            metrics["focus"] = ((weights_N > 0).double().sum(), number)
+        if self.weights is not None:
+            metrics["ce"] = (values[:, 3].sum(), number)
+        return LossTerms({"kd": total}, metrics)
+
+    @staticmethod
+    def _weights(batch: Batch) -> Tensor:
+        """(N,) weight of every target, float64: its step's, or 1 where steps have none."""
+        steps = [each.step_weights or (1.0,) * len(each.step_ends) for each in batch.examples]
+        weights_S = torch.tensor([w for own in steps for w in own], dtype=torch.float64, device=batch.step_N.device)
+        return weights_S[batch.step_N]
 
 
 class DistillationModule(StepModule):
@@ -31,6 +125,8 @@ class DistillationModule(StepModule):
     teacher: Teacher | None = None
     teacher_temperature = 1.0
     """Divides the logits that it is read at."""
+    new_tokens = 0
+    """Most tokens of a completion that is sampled for the teacher to score; 0: none is sampled."""
     without_dropout = "the model that samples is the one that learns"
 
     @property
@@ -49,16 +145,12 @@ class DistillationModule(StepModule):
         """Whether the loss of a micro-batch reads the teacher."""
         return True
 
-    def new_tokens(self) -> int:
-        """Most tokens of a completion that is sampled for the teacher to score; 0: none is sampled."""
-        return 0
-
     def complete_model(self) -> None:
         """Bind the teacher to the policy."""
         if self.teacher is not None:
             self.teacher.follow(self.model)
             self.teacher.bind(self.model.tokenizer, self.model.vocab_size)
-            self.keep_in_mind("teacher", self.teacher.identity(), "under another teacher")
+            self.frozen["teacher"] = self.teacher.identity()
 
     def on_fit_start(self) -> None:
         """Have the teacher check the run, and refuse text that is longer than its context."""
@@ -66,18 +158,7 @@ class DistillationModule(StepModule):
         if self.teacher is not None:
             template = self.template if self.trainer.is_global_zero else None
             self.teacher.start(str(self.trainer.precision), template)
-            self._check_context(self.teacher.max_length)
-
-    def _check_context(self, context: int | None) -> None:
-        self.check_data_fits("teacher", context)
-        new, examples = self.new_tokens(), getattr(self.datamodule, "examples", {}).get("train", ())
-        prompt = max((len(each.prompt_ids) for each in examples), default=0)
-        sampled = min(prompt + new, self.model.max_length or 2**63) if new else 0
-        if context is not None and examples and sampled > context:
-            raise ConfigError(
-                f"a prompt and {new} new tokens: up to {sampled} tokens, and the teacher's context is {context}: lower "
-                "it, or take a teacher of a longer context"
-            )
+            self.check_data_fits("teacher", self.teacher.max_length, self.new_tokens)
 
     def shard(self, mesh: Any) -> None:
         """The teacher, too, if it asks for that."""
@@ -109,11 +190,9 @@ def cache_teacher(
     data: StepData,
     out: str | Path,
     *,
-    top_k: int,
     validation: bool = True,
     device: torch.device = _CPU,
-    precision: str = "32-true",
-    options: JobOptions = ALONE,
+    **how: Any,
 ) -> dict[str, Any]:
     """Write the cache that a distillation module with the teacher Cached reads, or resume.
 
@@ -121,9 +200,9 @@ def cache_teacher(
         module: a module with a divergence and a teacher in this process, not attached to a Trainer.
         data: its data; the completions of the training data are scored.
         out: folder of the cache.
-        top_k, precision, options: as for :func:`~stepkd.teachers.cache.write_cache`.
         validation: score those of the validation data, too.
         device: where the teacher computes.
+        **how: ``top_k``, ``precision`` and ``options`` of :func:`~stepkd.teachers.cache.write_cache`.
 
     Returns:
         See :func:`~stepkd.teachers.cache.write_cache`.
@@ -131,22 +210,14 @@ def cache_teacher(
     Raises:
         ConfigError: another module or teacher; and what ``write_cache`` refuses.
     """
-    teacher, divergence = getattr(module, "teacher", None), getattr(module, "divergence", None)
-    if divergence is None or not isinstance(teacher, LocalTeacher):
+    teacher, loss = getattr(module, "teacher", None), module.components[0]
+    if not isinstance(loss, Distillation) or not isinstance(teacher, LocalTeacher):
         raise ConfigError("a teacher's cache needs a distillation recipe (GKDModule) with the teacher Local")
     data.trainer = SimpleNamespace(lightning_module=module, global_rank=0, world_size=1)  # type: ignore[assignment]
     data.setup("fit")
     names = ("train", "validation") if validation else ("train",)
     teacher.bind(module.tokenizer)
     teacher.place(device)
-    return write_cache(
-        out,
-        teacher,
-        [example for name in names for example in data.examples.get(name, [])],
-        top_k=top_k,
-        temperature=divergence.logits_temperature,
-        max_tokens=module.micro_batch_tokens,
-        chunk_size=module.chunk_size,
-        precision=precision,
-        options=options,
-    )
+    examples = [example for name in names for example in data.examples.get(name, [])]
+    how |= {"max_tokens": module.micro_batch_tokens, "chunk_size": module.chunk_size}
+    return write_cache(out, teacher, examples, temperature=loss.divergence.logits_temperature, **how)

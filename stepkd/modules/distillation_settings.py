@@ -3,34 +3,29 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
-from functools import partial
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 from stepkd.errors import ConfigError, check_bounds
 from stepkd.sampling.sampler import SamplingConfig
 from stepkd.teachers.config import Needs
 
-Divergence = Callable[..., Any]
-"""Log-probabilities of student and teacher (C, W), where :attr:`DivergenceConfig.whole` says so also the targets (C,),
-to a divergence (C,) in nats."""
-
 
 class DivergenceConfig(ABC):
-    """How far a student is from its teacher at a position."""
+    """How far a student is from its teacher at a position; its function is in
+    :data:`~stepkd.modules.distillation.DIVERGENCES`."""
 
+    temperature: float
+    tempers: ClassVar[bool] = True
+    """Whether the temperature divides the logits of both sides; otherwise it is the function's own."""
     whole: ClassVar[bool] = False
     """Whether it reads the teacher's whole distribution, no buckets of it, and which token stands at a position."""
 
     @property
-    @abstractmethod
     def logits_temperature(self) -> float:
         """What divides both sides' logits before the divergence sees them, > 0."""
-
-    @abstractmethod
-    def build(self) -> Divergence:
-        """The divergence as a function."""
+        return self.temperature if self.tempers else 1.0
 
     def needs(self) -> Needs:
         """What it asks of a teacher."""
@@ -44,24 +39,10 @@ class _Tempered(DivergenceConfig):
     temperature: float = 1.0
     """Divides the logits of both sides, > 0; apart from the temperature of sampling. 1 leaves them."""
 
-    function: ClassVar[str] = ""
-    """Its name in :mod:`stepkd.losses`; its other arguments are the other settings."""
     bounds: ClassVar[Mapping[str, str]] = {}
 
     def __post_init__(self) -> None:
         check_bounds("divergence.", self, temperature="(0, inf)", **self.bounds)
-
-    @property
-    def logits_temperature(self) -> float:
-        """See :class:`DivergenceConfig`."""
-        return self.temperature
-
-    def build(self) -> Divergence:
-        """See :meth:`DivergenceConfig.build`."""
-        from stepkd import losses
-
-        settings = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "temperature"}
-        return partial(getattr(losses, self.function), **settings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +53,6 @@ class JSD(_Tempered):
     """In [0, 1]: towards 0 it acts like the forward KL, towards 1 like the reverse KL; 0.5 is symmetric."""
     scaled: bool = False
     """Divide by beta (1 - beta), so that the scale does not depend on beta; off as in the paper."""
-    function = "generalized_jsd"
     bounds = {"beta": "[0, 1]"}  # noqa: RUF012
 
 
@@ -80,14 +60,10 @@ class JSD(_Tempered):
 class ForwardKL(_Tempered):
     """KL(teacher || student), which covers the teacher's modes."""
 
-    function = "forward_kl"
-
 
 @dataclass(frozen=True, kw_only=True)
 class ReverseKL(_Tempered):
     """KL(student || teacher), which seeks one of the teacher's modes."""
-
-    function = "reverse_kl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +72,6 @@ class SkewForwardKL(_Tempered):
 
     skew: float = 0.1
     """Share of the teacher in the mixture, in [0, 1]; 0 is the plain KL, the paper has 0.1."""
-    function = "skew_forward_kl"
     bounds = {"skew": "[0, 1]"}  # noqa: RUF012
 
 
@@ -106,7 +81,6 @@ class SkewReverseKL(_Tempered):
 
     skew: float = 0.1
     """Share of the student in the mixture, in [0, 1]; 0 is the plain KL, the paper has 0.1."""
-    function = "skew_reverse_kl"
     bounds = {"skew": "[0, 1]"}  # noqa: RUF012
 
 
@@ -116,7 +90,6 @@ class BalancedKL(_Tempered):
 
     delta: float = 2.0
     """Weight of the raised term, >= 1; 1 is the plain sum."""
-    function = "balanced_kl"
     bounds = {"delta": "[1, inf)"}  # noqa: RUF012
 
 
@@ -129,18 +102,8 @@ class NKD(_Tempered):
     gamma: float = 1.5
     """Weight of the term of the other tokens, >= 0; the paper has 1.5."""
     bounds = {"gamma": "[0, inf)"}  # noqa: RUF012
+    tempers = False
     whole = True
-
-    @property
-    def logits_temperature(self) -> float:
-        """1: it tempers its second term alone."""
-        return 1.0
-
-    def build(self) -> Divergence:
-        """See :meth:`DivergenceConfig.build`."""
-        from stepkd.losses import nkd
-
-        return partial(nkd, gamma=self.gamma, temperature=self.temperature)
 
 
 class CrossEntropyConfig(ABC):

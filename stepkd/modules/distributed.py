@@ -5,8 +5,8 @@ A strategy trains on several ranks as one process does when a test compares the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from inspect import signature
 from typing import Any
@@ -55,18 +55,13 @@ def all_reduce(values: Mapping[str, float | Tensor], device: torch.device, op: s
     return dict(zip(numbers, stacked.tolist(), strict=True))
 
 
-def all_names(names: Iterable[str]) -> list[str]:
-    """The names that the ranks have, rank after rank; every rank must call it."""
-    parts = [list(names)]
-    if is_distributed():
-        mine, parts = parts[0], [[]] * dist.get_world_size()
-        dist.all_gather_object(parts, mine)
-    return [name for part in parts for name in part]
-
-
 def union(names: Iterable[str]) -> list[str]:
     """All names that any rank has, sorted; every rank must call it."""
-    return sorted(set(all_names(names)))
+    parts = [set(names)]
+    if is_distributed():
+        mine, parts = parts[0], [set()] * dist.get_world_size()
+        dist.all_gather_object(parts, mine)
+    return sorted(set.union(*parts))
 
 
 def check_micro_batches(strategy: Any, number: int) -> None:
@@ -98,8 +93,7 @@ def clip_in_engine(strategy: Any, limit: float | None) -> None:
         config.setdefault("gradient_clipping", limit)
 
 
-@contextmanager
-def gradient_sync(wrapped: Any, enabled: bool) -> Iterator[None]:
+def gradient_sync(wrapped: Any, enabled: bool) -> AbstractContextManager[Any]:
     """Synchronise gradients in this backward pass, or only accumulate them locally.
 
     DDP skips its all-reduce inside ``no_sync``. FSDP2 goes on summing after every backward pass: what it adds up are a
@@ -109,11 +103,7 @@ def gradient_sync(wrapped: Any, enabled: bool) -> Iterator[None]:
         wrapped: what the strategy trains: the module itself, or its DDP wrapper.
         enabled: False for every micro-batch but the last.
     """
-    if isinstance(wrapped, DistributedDataParallel) and not enabled:
-        with wrapped.no_sync():
-            yield
-    else:
-        yield
+    return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) and not enabled else nullcontext()
 
 
 def check_strategy(strategy: Any) -> None:

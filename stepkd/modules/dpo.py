@@ -5,10 +5,10 @@ Axes: N completion tokens, R completions (two per pair), P pairs.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -27,9 +27,11 @@ from stepkd.steps.text import first_difference
 class PairLoss(ABC):
     """How the difference D of a pair's log-ratios becomes its loss; see :func:`stepkd.losses.dpo`."""
 
-    @abstractmethod
-    def options(self, pairs: Sequence[PairExample]) -> dict[str, Any]:
-        """Which loss, and its label smoothing, for these pairs."""
+    kind: ClassVar[Literal["sigmoid", "ipo"]]
+
+    def smoothing(self, pairs: Sequence[PairExample]) -> float | Tensor:
+        """Label smoothing of these pairs."""
+        return 0.0
 
 
 @dataclass(frozen=True)
@@ -39,19 +41,23 @@ class Sigmoid(PairLoss):
     label_smoothing: float = 0.0
     """Chance in [0, 0.5] that a pair is the wrong way round; 0 trusts all of them."""
 
+    kind = "sigmoid"
+
     def __post_init__(self) -> None:
         check_bounds("loss.", self, label_smoothing="[0, 0.5]")
 
-    def options(self, pairs: Sequence[PairExample]) -> dict[str, Any]:
-        """The same smoothing for all."""
-        return {"label_smoothing": self.label_smoothing}
+    def smoothing(self, pairs: Sequence[PairExample]) -> float | Tensor:
+        """The same for all."""
+        return self.label_smoothing
 
 
 @dataclass(frozen=True)
 class SigmoidByVisits(PairLoss):
     """``Sigmoid`` with each pair's label smoothing from its visit counts in a tree search (MCTS-DPO)."""
 
-    def options(self, pairs: Sequence[PairExample]) -> dict[str, Any]:
+    kind = "sigmoid"
+
+    def smoothing(self, pairs: Sequence[PairExample]) -> float | Tensor:
         """See :func:`stepkd.losses.visit_smoothing`.
 
         Raises:
@@ -63,16 +69,14 @@ class SigmoidByVisits(PairLoss):
                 "they come from a tree search (stepkd pairs tree)"
             )
         visits_P2 = torch.tensor([pair.visits for pair in pairs])
-        return {"label_smoothing": visit_smoothing(visits_P2[:, 0], visits_P2[:, 1])}
+        return visit_smoothing(visits_P2[:, 0], visits_P2[:, 1])
 
 
 @dataclass(frozen=True)
 class IPO(PairLoss):
     """``(D - 1 / (2 beta))^2`` (Azar et al. 2023, arXiv 2310.12036)."""
 
-    def options(self, pairs: Sequence[PairExample]) -> dict[str, Any]:
-        """Nothing to smooth."""
-        return {"loss": "ipo"}
+    kind = "ipo"
 
 
 @dataclass(eq=False)
@@ -100,8 +104,9 @@ class Pairs(Component):
         return dpo(
             *(ratios_P2[:, 0], ratios_P2[:, 1]),
             beta=self.beta,
+            loss=self.loss.kind,
+            label_smoothing=self.loss.smoothing(pairs),
             lengths_P2=lengths_P2 if self.length_normalised else None,
-            **self.loss.options(pairs),
         )
 
     def _kept(self, pairs: Sequence[PairExample]) -> Tensor:

@@ -1,30 +1,24 @@
 """Generalised knowledge distillation: a divergence from a teacher, on the student's own samples or given completions.
 
-Axes: B completions and N completion tokens of a micro-batch, C of one chunk, V vocabulary.
+The loss is :class:`~stepkd.modules.distillation.Distillation`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal, cast
-
-import torch
-from torch import Tensor
 
 from stepkd.data.batching import StepBatch
 from stepkd.data.collate import Batch
 from stepkd.data.completion import Completion
 from stepkd.data.encode import with_completion
 from stepkd.errors import check_choice
-from stepkd.losses import LossTerms, fused_sum, segment_sum, target_logps, tempered
 from stepkd.models.spec import PolicyConfig
-from stepkd.modules.base import Prepared
-from stepkd.modules.components import Component, ForwardPass
-from stepkd.modules.distillation import DistillationModule
+from stepkd.modules.distillation import Average, Distillation, DistillationModule
 from stepkd.modules.distillation_settings import JSD, CrossEntropyConfig, DivergenceConfig, SourceConfig
-from stepkd.modules.fidelity import Fidelity, FidelityConfig, Sums, fidelity_totals
+from stepkd.modules.fidelity import Fidelity, FidelityConfig, Sums, with_calibration
 from stepkd.modules.step_scores import FocusConfig, focused, load_step_scorer
 from stepkd.randomness import generator
 from stepkd.runs.process import STOP_REQUEST
@@ -35,74 +29,6 @@ from stepkd.steps.segment import get_segmenter
 from stepkd.teachers.config import TeacherConfig
 from stepkd.teachers.local import LocalTeacher
 from stepkd.teachers.signals import Teacher
-
-Average = Literal["tokens", "sequences"]
-
-
-@dataclass
-class Distillation(Component):
-    """Divergence from a teacher and cross-entropy of the same tokens, in one pass over the logits."""
-
-    divergence: DivergenceConfig
-    average: Average
-    """Whether every token of the global batch weighs the same, or every completion."""
-    weights: Callable[[], tuple[float, float]] | None
-    """Weights of divergence and cross-entropy as they are now; None: of the divergence alone, 1."""
-    focuses: bool
-    """Whether steps have weights."""
-
-    names = ("kd",)
-
-    def __post_init__(self) -> None:
-        self._divergence, self._temperature = self.divergence.build(), self.divergence.logits_temperature
-
-    def count(self, batch: Batch) -> dict[str, float]:
-        """Completion tokens (or their weights), or completions in which something counts."""
-        weights_N = self._weights(batch)
-        if self.average == "tokens":
-            return {"kd": float(weights_N.sum())}
-        return {"kd": float(len(batch.completion_N[weights_N > 0].unique()))}
-
-    def terms(self, forward: ForwardPass) -> LossTerms:
-        """``kd``: the summed divergence (and weighted cross-entropy) in nats.
-
-        Metrics over all completion tokens: ``divergence`` alone, ``agreement`` (share of positions at which both find
-        the same argmax token), ``ce`` where it has a weight, ``focus`` (share that counts) where steps have weights.
-        """
-        batch, signals = forward.batch, forward.signals
-        kd_weight, ce_weight = (1.0, 0.0) if self.weights is None else self.weights()
-        assert signals is not None
-
-        def position(logits_CV: Tensor, targets_C: Tensor, *chunk: Tensor) -> Tensor:
-            student, teacher, argmax_C = signals.compare(tempered(logits_CV, self._temperature), *chunk)
-            kd_C = self._divergence(student, teacher, *((targets_C,) if self.divergence.whole else ()))
-            agree_C = (logits_CV.argmax(-1) == argmax_C).to(kd_C.dtype)
-            if self.weights is None:
-                return torch.stack([kd_C, kd_C.detach(), agree_C], dim=-1)
-            ce_C = -target_logps(logits_CV, targets_C)
-            total_C = kd_weight * kd_C + ce_weight * ce_C
-            return torch.stack([total_C, kd_C.detach(), agree_C, ce_C.detach()], dim=-1)
-
-        weights_N = self._weights(batch)
-        if self.average == "sequences":
-            totals_B = segment_sum(weights_N, batch.completion_N, len(batch.examples))
-            weights_N = weights_N / totals_B.clamp_min(1e-300)[batch.completion_N]
-        arguments = (forward.hidden_NH, weights_N, batch.targets_N, *signals.tensors)
-        total, values = fused_sum(position, forward.head, *arguments, chunk_size=forward.chunk_size)
-        number = torch.tensor(float(len(values)), device=values.device)
-        metrics = {"divergence": (values[:, 1].sum(), number), "agreement": (values[:, 2].sum(), number)}
-        if self.focuses:
-            metrics["focus"] = ((weights_N > 0).double().sum(), number)
-        if self.weights is not None:
-            metrics["ce"] = (values[:, 3].sum(), number)
-        return LossTerms({"kd": total}, metrics)
-
-    @staticmethod
-    def _weights(batch: Batch) -> Tensor:
-        """(N,) weight of every target, float64: its step's, or 1 where steps have none."""
-        steps = [each.step_weights or (1.0,) * len(each.step_ends) for each in batch.examples]
-        weights_S = torch.tensor([w for own in steps for w in own], dtype=torch.float64, device=batch.step_N.device)
-        return weights_S[batch.step_N]
 
 
 class GKDModule(DistillationModule):
@@ -150,6 +76,7 @@ class GKDModule(DistillationModule):
         self.focus_spec = focus
         self.fidelity_spec = fidelity
         self.sampling = replace(self.source.sampling, seed=self.seed)
+        self.new_tokens = self.sampling.longest if self.source.samples else 0
         self.skip_empty_steps = focus is not None
         teacher.require(({} if fidelity is None else fidelity.needs()) | self.source.needs() | self.divergence.needs())
         self.teacher = teacher.build()
@@ -160,13 +87,8 @@ class GKDModule(DistillationModule):
 
     def _weights(self) -> tuple[float, float]:
         assert self.cross_entropy is not None
-        if not self.training:
-            return self.cross_entropy.weights(None, None)
-        return self.cross_entropy.weights(self.global_step, self.planned_steps())
-
-    def new_tokens(self) -> int:
-        """Tokens of a sample, where there are samples."""
-        return self.sampling.longest if self.source.samples else 0
+        now = (self.global_step, self.planned_steps()) if self.training else (None, None)
+        return self.cross_entropy.weights(*now)
 
     def after_step(self) -> None:
         """A teacher that is the student itself keeps up with it."""
@@ -181,7 +103,7 @@ class GKDModule(DistillationModule):
         answers = {("answer",): "fidelity.answers grades answers"} if fidelity is not None and fidelity.answers else {}
         return answers | super().reads(split)
 
-    def prepare(self, batch: StepBatch) -> Iterator[Prepared]:
+    def prepare(self, batch: StepBatch) -> Iterator[list[Batch]]:
         """The batch's completions, from the source that its step draws."""
         self.teacher.begin(self.position.epoch)
         chosen = self.draw_source()
@@ -239,11 +161,11 @@ class GKDModule(DistillationModule):
         with self.phases.phase("fidelity", total=len(batch.examples)):
             return self._fidelity(batch.examples, batch.indices)
 
-    def evaluation_metrics(self, totals: Mapping[str, tuple[float, float]]) -> dict[str, float]:
-        """The means, with fidelity's errors made of their sums."""
-        return super().evaluation_metrics(fidelity_totals(totals))
+    def derived_metrics(self, values: dict[str, float]) -> dict[str, float]:
+        """With fidelity's calibration errors."""
+        return with_calibration(values)
 
     @cached_property
     def _fidelity(self) -> Fidelity:
         assert self.fidelity_spec is not None
-        return Fidelity(self.fidelity_spec, self, self._sampled().grader)
+        return Fidelity(self.fidelity_spec, self, self.sampled_accuracy.grader)

@@ -1,18 +1,21 @@
 """Reinforcement learning from rewards, with a teacher: GRPO, on-policy distillation, and both in one (KDRL).
 
 A step reads top to bottom: :meth:`KDRLModule.prepare` samples groups and grades them
-(:class:`~stepkd.modules.rollouts.GroupSampler`), gives every token an advantage
-(:class:`~stepkd.modules.advantages.AdvantageEstimator`), and cuts the rollouts into micro-batches, whose loss is
-:class:`~stepkd.modules.kdrl_objective.PolicyGradient`. A completion keeps its tokens and log-probabilities as arrays
-from the sampler to the loss.
+(:class:`~stepkd.modules.rollouts.GroupSampler`), gives every token an advantage (:meth:`KDRLModule.credit`), and cuts
+the rollouts into micro-batches, whose loss is :class:`~stepkd.modules.kdrl_objective.PolicyGradient`. A completion
+keeps its tokens and log-probabilities as arrays from the sampler to the loss.
 
-Axes: N completion tokens of a micro-batch, C of one chunk, V vocabulary.
+Axes: R completions of this rank (groups whole), S their steps, N their tokens or those of a micro-batch, C of one
+chunk, V vocabulary.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -22,10 +25,8 @@ from torch import Tensor
 from stepkd.data.batching import StepBatch
 from stepkd.data.collate import Batch
 from stepkd.errors import ConfigError
-from stepkd.losses import chunked_head, target_logps, tempered
+from stepkd.losses import chunked_head, group_advantages, step_advantages, target_logps, tempered, token_normalisation
 from stepkd.models.spec import PolicyConfig
-from stepkd.modules.advantages import AdvantageEstimator
-from stepkd.modules.base import Prepared
 from stepkd.modules.components import ForwardPass
 from stepkd.modules.distillation import DistillationModule
 from stepkd.modules.kdrl_objective import PolicyGradient, rollouts_of
@@ -42,8 +43,9 @@ from stepkd.modules.settings import (
     StepCreditConfig,
     Switch,
 )
-from stepkd.modules.step_scores import load_step_scorer
+from stepkd.modules.step_scores import load_step_scorer, step_scores
 from stepkd.sampling.engines import IN_PROCESS, EngineConfig
+from stepkd.scorers.scorer import StepScorer
 from stepkd.teachers.config import TeacherConfig
 
 
@@ -91,7 +93,7 @@ class KDRLModule(DistillationModule):
         super().__init__(policy, **settings)
         given: list[Any] = [RewardConfig()] if rewards is None else list(rewards)
         self.reward_specs = [each if isinstance(each, RewardConfig) else RewardConfig(each) for each in given]
-        self.rollout = rollout or RolloutConfig()
+        self.rollout_spec = rollout or RolloutConfig()
         self.engine = engine
         self.policy_loss = policy_loss or PolicyLossConfig()
         self.kd = kd or SampledKL()
@@ -100,72 +102,67 @@ class KDRLModule(DistillationModule):
         self.steps_per_batch = self.policy_loss.num_iterations
         self._check_settings(teacher)
         self.teacher = None if teacher is None else teacher.build()
-        self.teacher_temperature = self.rollout.sampling.temperature
-        self.objective = PolicyGradient(
-            self.policy_loss,
-            self.kd,
-            self.teacher_temperature,
-            sorted(spec.name for spec in self.reward_specs),
-        )
+        self.teacher_temperature = self.rollout_spec.sampling.temperature
+        self.new_tokens = self.rollout_spec.sampling.longest
+        names = sorted(spec.name for spec in self.reward_specs)
+        self.objective = PolicyGradient(self.policy_loss, self.kd, self.teacher_temperature, names)
         self.components = (self.objective,)
 
     def _check_settings(self, teacher: TeacherConfig | None) -> None:
         """What holds between settings of different parts, so that the type of none of them can say it."""
-        if not self.reward_specs:
-            raise ConfigError("rewards: give at least one, for instance {name: accuracy}")
         if teacher is not None:
             reads = "KDRL reads the teacher's probability of every sampled token"
             teacher.require({"fresh": reads, "whole": reads, "other": "KDRL distils from another model"})
-        if isinstance(self.kd.schedule, Switch) and teacher is None:
-            raise ConfigError(
-                "kd.schedule: Switch distils first, and there is no teacher: give one, for instance Local"
-            )
-        shaped = teacher is not None and isinstance(self.kd, AsAdvantage)
-        if shaped and (self.policy_loss.weight != 1 or self.policy_loss.equal_groups == "drop"):
-            raise ConfigError(
-                "kd: AsAdvantage distils through the policy-gradient term, which policy_loss.weight "
-                f"{self.policy_loss.weight} or equal_groups: {self.policy_loss.equal_groups} changes or switches off: "
-                "set kd: SampledKL"
-            )
-        if self.policy_loss.weight == 0:
-            if teacher is None or self.kd.beta == 0 or not isinstance(self.kd.schedule, Steady):
-                raise ConfigError(
-                    f"policy_loss.weight=0 with teacher {teacher}, "
-                    f"kd.beta={self.kd.beta}, kd.schedule {type(self.kd.schedule).__name__}: nothing would be left to "
-                    "learn from"
-                )
-            if self.step_credit is not None or self.rollout.dynamic_sampling:
-                raise ConfigError(
-                    "policy_loss.weight=0 has no use for step_credit and rollout.dynamic_sampling: drop them"
-                )
-        elif self.rollout.sampling.n < 2:
-            raise ConfigError(
-                f"rollout.sampling.n={self.rollout.sampling.n}: an advantage compares the completions of a prompt and "
-                "needs at least 2; for distillation alone set policy_loss.weight: 0"
-            )
+        weight, n = self.policy_loss.weight, self.rollout_spec.sampling.n
+        equal_groups, schedule = self.policy_loss.equal_groups, type(self.kd.schedule).__name__
+        distils = teacher is not None and self.kd.beta > 0 and isinstance(self.kd.schedule, Steady)
+        as_advantage = teacher is not None and isinstance(self.kd, AsAdvantage)
+        mistakes = {
+            "rewards: give at least one, for instance {name: accuracy}": not self.reward_specs,
+            "kd.schedule: Switch distils first, and there is no teacher: give one, for instance Local": (
+                isinstance(self.kd.schedule, Switch) and teacher is None
+            ),
+            f"kd: AsAdvantage distils through the policy-gradient term, which policy_loss.weight {weight} or "
+            f"equal_groups: {equal_groups} changes or switches off: set kd: SampledKL": (
+                as_advantage and (weight != 1 or equal_groups == "drop")
+            ),
+            f"policy_loss.weight=0 with teacher {teacher}, kd.beta={self.kd.beta}, kd.schedule {schedule}: nothing "
+            "would be left to learn from": weight == 0 and not distils,
+            "policy_loss.weight=0 has no use for step_credit and rollout.dynamic_sampling: drop them": (
+                weight == 0 and bool(self.step_credit or self.rollout_spec.dynamic_sampling)
+            ),
+            f"rollout.sampling.n={n}: an advantage compares the completions of a prompt and needs at least 2; for "
+            "distillation alone set policy_loss.weight: 0": weight > 0 and n < 2,
+        }
+        for mistake, is_made in mistakes.items():
+            if is_made:
+                raise ConfigError(mistake)
 
     # ---- model -----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def sampler(self) -> GroupSampler:
+        """Samples and grades."""
+        rewards = Rewards(self.reward_specs, self.sampled_accuracy.grader)
+        return GroupSampler(self.rollout_spec, self.engine, self.model, rewards, self.phases, self.seed)
+
+    @cached_property
+    def step_scorer(self) -> StepScorer | None:
+        """Scores the steps that are credited; None: none are."""
+        if self.step_credit is None:
+            return None
+        return load_step_scorer(self.step_credit.scorer, "step_credit.scorer", device=str(self.device))
 
     def on_fit_start(self) -> None:
         """Load what rewards and credits, so that a mistake there is said before anything is sampled."""
         super().on_fit_start()
-        rewards = Rewards(self.reward_specs, self._sampled().grader)
-        self._groups = GroupSampler(self.rollout, self.engine, self.model, rewards, self.phases, self.seed)
-        scorer = None
-        if self.step_credit is not None:
-            scorer = load_step_scorer(self.step_credit.scorer, "step_credit.scorer", device=str(self.device))
-        mask = None if self.teacher is None else self.kd.mask
-        self._estimator = AdvantageEstimator(self.rollout, self.policy_loss, self.step_credit, mask, scorer)
+        _ = self.sampler, self.step_scorer
         folder = None if self.trainer.logger is None else self.trainer.logger.save_dir
-        self._sample_log = SampleLog(self.samples, folder, self.rollout.sampling.longest)
+        self._sample_log = SampleLog(self.samples, folder, self.rollout_spec.sampling.longest)
 
     def distils(self, micro_batch: Batch) -> bool:
         """Of rollouts; the data's own solutions, in validation, are not distilled on."""
         return bool(rollouts_of(micro_batch))
-
-    def new_tokens(self) -> int:
-        """Those of a rollout."""
-        return self.rollout.sampling.longest
 
     # ---- batches ---------------------------------------------------------------------------------------------------
 
@@ -177,9 +174,9 @@ class KDRLModule(DistillationModule):
         graded = {("answer",): f"kd.mask: {self.kd.mask} grades answers"}
         return needs if self.kd.mask == "none" else needs | graded
 
-    def prepare(self, batch: StepBatch) -> Iterator[Prepared]:
+    def prepare(self, batch: StepBatch) -> Iterator[list[Batch]]:
         """Sample groups, grade and credit them, and yield ``num_iterations`` optimiser steps of them."""
-        rollouts = self._estimator(self.sampled(batch))
+        rollouts = self.credit(self.sample(batch))
         self._sample_log(self.global_step, rollouts, self.device, writes=self.trainer.is_global_zero)
         if self.policy_loss.num_iterations > 1:
             rollouts = self._with_old_logps(rollouts)
@@ -187,31 +184,76 @@ class KDRLModule(DistillationModule):
             self.objective.at_step(self.global_step)
             yield self.prepare_examples(rollouts)
 
-    def sampled(self, batch: StepBatch) -> list[Rollout]:
+    def sample(self, batch: StepBatch) -> list[Rollout]:
         """Graded completions of the batch's prompts, group after group."""
         from transformers import TrainerState
 
-        rewards, step, epoch = self._groups.rewards, self.global_step, self.position.epoch
+        rewards, step, epoch = self.sampler.rewards, self.global_step, self.position.epoch
         rewards.trainer_state = TrainerState(epoch=epoch, global_step=step, max_steps=self.planned_steps() or 0)
-        found = self._groups(batch, step, epoch)
+        found = self.sampler(batch, step, epoch)
         self.log("perf/reward_seconds", sum(rewards.seconds.values()), batch_size=1)
         self.log_dict({f"train/{name}": value for name, value in rewards.logged(self.device).items()}, batch_size=1)
         return found
 
+    def credit(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        """The rollouts, whole groups of them, with an advantage for every token, and their weights in both sums."""
+        if not rollouts:
+            return []
+        group_R = torch.tensor([rollout.group for rollout in rollouts])
+        length_R = torch.tensor([len(rollout.token_ids) for rollout in rollouts])
+        counted_R = torch.tensor([not (r.cut_off and self.rollout_spec.truncated == "mask") for r in rollouts])
+        reward_R = torch.tensor([rollout.reward for rollout in rollouts], dtype=torch.float64)
+        known_R = ~reward_R.isnan()  # one without a reward has no advantage, and no part in its group's mean
+        outcome_R = torch.zeros_like(reward_R)
+        outcome_R[known_R] = group_advantages(reward_R[known_R], group_R[known_R], kind=self.policy_loss.advantage)
+        advantage_N = outcome_R.repeat_interleave(length_R)
+        scores: Sequence[Sequence[float]] = [()] * len(rollouts)
+        if self.step_credit is not None and self.step_scorer is not None:
+            scores = step_scores(self.step_scorer, [r.row for r in rollouts], [r.steps for r in rollouts])
+            steps_N = _of_steps(rollouts, scores, group_R, self.step_credit.discount)
+            advantage_N = self.step_credit.outcome_weight * advantage_N + self.step_credit.weight * steps_N
+        kept_R = counted_R
+        if self.policy_loss.equal_groups == "drop":
+            # groups in which some token has an advantage
+            kept_R = counted_R & torch.isin(group_R, group_R.repeat_interleave(length_R)[advantage_N != 0])
+        pg_R2 = self._normalised(length_R, group_R, kept_R)
+        kd_R2 = self._normalised(length_R, group_R, counted_R) * (self.teacher is not None)
+        correct_R = torch.tensor([bool(rollout.correct) for rollout in rollouts])
+        if self.teacher is not None and self.kd.mask != "none":
+            left_out_R = correct_R if self.kd.mask == "response" else torch.isin(group_R, group_R[correct_R])
+            kd_R2[:, 0] *= ~left_out_R
+        names = ("pg_weight", "pg_count", "kd_weight", "kd_count")
+        weights_R4 = torch.cat([pg_R2, kd_R2], dim=1).tolist()
+        credited = zip(rollouts, scores, advantage_N.split(length_R.tolist()), weights_R4, strict=True)
+        return [
+            replace(rollout, step_scores=tuple(own), advantages=each.numpy(), **dict(zip(names, weights, strict=True)))
+            for rollout, own, each, weights in credited
+        ]
+
+    def _normalised(self, length_R: Tensor, group_R: Tensor, kept_R: Tensor) -> Tensor:
+        """(R, 2) weight and count of every completion, 0 for those left out."""
+        longest, normalised_R2 = self.rollout_spec.sampling.longest, torch.zeros(len(length_R), 2, dtype=torch.float64)
+        found = token_normalisation(
+            self.policy_loss.normalisation, length_R[kept_R], group_R[kept_R], max_length=longest
+        )
+        normalised_R2[kept_R] = torch.stack(found, dim=-1)
+        return normalised_R2
+
     @torch.no_grad()
     def _with_old_logps(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """The rollouts with what the policy says of every token before the first of several optimiser steps."""
+
+        def tempered_logps(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
+            return target_logps(tempered(logits_CV, self.teacher_temperature), targets_C)
+
         old: dict[int, np.ndarray] = {}
-        for micro_batch in self.prepare_examples(rollouts).micro_batches:
+        for micro_batch in self.prepare_examples(rollouts):
             forward = ForwardPass(self.model, micro_batch.to(self.device), self.chunk_size)
             arguments = (forward.head, forward.hidden_NH, forward.batch.targets_N)
-            logps_N = chunked_head(self._tempered_logps, *arguments, chunk_size=self.chunk_size).cpu()
+            logps_N = chunked_head(tempered_logps, *arguments, chunk_size=self.chunk_size).cpu()
             for row, example in enumerate(micro_batch.examples):
                 old[id(example)] = logps_N[micro_batch.completion_N == row].numpy()
         return [replace(rollout, old_logps=old[id(rollout)]) for rollout in rollouts]
-
-    def _tempered_logps(self, logits_CV: Tensor, targets_C: Tensor) -> Tensor:
-        return target_logps(tempered(logits_CV, self.teacher_temperature), targets_C)
 
     def make_dummy(self, batch: StepBatch) -> Batch:
         """A rollout without a weight."""
@@ -221,5 +263,16 @@ class KDRLModule(DistillationModule):
 
     def after_step(self) -> None:
         """Say when the sampler's probabilities are not the trainer's."""
-        most = self.objective.mismatch.finish(self.global_step - 1, self.device)
+        most = self.objective.largest_mismatch(self.global_step - 1, self.device)
         self.log("train/sampler_mismatch_max", most, batch_size=1)
+
+
+def _of_steps(
+    rollouts: Sequence[Rollout], scores: Sequence[Sequence[float]], group_R: Tensor, discount: float
+) -> Tensor:
+    """(N,) advantages of tokens by the scores of their steps; those behind the last scored step have 0."""
+    ends = [[*r.step_ends[: len(own)].tolist(), len(r.token_ids)] for r, own in zip(rollouts, scores, strict=True)]
+    length_S = torch.tensor([end - start for own in ends for start, end in pairwise([0, *own])])
+    score_S = torch.tensor([score for own in scores for score in (*own, math.nan)], dtype=torch.float64)
+    completion_S = torch.repeat_interleave(torch.tensor([len(own) for own in ends]))
+    return step_advantages(score_S, completion_S, group_R, discount=discount).repeat_interleave(length_S)

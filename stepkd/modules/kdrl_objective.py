@@ -26,12 +26,12 @@ from stepkd.losses import (
     reverse_kl,
     target_logps,
     tempered,
-    top_k_buckets,
 )
 from stepkd.modules.components import Component, ForwardPass
 from stepkd.modules.distributed import all_reduce
 from stepkd.modules.rollouts import Rollout
 from stepkd.modules.settings import AsAdvantage, ExactKL, KDConfig, PolicyLossConfig, SampledKL
+from stepkd.teachers.signals import most_likely
 
 MISMATCH_ALARM = 0.05
 """Mean distance in nats beyond which something is wrong."""
@@ -73,7 +73,10 @@ class PolicyGradient(Component):
     """Of sampling; all log-probabilities are at it."""
     reward_names: Sequence[str]
     """Rewards that have metrics of their own."""
-    mismatch: Mismatch = field(default_factory=lambda: Mismatch())
+    gaps: list[Tensor] = field(default_factory=list)
+    """Of this optimiser step's tokens: how far the sampler's log-probability is from the trainer's, in nats."""
+    warned: bool = False
+    """Whether it was said that they are too far apart."""
     weight: float = 1.0
     """Of the policy-gradient term in the optimiser step that is being taken."""
     beta: float = 0.0
@@ -84,7 +87,26 @@ class PolicyGradient(Component):
     def at_step(self, step: int) -> None:
         """Set both weights for an optimiser step, counted from 0."""
         self.weight = self.policy_loss.weight * self.kd.schedule.policy_share(step)
-        self.beta = self.kd.coefficient(step)
+        self.beta = self.kd.schedule.coefficient(self.kd.beta, step)
+
+    def largest_mismatch(self, step: int, device: torch.device) -> float:
+        """End an optimiser step: the largest gap on any rank; warns where this rank's mean is too large.
+
+        Sampler and trainer are one policy and should say the same; a temperature that is missing in one place, weights
+        of another step, or a narrow dtype sets them apart, and the samples are off-policy without anybody saying so.
+        """
+        gaps_N = torch.cat([*self.gaps, torch.zeros(1, device=device)])
+        mean = float(gaps_N.sum()) / max(len(gaps_N) - 1, 1)
+        self.gaps = []
+        if mean > MISMATCH_ALARM and not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"step {step}: the log-probabilities of sampler and trainer differ by {mean:.3f} nats a token (alarm "
+                f"above {MISMATCH_ALARM}): another temperature or weights, too narrow a dtype? The samples are not "
+                "on-policy; policy_loss.tis_cap corrects small gaps",
+                stacklevel=3,
+            )
+        return all_reduce({"most": gaps_N.max()}, device, op="max")["most"]
 
     def count(self, batch: Batch) -> dict[str, float]:
         """Denominators of both terms, as the normalisation has them; tokens of given solutions."""
@@ -111,7 +133,7 @@ class PolicyGradient(Component):
                 student_CV, teacher_CV, _ = signals.compare(log_CV, *chunk)
                 teacher_C = target_logps(teacher_CV, targets_C).to(logps_C.dtype).detach()
                 if isinstance(self.kd, ExactKL):
-                    kd_C = self._exact_kl(self.kd, student_CV, teacher_CV)
+                    kd_C = reverse_kl(*most_likely(student_CV, teacher_CV, self.kd.top_k))
                 elif isinstance(self.kd, SampledKL):
                     # Tokens that do not count are taken out before: k3 of a far-off one overflows, and 0 inf is NaN.
                     near_C = torch.where(kept_C > 0, logps_C, teacher_C)
@@ -140,7 +162,7 @@ class PolicyGradient(Component):
         _, old_N, sampled_N, *_ = constants
         gap_N = sampled_N - torch.where(old_N.isnan(), found.logps_N, old_N)
         if not batch.is_dummy:
-            self.mismatch.add(gap_N)
+            self.gaps.append(gap_N.abs())
         sums = {"pg": found.pg_N.sum(), "kd": found.kd_N.sum()}
         metrics = self._metrics(rollouts, found, gap_N, distils=signals is not None)
         return LossTerms(sums, metrics, loss)
@@ -159,14 +181,6 @@ class PolicyGradient(Component):
             old_N = torch.from_numpy(np.concatenate([r.old_logps for r in rollouts])).to(device)
         weights_R2 = torch.tensor([(r.pg_weight, r.kd_weight) for r in rollouts], dtype=torch.float64, device=device)
         return advantages_N, old_N, sampled_N, *weights_R2[batch.completion_N].unbind(-1)
-
-    @staticmethod
-    def _exact_kl(kd: ExactKL, student_CV: Tensor, teacher_CV: Tensor) -> Tensor:
-        """Reverse KL over all tokens, or over the teacher's most likely and a bucket for the rest."""
-        if kd.top_k is not None and kd.top_k.k < teacher_CV.shape[-1]:
-            ids_Ck, tail = teacher_CV.topk(kd.top_k.k, dim=-1).indices, kd.top_k.tail
-            student_CV, teacher_CV = (top_k_buckets(each, ids_Ck, tail=tail) for each in (student_CV, teacher_CV))
-        return reverse_kl(student_CV, teacher_CV)
 
     def _clipped(
         self, logps_C: Tensor, advantages_C: Tensor, old_C: Tensor, sampled_C: Tensor, weights_C: Tensor
@@ -216,35 +230,3 @@ class PolicyGradient(Component):
 def rollouts_of(batch: Batch) -> list[Rollout]:
     """What a micro-batch has of them: all of its examples in training, none in validation."""
     return [example for example in batch.examples if isinstance(example, Rollout)]
-
-
-class Mismatch:
-    """How far the sampler's log-probabilities are from the trainer's: sums of one optimiser step, and one warning.
-
-    They are of one policy and should be equal; a temperature that is missing in one place, weights of another step, or
-    a narrow dtype sets them apart, and the samples are off-policy without anybody saying so.
-    """
-
-    def __init__(self) -> None:
-        self.gaps: list[Tensor] = []
-        self.warned = False
-
-    def add(self, gap_N: Tensor) -> None:
-        """Differences of a micro-batch's tokens, in nats."""
-        self.gaps.append(gap_N.abs())
-
-    def finish(self, step: int, device: torch.device) -> float:
-        """End an optimiser step: the largest distance on any rank; warns where this rank's mean is too large."""
-        gaps_N = torch.cat([*self.gaps, torch.zeros(1, device=device)])
-        mean = float(gaps_N.sum()) / max(len(gaps_N) - 1, 1)
-        most = all_reduce({"most": gaps_N.max()}, device, op="max")["most"]
-        self.gaps = []
-        if mean > MISMATCH_ALARM and not self.warned:
-            self.warned = True
-            warnings.warn(
-                f"step {step}: the log-probabilities of sampler and trainer differ by {mean:.3f} nats a token (alarm "
-                f"above {MISMATCH_ALARM}): another temperature or weights, too narrow a dtype? The samples are not "
-                "on-policy; policy_loss.tis_cap corrects small gaps",
-                stacklevel=3,
-            )
-        return most

@@ -5,7 +5,7 @@ Axes: N completion tokens, R completions, S steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -21,13 +21,13 @@ from stepkd.errors import ConfigError, check_bounds, check_choice
 from stepkd.losses import LossTerms, kto, ratio_rule, reference_point, segment_sum, step_kto, step_kto_counts
 from stepkd.losses.kto import DEFAULT_REDUCTION, ClassWeights, Reduction
 from stepkd.models.spec import PolicyConfig
-from stepkd.modules.base import Prepared
 from stepkd.modules.components import Component, ForwardPass
-from stepkd.modules.distributed import all_reduce
+from stepkd.modules.distributed import all_reduce, union
 from stepkd.modules.preference import PreferenceModule, ReferenceConfig
 
 OutcomePoint = Literal["mismatch", "batch", "zero"]
 StepPoint = Literal["mismatch", "batch", "per_index", "zero"]
+KINDS: tuple[Literal["outcomes", "steps"], ...] = ("outcomes", "steps")
 EVEN = (1.0, 1.0)
 """Class weights of a validation without training before it."""
 DECAY = 0.9
@@ -84,35 +84,6 @@ class Points:
         return table[index_S.clamp(max=len(self.by_index))].to(like)
 
 
-def mismatched_completions(batch: StepBatch, rotation: str, max_length: int | None = None) -> list[Completion]:
-    """Prompts of this rank's examples with the completions of others; one that exceeds the context is left out.
-
-    Args:
-        batch: this rank's share, with its peers (without them, the share is the whole batch).
-        rotation: ``global`` or ``device``; see :class:`ReferencePointConfig`.
-        max_length: the model's context in tokens.
-    """
-    peers, places = batch.peers, batch.places
-    if not peers:
-        peers, places = batch.examples, tuple(range(len(batch.examples)))
-    partners: dict[int, int | None] = {}
-    if rotation == "global":
-        partners = dict(enumerate(mismatched([tuple(peer.prompt_ids) for peer in peers])))
-    else:
-        order = sorted(places)
-        partners = {place: order[k - 1] for k, place in enumerate(order)}
-    found = []
-    for place in places:
-        partner = partners[place]
-        if partner is None or not len(peers[partner].token_ids):
-            continue
-        (other,) = peers[partner].completions
-        completion = replace(other, prompt_ids=peers[place].prompt_ids)
-        if max_length is None or completion.length <= max_length:
-            found.append(completion)
-    return found
-
-
 class PointEstimator:
     """Keeps the running averages and turns log-ratios into points.
 
@@ -139,27 +110,22 @@ class PointEstimator:
             [float(ratios_N.double().cpu()[start:end].sum()) for start, end in completion.spans]
             for completion, ratios_N in items.get(step, ())
         ]
-        sums: dict[str, float] = {}
-        for kind, values in (
-            ("outcome", [float(ratios_N.double().sum()) for _, ratios_N in items.get(self.spec.outcome, ())]),
-            ("step", [value for row in rows for value in row]),
-        ):
-            divisor = len(values) if self.spec.rotation == "device" and values else 1
-            sums |= {f"{kind}/sum": sum(values) / divisor, f"{kind}/count": len(values) / divisor}
-        sums = all_reduce(sums, device)
-        z0, z0_step = (reference_point(sums[f"{kind}/sum"], sums[f"{kind}/count"]) for kind in ("outcome", "step"))
+        outcomes = [float(ratios_N.double().sum()) for _, ratios_N in items.get(self.spec.outcome, ())]
+        z0, z0_step = self._point(outcomes, device), self._point([value for row in rows for value in row], device)
         return Points(z0, z0_step, self._by_index(rows, device, update) if self.spec.step == "per_index" else ())
+
+    def _point(self, values: Sequence[float], device: torch.device) -> float:
+        divisor = len(values) if self.spec.rotation == "device" and values else 1
+        total = all_reduce({"sum": sum(values) / divisor, "count": len(values) / divisor}, device)
+        return reference_point(total["sum"], total["count"])
 
     def _by_index(self, rows: Sequence[Sequence[float]], device: torch.device, update: bool) -> tuple[float, ...]:
         """Clamped points by step number, after this batch has moved the running averages."""
-        longest = int(all_reduce({"n": float(max(map(len, rows), default=0))}, device, op="max")["n"])
-        sums = {f"{part}/{i}": 0.0 for i in range(longest) for part in ("sum", "count")}
-        for row in rows:
-            for i, value in enumerate(row):
-                sums[f"sum/{i}"] += value
-                sums[f"count/{i}"] += 1
-        sums = all_reduce(sums, device)
-        means, old = [sums[f"sum/{i}"] / sums[f"count/{i}"] for i in range(longest)], self.averages
+        longest = len(union(str(i) for row in rows for i in range(len(row))))
+        columns = [[row[i] for row in rows if len(row) > i] for i in range(longest)]
+        sums = all_reduce({str(i): sum(column) for i, column in enumerate(columns)}, device)
+        counts = all_reduce({str(i): len(column) for i, column in enumerate(columns)}, device)
+        means, old = [sums[i] / counts[i] for i in sums], self.averages
         moved = [then + (1 - DECAY) * (mean - then) for then, mean in zip(old, means, strict=False)]
         averages = [*moved, *old[longest:], *means[len(old) :]]
         if update:
@@ -171,81 +137,60 @@ GivenWeights = list[float] | Literal["ratio"]
 """Weights of correct and of incorrect ones, or ``ratio``: both classes get the same total, counted over the data."""
 
 
-class OutcomeValues(Component):
-    """KTO's value term of whole completions.
+class ValueTerms(Component):
+    """KTO's value term of whole completions and, for Step-KTO, one of the same form for every step.
 
     Args:
         beta: > 0.
         class_weights: (lambda_D, lambda_U) of correct and incorrect ones, or the ratio rule.
+        reduction: of steps, see :func:`stepkd.losses.step_kto`; None: whole completions alone.
     """
 
-    names: tuple[str, ...] = ("outcome",)
-    learns: tuple[Literal["outcomes", "steps"], ...] = ("outcomes",)
-    """What it needs labels of."""
-
-    def __init__(self, beta: float, class_weights: GivenWeights) -> None:
+    def __init__(self, beta: float, class_weights: GivenWeights, reduction: Reduction | None = None) -> None:
         if not 0 < beta < float("inf"):
             raise ConfigError(f"beta={beta}: must be positive")
-        self.beta = beta
-        weights = _checked_weights(class_weights)
-        self.weights: dict[str, ClassWeights] = {} if weights is None else dict.fromkeys(self.learns, weights)
+        self.beta, self.reduction = beta, reduction
+        self.names = ("outcome",) if reduction is None else ("outcome", "step")
+        self.learns: tuple[Literal["outcomes", "steps"], ...] = ("outcomes",) if reduction is None else KINDS
+        """What it needs labels of."""
+        self.weights: dict[str, ClassWeights] = {}
+        """Of each kind that it learns from; empty until the ratio rule has counted the data."""
+        if class_weights != "ratio":
+            if len(class_weights) != 2 or not all(0 < weight < float("inf") for weight in class_weights):
+                raise ConfigError(
+                    f"class_weights={class_weights!r}: two positive numbers, of correct and incorrect ones, or 'ratio'"
+                )
+            self.weights = dict.fromkeys(self.learns, (float(class_weights[0]), float(class_weights[1])))
         self.points = Points()
         """Those of the optimiser step that is being taken."""
 
-    def weigh(self, ratio: Callable[[str], ClassWeights]) -> None:
-        """Fill in class weights that are left to the ratio rule, of each kind that it learns from."""
-        self.weights = self.weights or {kind: ratio(kind) for kind in self.learns}
-
-    def count(self, batch: Batch) -> dict[str, float]:
-        """Completions with an outcome."""
-        return {"outcome": float((batch.outcome_R >= 0).sum())}
-
-    def terms(self, forward: ForwardPass) -> LossTerms:
-        """See :func:`stepkd.losses.kto`."""
-        batch = forward.batch
-        logratios_R = segment_sum(forward.logratios_N, batch.completion_N, batch.num_completions)
-        weights = self.weights.get("outcomes", EVEN)
-        terms = kto(logratios_R, batch.outcome_R, z0=self.points.z0, beta=self.beta, weights=weights)
-        terms.metrics["z0"] = _one_value(self.points.z0)
-        return terms
-
-
-class StepValues(OutcomeValues):
-    """Step-KTO's value terms: KTO's, and one of the same form for every step.
-
-    Args:
-        beta, class_weights: as for :class:`OutcomeValues`, of completions and of steps.
-        reduction: see :func:`stepkd.losses.step_kto`.
-    """
-
-    names = ("outcome", "step")
-    learns = ("outcomes", "steps")
-
-    def __init__(self, beta: float, class_weights: GivenWeights, reduction: Reduction) -> None:
-        super().__init__(beta, class_weights)
-        check_choice("reduction", reduction, get_args(Reduction))
-        self.reduction = reduction
-
     def count(self, batch: Batch) -> dict[str, float]:
         """Completions with an outcome, and completions with a labelled step."""
-        return step_kto_counts(batch.label_S, batch.completion_S, batch.outcome_R)
+        counts = step_kto_counts(batch.label_S, batch.completion_S, batch.outcome_R)
+        return {name: counts[name] for name in self.names}
 
     def terms(self, forward: ForwardPass) -> LossTerms:
-        """See :func:`stepkd.losses.step_kto`."""
-        batch, ratios_N = forward.batch, forward.logratios_N
+        """See :func:`stepkd.losses.kto` and :func:`stepkd.losses.step_kto`."""
+        batch, ratios_N, points = forward.batch, forward.logratios_N, self.points
+        weights = self.weights.get("outcomes", EVEN)
+        if self.reduction is None:
+            ratios_R = segment_sum(ratios_N, batch.completion_N, batch.num_completions)
+            terms = kto(ratios_R, batch.outcome_R, z0=points.z0, beta=self.beta, weights=weights)
+            terms.metrics["z0"] = _one_value(points.z0)
+            return terms
         terms = step_kto(
             segment_sum(ratios_N, batch.step_N, len(batch.completion_S)),
             batch.label_S,
             batch.completion_S,
             batch.outcome_R,
-            z0=self.points.z0,
-            z0_step=self.points.of_steps(batch.completion_S, ratios_N),
+            z0=points.z0,
+            z0_step=points.of_steps(batch.completion_S, ratios_N),
             beta=self.beta,
             reduction=self.reduction,
-            weights=self.weights.get("outcomes", EVEN),
+            weights=weights,
             step_weights=self.weights.get("steps", EVEN),
         )
-        terms.metrics |= {"z0": _one_value(self.points.z0), "z0_step": _one_value(self.points.z0_step)}
+        terms.metrics |= {"z0": _one_value(points.z0), "z0_step": _one_value(points.z0_step)}
         return terms
 
 
@@ -275,7 +220,7 @@ class KTOModule(PreferenceModule):
         self.point_spec = reference_point or ReferencePointConfig()
         self.prepares_with_model |= bool(self.point_spec.reads)
         self._estimator = PointEstimator(self.point_spec)
-        self.values = OutcomeValues(beta, class_weights)
+        self.values = ValueTerms(beta, class_weights)
         """The component that the points and class weights are for."""
         self.components = (self.values,)
 
@@ -293,21 +238,27 @@ class KTOModule(PreferenceModule):
     def on_fit_start(self) -> None:
         """Class weights by the ratio rule, which reads the training data."""
         super().on_fit_start()
-        self.values.weigh(self._ratio)
-
-    def _ratio(self, kind: str) -> ClassWeights:
-        if not isinstance(self.datamodule, StepData):
-            raise ConfigError("class weights by the ratio rule need the data's counts: use StepData, or give them")
-        counts = feedback_counts(self.datamodule.examples["train"])
-        return ratio_rule(counts[f"correct_{kind}"], counts[f"incorrect_{kind}"])
+        if not self.values.weights:
+            if not isinstance(self.datamodule, StepData):
+                raise ConfigError("class weights by the ratio rule need the data's counts: use StepData, or give them")
+            n = feedback_counts(self.datamodule.examples["train"])
+            for kind in self.values.learns:
+                self.values.weights[kind] = ratio_rule(n[f"correct_{kind}"], n[f"incorrect_{kind}"])
 
     def mismatches(self, batch: StepBatch) -> list[Completion]:
-        """This rank's prompts with other prompts' completions."""
+        """This rank's prompts with the completions of other prompts; one that exceeds the context is left out."""
         if "mismatch" not in self.point_spec.reads:
             return []
-        return mismatched_completions(batch, self.point_spec.rotation, self.model.max_length)
+        partners = mismatched([tuple(peer.prompt_ids) for peer in batch.peers])
+        if self.point_spec.rotation == "device":
+            order = sorted(batch.places)
+            for k, place in enumerate(order):
+                partners[place] = order[k - 1]
+        pairs = [(batch.peers[place], partners[place]) for place in batch.places]
+        found = [replace(batch.peers[other], prompt_ids=own.prompt_ids) for own, other in pairs if other is not None]
+        return [each for each in found if self.model.max_length is None or each.length <= self.model.max_length]
 
-    def prepare(self, batch: StepBatch) -> Iterator[Prepared]:
+    def prepare(self, batch: StepBatch) -> Iterator[list[Batch]]:
         """The batch's completions with their reference log-probabilities, once the reference points are known."""
         own, others = [each for example in batch.examples for each in example.completions], self.mismatches(batch)
         self.know_reference([*own, *others])
@@ -326,8 +277,8 @@ class KTOModule(PreferenceModule):
         self._estimator.averages = list(state.get("point_averages", []))
 
     def derived_metrics(self, values: dict[str, float]) -> dict[str, float]:
-        """Margins: mean reward of the correct less that of the incorrect."""
-        return {
+        """With margins: mean reward of the correct less that of the incorrect."""
+        return values | {
             f"{prefix}margin": values[f"{prefix}reward_correct"] - values[f"{prefix}reward_incorrect"]
             for prefix in ("", "step_")
             if {f"{prefix}reward_correct", f"{prefix}reward_incorrect"} <= values.keys()
@@ -359,19 +310,11 @@ class StepKTOModule(KTOModule):
         **settings: Any,
     ) -> None:
         super().__init__(policy, reference, beta, class_weights, reference_point, **settings)
-        self.values = StepValues(beta, class_weights, reduction)
+        check_choice("reduction", reduction, get_args(Reduction))
+        self.values = ValueTerms(beta, class_weights, reduction)
         self.components = (self.values,)
 
 
 def _one_value(number: float) -> tuple[Tensor, Tensor]:
     """A metric that is the same in every micro-batch."""
     return torch.tensor(number), torch.tensor(1.0)
-
-
-def _checked_weights(weights: GivenWeights) -> ClassWeights | None:
-    """The weights, or None for the ratio rule."""
-    if weights == "ratio":
-        return None
-    if not isinstance(weights, list | tuple) or len(weights) != 2 or not all(0 < w < float("inf") for w in weights):
-        raise ConfigError(f"class_weights={weights!r}: two positive numbers, of correct and incorrect ones, or 'ratio'")
-    return (float(weights[0]), float(weights[1]))

@@ -35,16 +35,8 @@ class OptimizerConfig:
     """Gradients are clipped to this global norm, >= 0; 0 only measures it."""
 
     def __post_init__(self) -> None:
-        check_bounds(
-            "optimizer.",
-            self,
-            lr="(0, inf)",
-            weight_decay="[0, inf)",
-            beta1="[0, 1)",
-            beta2="[0, 1)",
-            warmup="[0, inf)",
-            max_grad_norm="[0, inf)",
-        )
+        check_bounds("optimizer.", self, lr="(0, inf)", weight_decay="[0, inf)", beta1="[0, 1)", beta2="[0, 1)")
+        check_bounds("optimizer.", self, warmup="[0, inf)", max_grad_norm="[0, inf)")
 
 
 def build_optimizer(spec: OptimizerConfig, parameters: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from abc import ABCMeta
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict
 from typing import Any, cast
 
 import torch
@@ -33,7 +31,8 @@ from stepkd.modules.optim import OptimizerConfig
 from stepkd.modules.validation import ValidationConfig
 from stepkd.runs.job import flat
 from stepkd.runs.progress import PhaseTracker
-from stepkd.runs.resume import check_changes
+from stepkd.runs.resume import check_changes, short_name
+from stepkd.yaml_files import as_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -98,14 +97,16 @@ class PolicyModule(LightningModule):
         self.position = Position()
         self.policy: Policy | None = None
         self.ema: WeightAverage | None = None
-        self._frozen: dict[str, tuple[str, str, str]] = {}
+        self.frozen: dict[str, str] = {}
+        """Group of settings -> fingerprint of the frozen model that it is about: checkpoints name them, and no run is
+        resumed beside another one."""
         self._tokenizer: Any = None
         self._restored_ema: dict[str, Tensor] | None = None
 
     # ---- what a method defines -------------------------------------------------------------------------------------
 
     def complete_model(self) -> None:
-        """Called once the policy is loaded: add what the method needs beside it, and :meth:`keep_in_mind` it."""
+        """Called once the policy is loaded: add what the method needs beside it, and note its :attr:`frozen`."""
 
     def method_state(self) -> dict[str, Any]:
         """State of the method that a checkpoint must hold (running averages, ...): plain values and tensors."""
@@ -166,7 +167,7 @@ class PolicyModule(LightningModule):
         if spec != self.policy_spec:
             logger.info("policy.dtype auto: all weights are trained, so they are loaded in float32")
         self.policy = load_policy(self.policy_spec)
-        self.keep_in_mind("policy", base_fingerprint(self.policy), "with an adapter on another base model")
+        self.frozen["policy"] = base_fingerprint(self.policy)
         if self.policy.step_head is not None and not self.scores_steps:
             raise ConfigError(
                 f"policy.path={self.policy_spec.path} is a reward model (it has a step head), and "
@@ -175,17 +176,6 @@ class PolicyModule(LightningModule):
         if self.without_dropout and disable_dropout(self.policy.causal_lm):
             logger.info("dropout is switched off: %s", self.without_dropout)
         self.complete_model()
-
-    def keep_in_mind(self, setting: str, fingerprint: str, other: str, path: str = "") -> None:
-        """Have every checkpoint name a frozen model, and refuse to resume the run beside another one.
-
-        Args:
-            setting: the group of settings that it is from.
-            fingerprint: of its weights.
-            other: completes "the run was begun ..." where the weights are others.
-            path: the setting that names it, for the message; ``<setting>.path`` when empty.
-        """
-        self._frozen[setting] = (fingerprint, other, path or f"{setting}.path")
 
     def shard(self, mesh: Any) -> None:
         """Shard the model over a mesh of ranks (FSDP2); called by the strategy once the module is complete."""
@@ -196,13 +186,16 @@ class PolicyModule(LightningModule):
         """A block without gradients in which ranks may use the model differently often, however it is sharded."""
         return self.model.gathered()
 
-    def check_data_fits(self, name: str, context: int | None) -> None:
-        """Refuse data that is longer than a model's context (None: unlimited)."""
-        longest = getattr(self.datamodule, "max_length", None)
-        if longest is not None and context is not None and longest > context:
+    def check_data_fits(self, name: str, context: int | None, new_tokens: int = 0) -> None:
+        """Refuse data, or prompts with so many new tokens, that are longer than a model's context (None: unlimited)."""
+        longest, examples = getattr(self.datamodule, "max_length", 0), getattr(self.datamodule, "examples", {})
+        prompt = max((len(each.prompt_ids) for each in examples.get("train", ())), default=0)
+        sampled = min(prompt + new_tokens, self.model.max_length or 2**63) if prompt and new_tokens else 0
+        if context is not None and max(longest, sampled) > context:
+            what = f"data.max_length={longest}" if longest > context else f"a prompt with {new_tokens} new tokens"
             raise ConfigError(
-                f"data.max_length={longest} exceeds the {name}'s context of {context} tokens: lower it, or take a "
-                f"{name} of a longer context"
+                f"{what} exceeds the {name}'s context of {context} tokens ({max(longest, sampled)}): lower it, or take "
+                f"a {name} of a longer context"
             )
 
     def ensure_average(self) -> None:
@@ -228,8 +221,8 @@ class PolicyModule(LightningModule):
             "position": asdict(self.position),
             "seed": self.seed,
             "data": self._data_fingerprint(),
-            "base": self._frozen["policy"][0],
-            "frozen": {name: fingerprint for name, (fingerprint, _, _) in self._frozen.items()},
+            "base": self.frozen["policy"],
+            "frozen": dict(self.frozen),
             "settings": self._settings(),
         }
         if self.template is not None:
@@ -267,11 +260,11 @@ class PolicyModule(LightningModule):
             self._check_resume(section)
             self._settle(checkpoint, section["position"])
             named = {name.partition(".")[0] for name in self.resume_with}
-            for name, (now, other, path) in self._frozen.items():
+            for name, now in self.frozen.items():
                 if name not in named and (then := section["frozen"].get(name, now)) != now:
                     raise ModelError(
-                        f"the run was begun {other} (weights {then} then, {now} now): give the old {path} again, or "
-                        "start a new run in another --out"
+                        f"the run was begun with another {name} model (weights {then} then, {now} now): give the old "
+                        f"{name}.path and policy.path again, or start a new run in another --out"
                     )
             self.restore_method_state({name: value for name, value in state.items() if name not in named})
         else:
@@ -289,7 +282,8 @@ class PolicyModule(LightningModule):
 
     def _settings(self) -> dict[str, Any]:
         """The module's arguments, as plain values under dotted names, and the Trainer's precision."""
-        return flat(_plain(self.arguments)) | {"trainer.precision": str(self.trainer.precision)}
+        found = {short_name(name): _plain(value) for name, value in flat(as_yaml(self.arguments)).items()}
+        return found | {"trainer.precision": str(self.trainer.precision)}
 
     def _settle(self, checkpoint: dict[str, Any], position: dict[str, int]) -> None:
         """Count nothing twice: a batch given up, the epoch that the run's end broke off, a callback's patience."""
@@ -314,15 +308,10 @@ class PolicyModule(LightningModule):
 
 
 def _plain(value: Any) -> Any:
-    if is_dataclass(value) and not isinstance(value, type):
-        kind, own = type(value), {each.name: getattr(value, each.name) for each in fields(value)}
-        chosen = {"class_path": f"{kind.__module__}.{kind.__qualname__}"} if isinstance(kind, ABCMeta) else {}
-        value = chosen | own
-    if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
+    """A setting as a checkpoint holds it: a function or another object by its name."""
+    if isinstance(value, list):
         return [_plain(item) for item in value]
-    if value is None or type(value) in (bool, int, float, str):
+    if value is None or type(value) in (bool, int, float, str, dict):
         return value
     kind = value if hasattr(value, "__qualname__") else type(value)
     return f"{kind.__module__}.{kind.__qualname__}"

@@ -21,7 +21,7 @@ from stepkd.data.collate import Batch
 from stepkd.data.datamodule import StepData
 from stepkd.data.encode import LabelRule
 from stepkd.data.step_encode import StepEncoder
-from stepkd.errors import ConfigError
+from stepkd.errors import ConfigError, check_bounds
 from stepkd.losses import LossTerms, cross_entropy, pqm, step_cross_entropy, step_weights
 from stepkd.models.spec import PolicyConfig
 from stepkd.models.step_head import StepHeadIds, resolve_ids
@@ -120,8 +120,7 @@ class PQM(StepLoss):
     names = ("pqm",)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.margin < float("inf"):
-            raise ConfigError(f"margin={self.margin}: must be 0 or positive")
+        check_bounds("losses.", self, margin="[0, inf)")
 
     def count(self, batch: Batch) -> dict[str, float]:
         """Solutions with a labelled step."""

@@ -263,8 +263,6 @@ def _imported(spec: RewardConfig) -> OwnFunction:
         function = getattr(import_module(path), attribute)
     except Exception as error:
         raise ConfigError(f"rewards: {spec.name!r} cannot be imported: {type(error).__name__}: {error}") from error
-    if not callable(function):
-        raise ConfigError(f"rewards: {spec.name!r} is a {type(function).__name__}, not a function")
     try:
         own, options = OwnFunction(function, spec.options), spec.options
         if not own.takes_all and not own.names & {"prompts", "completions", "completion_ids", "steps", "rows"}:

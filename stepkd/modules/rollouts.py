@@ -255,15 +255,8 @@ def read_samples(path: str | Path) -> list[dict[str, Any]]:
     path = path / SAMPLES_FILE if path.is_dir() else path
     if not path.is_file():
         raise DataError(f"no samples here; GRPO and KDRL runs write {SAMPLES_FILE} into their --out", path=path)
-    entries: dict[int, dict[str, Any]] = {}
-    with open(path, encoding="utf-8", errors="replace") as stream:
-        for line in stream:
-            try:
-                entry = json.loads(line)
-            except ValueError:  # torn by a crash
-                continue
-            if isinstance(entry, Mapping) and isinstance(entry.get("step"), int) and "samples" in entry:
-                entries[entry["step"]] = dict(entry)
+    whole = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]  # a crash tears one
+    entries = {entry["step"]: entry for entry in map(json.loads, whole)}
     if not entries:
         raise DataError("not one whole entry in this file", path=path)
     return [entries[step] for step in sorted(entries)]

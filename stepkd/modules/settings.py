@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Literal
 
-from stepkd.errors import ConfigError, check_bounds
+from stepkd.errors import check_bounds
 from stepkd.sampling.sampler import SamplingConfig
 from stepkd.teachers.config import TopK
 
@@ -30,13 +30,9 @@ class RolloutConfig:
     say, and every new draw costs as much as the first."""
 
     def __post_init__(self) -> None:
-        check_bounds("rollout.", self, dynamic_sampling="[0, inf)")
+        longest = f"[1, {self.sampling.longest}]"
+        check_bounds("rollout.", self, dynamic_sampling="[0, inf)", overlong_penalty=longest)
         self.sampling.check_unbiased("rollout.sampling")
-        if self.overlong_penalty is not None and not 1 <= self.overlong_penalty <= self.sampling.longest:
-            raise ConfigError(
-                f"rollout.overlong_penalty={self.overlong_penalty}: must lie between 1 and max_new_tokens, "
-                f"{self.sampling.longest}"
-            )
 
     def penalty(self, tokens: int) -> float:
         """What a completion's reward loses for its length, in [0, 1]."""
@@ -70,15 +66,8 @@ class PolicyLossConfig:
     """Whether groups without a single advantage, which have nothing to say, count in this term's denominator."""
 
     def __post_init__(self) -> None:
-        check_bounds(
-            "policy_loss.",
-            self,
-            weight="[0, inf)",
-            clip_low="[0, 1)",
-            clip_high="[0, inf)",
-            num_iterations="[1, inf)",
-            tis_cap="(0, inf)",
-        )
+        check_bounds("policy_loss.", self, weight="[0, inf)", clip_low="[0, 1)", clip_high="[0, inf)")
+        check_bounds("policy_loss.", self, num_iterations="[1, inf)", tis_cap="(0, inf)")
 
 
 class Schedule(ABC):
@@ -154,9 +143,8 @@ class KDConfig(ABC):
     mask: Mask = "none"
     """What is distilled on: every completion."""
 
-    def coefficient(self, step: int) -> float:
-        """The term's coefficient at an optimiser step, counted from 0."""
-        return self.schedule.coefficient(self.beta, step)
+    def __post_init__(self) -> None:
+        check_bounds("kd.", self, beta="[0, inf)")
 
 
 @dataclass(frozen=True)
@@ -170,9 +158,6 @@ class _Term(KDConfig):
     mask: Mask = "none"
     """What is distilled on: every completion (``none``), only incorrect ones (``response``), or only prompts without a
     correct one (``group``). The term is divided by all tokens (the paper's choice was not found)."""
-
-    def __post_init__(self) -> None:
-        check_bounds("kd.", self, beta="[0, inf)")
 
 
 @dataclass(frozen=True)
@@ -200,9 +185,6 @@ class AsAdvantage(KDConfig):
     """Coefficient of the distillation at the first optimiser step, >= 0; the default is the paper's."""
     schedule: Steady = field(default_factory=Constant)
     """How the coefficient changes: Constant or Linear."""
-
-    def __post_init__(self) -> None:
-        check_bounds("kd.", self, beta="[0, inf)")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
@@ -13,51 +14,47 @@ from stepkd.data.collate import Batch
 from stepkd.errors import TrainingError
 from stepkd.losses import LossTerms
 from stepkd.models.machine import memory_peak
-from stepkd.modules.distributed import all_names, all_reduce
+from stepkd.modules.distributed import all_reduce, union
 
 _SHOWN = 16
 """Rows that a message names at most."""
 
 
-def accumulate(totals: dict[str, Tensor], terms: LossTerms) -> None:
-    """Add the terms of a micro-batch to the sums of its step, in place."""
-    for name, value in terms.sums.items():
-        totals[f"sum/{name}"] = totals.get(f"sum/{name}", torch.zeros_like(value)) + value.detach()
-    for name, (value, count) in terms.metrics.items():
-        for part, number in (("metric", value), ("count", count)):
-            totals[f"{part}/{name}"] = totals.get(f"{part}/{name}", torch.zeros_like(number)) + number
-
-
-def step_values(
-    counts: Mapping[str, float],
-    sums: Mapping[str, Tensor],
-    last: LossTerms,
-    weights: Mapping[str, float],
-    tokens: float,
-    device: torch.device,
-) -> tuple[dict[str, float], float]:
-    """Reduce a step over all ranks.
+def accumulate(totals: dict[str, Any], terms: LossTerms, read: Callable[[Tensor], Any] = Tensor.detach) -> None:
+    """Add the terms of a micro-batch to sums, in place: ``sum/LOSS``, and ``metric/NAME`` over ``number/NAME``.
 
     Args:
-        counts: denominators of the components, reduced already.
-        sums: what :func:`accumulate` made; empty on a rank that had only dummies.
-        last: any terms of the step, for the names: every rank sends the same ones.
-        weights: factors of the components.
-        tokens: of this rank.
-        device: of the collectives.
+        totals: the sums.
+        terms: what is added.
+        read: what is kept of a tensor: itself in training, which waits for no device, and its number in validation.
+    """
+    named = {f"sum/{name}": value for name, value in terms.sums.items()}
+    for name, (value, number) in terms.metrics.items():
+        named |= {f"metric/{name}": value, f"number/{name}": number}
+    for name, value in named.items():
+        totals[name] = totals.get(name, 0) + read(value)
+
+
+def means(
+    totals: Mapping[str, float], names: Iterable[str], weights: Mapping[str, float]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """What is logged of sums over all micro-batches and ranks.
+
+    Args:
+        totals: as :func:`accumulate` names them, and ``count/LOSS``, the denominators.
+        names: of the losses.
+        weights: factors of the losses; missing ones are 1.
 
     Returns:
-        Means of components, ``loss`` and metrics; and the tokens of all ranks.
+        Means of the losses for which something counts, with their weighted sum, ``loss``; and of the metrics.
     """
-    names = [f"sum/{name}" for name in last.sums]
-    names += [f"{part}/{name}" for name in last.metrics for part in ("metric", "count")]
-    totals = all_reduce({"tokens": tokens, **{name: sums.get(name, 0.0) for name in names}}, device)
-    values = {name: totals[f"sum/{name}"] / counts[name] if counts[name] else 0.0 for name in last.sums}
-    values["loss"] = sum(weights.get(name, 1.0) * values[name] for name in last.sums)
-    values |= {
-        name: totals[f"metric/{name}"] / totals[f"count/{name}"] for name in last.metrics if totals[f"count/{name}"]
-    }
-    return values, totals["tokens"]
+    counts = {name: totals.get(f"count/{name}", 0.0) for name in names}
+    losses = {name: totals[f"sum/{name}"] / count for name, count in counts.items() if count}
+    if losses:
+        losses["loss"] = sum(weights.get(name, 1.0) * value for name, value in losses.items())
+    metrics = {key.partition("/")[2]: value for key, value in totals.items() if key.startswith("metric/")}
+    numbers = {name: totals[f"number/{name}"] for name in metrics}
+    return losses, {name: value / numbers[name] for name, value in metrics.items() if numbers[name]}
 
 
 def require_finite(losses: list[Tensor], norm: float, micro: list[Batch], *, step: int, device: torch.device) -> None:
@@ -78,8 +75,7 @@ def require_finite(losses: list[Tensor], norm: float, micro: list[Batch], *, ste
     norm_is_bad = norm != norm or norm == float("inf")
     if not all_reduce({"bad": float(bool(bad) or norm_is_bad)}, device, op="max")["bad"]:
         return
-    bad = all_names(bad)
-    if bad:
+    if bad := union(bad):
         more = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
         what = f"the loss is not finite in a micro-batch with rows {', '.join(bad[:_SHOWN])}{more}"
     else:

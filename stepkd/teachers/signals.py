@@ -128,6 +128,15 @@ class Teacher(ABC):
         """Take back what :meth:`state` gave, in a fresh process that has not trained yet."""
 
 
+def most_likely(log_student_CV: Tensor, log_teacher_CV: Tensor, top_k: TopK | None) -> tuple[Tensor, Tensor]:
+    """Both over the teacher's most likely tokens and a bucket for the others; None: over the whole vocabulary."""
+    if top_k is None or top_k.k >= log_teacher_CV.shape[-1]:
+        return log_student_CV, log_teacher_CV
+    ids_Ck = log_teacher_CV.topk(top_k.k, dim=-1).indices
+    student, teacher = (top_k_buckets(each, ids_Ck, tail=top_k.tail) for each in (log_student_CV, log_teacher_CV))
+    return student, teacher
+
+
 @dataclass(frozen=True)
 class HiddenSignals:
     """Hidden states of a teacher at hand, turned into distributions chunk by chunk by its own head."""
@@ -151,8 +160,5 @@ class HiddenSignals:
         with torch.no_grad():
             log_teacher_CV = tempered(self.head(chunk[0]), self.temperature).to(log_student_CV.device)
             argmax_C = log_teacher_CV.argmax(-1)
-        if self.top_k is None or self.top_k.k >= log_teacher_CV.shape[-1]:
-            return Compared(log_student_CV, log_teacher_CV.to(log_student_CV.dtype), argmax_C)
-        ids_Ck, tail = log_teacher_CV.topk(self.top_k.k, dim=-1).indices, self.top_k.tail
-        student, teacher = (top_k_buckets(each, ids_Ck, tail=tail) for each in (log_student_CV, log_teacher_CV))
+        student, teacher = most_likely(log_student_CV, log_teacher_CV, self.top_k)
         return Compared(student, teacher.to(student.dtype), argmax_C)

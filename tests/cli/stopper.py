@@ -45,7 +45,7 @@ class Stopper(Callback):
         """Take a step, then note the completions that it was taken on: one that is given up is taken again."""
         step = self.module.global_step
         self._take_step(prepared, *arguments, **named)
-        rows = [example for batch in prepared.micro_batches for example in batch.examples]
+        rows = [example for batch in prepared for example in batch.examples]
         found = sorted((row.id, each.token_ids.tolist()) for row in rows for each in row.completions)
         with open(f"{self.out}.tokens.{self.rank}", "a", encoding="utf-8") as stream:
             print(json.dumps([step, found]), file=stream)

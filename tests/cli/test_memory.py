@@ -120,8 +120,8 @@ def test_a_chunk_of_logits_and_the_cache_come_on_top() -> None:
     bound = lower_bound(module, data)
     vocabulary = int(skeleton(TINY).get_output_embeddings().weight.shape[0])
     assert bound.phases["training"] == {"chunk of logits": 8 * vocabulary * 4}
-    rows = min(module.engine.max_rows, data.global_batch_size * module.rollout.sampling.n)
-    assert bound.phases["sampling"]["key-value cache"] == rows * cache_bytes(TINY, module.rollout.sampling.longest)
+    rows = min(module.engine.max_rows, data.global_batch_size * module.rollout_spec.sampling.n)
+    assert bound.phases["sampling"]["key-value cache"] == rows * cache_bytes(TINY, module.rollout_spec.sampling.longest)
     sums = [sum(phase.values()) for phase in bound.phases.values()]
     assert bound.at_least == sum(bound.held.values()) + max(sums)
     assert not lower_bound(*check_fit(recipe("prm", *FEW))).phases, "a step head makes no logits of the vocabulary"

@@ -61,15 +61,9 @@ class KDRL(KDRLModule):
         self.kept: list[list[Rollout]] = []
         self.logged: list[dict[str, float]] = []
 
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
-        estimate = self._estimator
-
-        def kept(rollouts: Any) -> list[Rollout]:
-            self.kept.append(estimate(rollouts))
-            return self.kept[-1]
-
-        self._estimator = kept  # type: ignore[assignment]
+    def credit(self, rollouts: Any) -> list[Rollout]:
+        self.kept.append(super().credit(rollouts))
+        return self.kept[-1]
 
     def _clip(self) -> float:
         named = self.model.trainable_parameters()

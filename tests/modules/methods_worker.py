@@ -117,14 +117,15 @@ class Recording(StepModule):
     def _collate(self, examples: Any, *, is_dummy: bool = False) -> Any:
         return collate(examples, 0, share=getattr(self, "shares_prompts", False), is_dummy=is_dummy, **self.layout)
 
-    def counted(self, batches: Any) -> Any:
+    def prepare_examples(self, examples: Any) -> Any:
+        batches = super().prepare_examples(examples)
         self.split = len(batches)
         own = [torch.arange(batch.input_ids_BT.numel()).view_as(batch.input_ids_BT) for batch in batches]
         shared = [
             place if batch.shared_BT is None else batch.shared_BT for place, batch in zip(own, batches, strict=True)
         ]
         self.taken_over = sum(int((a != b).sum()) for a, b in zip(own, shared, strict=True))
-        return super().counted(batches)
+        return batches
 
     def _clip(self) -> float:
         named = self.model.trainable_parameters()

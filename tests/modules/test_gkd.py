@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -249,7 +248,7 @@ def test_the_teachers_samples_are_the_teachers(views: Any, rows: list[Any]) -> N
 def test_prompts_without_solutions(rows: list[Any]) -> None:
     bare = [replace(row, token_ids=(), step_ends=()) for row in rows]
     assert worker.run(bare, source=worker.OWN).gradients
-    with pytest.raises(TrainingError, match="no row of the batch has a single target"):
+    with pytest.raises(TrainingError, match=r"no row of 1 batch.* has a single target"):
         worker.run(bare)
 
 
@@ -323,7 +322,9 @@ def test_batches_in_which_nothing_counts_are_skipped(rows: list[Any], monkeypatc
     from stepkd.modules import base
 
     monkeypatch.setattr(base, "MOST_SKIPPED", 3)
-    with pytest.raises(TrainingError, match=r"step 0: 3 batches in a row had nothing to learn from \(kd all 0\)"):
+    with pytest.raises(
+        TrainingError, match=r"step 0: no row of 3 batch\(es\) in a row has a single target \(kd all 0\)"
+    ):
         worker.run(rows[:2], focus=FocusConfig("checker"))
     weighted = worker.run(rows, focus=FocusConfig("checker", correct=1.0))
     plainly = worker.run(rows)
@@ -368,14 +369,6 @@ def measure(rows: list[Any], views: Any, **settings: Any) -> dict[str, float]:
     return {name.removeprefix("val/fidelity/"): value for name, value in found.items() if "fidelity" in name}
 
 
-def clustered_error(values: list[Tensor]) -> float:
-    """Standard error of a mean over tokens whose rows are clusters."""
-    mean = float(torch.cat(values).mean())
-    tokens, rows = sum(map(len, values)), len(values)
-    residuals = [float((value - mean).sum()) for value in values]
-    return math.sqrt(sum(r * r for r in residuals) * rows / (rows - 1)) / tokens
-
-
 def test_fidelity_is_what_plain_logits_give(views: Any, rows: list[Any]) -> None:
     from stepkd.sampling.transformers_sampler import TransformersSampler
 
@@ -398,7 +391,6 @@ def test_fidelity_is_what_plain_logits_give(views: Any, rows: list[Any]) -> None
     expected = {"forward_kl": forward, "reverse_kl": reverse, "agreement": agree, "entropy_gap": gap}
     for name, values in expected.items():
         assert found[name] == pytest.approx(float(torch.cat(values).mean()), rel=1e-5, abs=1e-7), name
-        assert found[f"{name}_se"] == pytest.approx(clustered_error(values), rel=1e-4), name
     assert sum(found[f"answers_{name}"] for name in ANSWERS) == pytest.approx(1.0)
 
 
@@ -477,7 +469,7 @@ def test_the_teacher_is_no_part_of_the_student(rows: list[Any]) -> None:
     checkpoint["loops"] = {"fit_loop": {"epoch_loop.batch_progress": loop, "epoch_progress": loop}}
     module.on_load_checkpoint(checkpoint)
     checkpoint["stepkd"]["frozen"]["teacher"] = "other"
-    with pytest.raises(ModelError, match=r"begun under another teacher \(weights other then"):
+    with pytest.raises(ModelError, match=r"begun with another teacher model \(weights other then"):
         module.on_load_checkpoint(checkpoint)
 
 
@@ -541,7 +533,7 @@ def test_unfit_teachers(tmp_path: Path, rows: list[Any]) -> None:
     ("max_length", "new", "message"),
     [
         (128, 0, r"data\.max_length=128 exceeds the teacher's context of 64 tokens"),
-        (64, 80, r"a prompt and 80 new tokens: up to \d\d tokens, and the teacher's context is 64"),
+        (64, 80, r"a prompt with 80 new tokens exceeds the teacher's context of 64 tokens \(\d\d\)"),
         (64, 4, None),
     ],
 )

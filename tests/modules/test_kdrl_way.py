@@ -18,7 +18,7 @@ from stepkd.losses import LossTerms
 from stepkd.models.policy import Policy
 from stepkd.models.spec import tiny_tokenizer
 from stepkd.modules import rollouts as sampling
-from stepkd.modules.advantages import AdvantageEstimator
+from stepkd.modules.kdrl import KDRLModule
 from stepkd.modules.kdrl_objective import PolicyGradient
 from stepkd.modules.rollouts import GroupSampler, Rollout
 from stepkd.modules.settings import SampledKL, StepCreditConfig
@@ -60,7 +60,7 @@ def met(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
 
     watch(TransformersSampler, "sample", "sampler")
     watch(GroupSampler, "__call__", "grades")
-    watch(AdvantageEstimator, "__call__", "credit")
+    watch(KDRLModule, "credit", "credit")
     watch(collating, "collate", "batch")
     monkeypatch.setattr("stepkd.modules.base.collate", collating.collate)
     watch(PolicyGradient, "terms", "loss")

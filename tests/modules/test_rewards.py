@@ -208,7 +208,7 @@ def test_the_failing_line_of_the_function_is_told(tmp_path: Path, monkeypatch: p
             lambda: RewardConfig("trl.rewards.get_soft_overlong_punishment", options={"max_len": 3}).own,
             "does not take its options: .*max_len",
         ),
-        (lambda: RewardConfig("math.pi").own, "is a float, not a function"),
+        (lambda: RewardConfig("math.pi").own, "is not a callable object"),
         (lambda: RewardConfig("os.getcwd").own, "is not a callable object"),
     ],
 )

@@ -43,7 +43,7 @@ class Recorded(worker.GKD):  # type: ignore[misc,name-defined]
     def prepare(self, batch: Any) -> Any:
         for prepared in super().prepare(batch):
             self.history.append({n: p.detach().clone() for n, p in self.model.trainable_parameters()})
-            micro = prepared.micro_batches[0]
+            micro = prepared[0]
             signals = self.teacher.signals(micro, temperature=1.0)
             self.seen.append(signals.head(signals.hidden_NH).detach().clone())
             self.first = micro

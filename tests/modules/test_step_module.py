@@ -70,7 +70,7 @@ def test_a_batch_without_targets_is_refused(examples: Any, trainer: Any) -> None
             return {"ce": 0.0}
 
     module = Blind(PolicyConfig(path="tiny-0.1m"), STEADY)
-    with pytest.raises(TrainingError, match="no row of the batch has a single target"):
+    with pytest.raises(TrainingError, match=r"no row of 1 batch.* has a single target"):
         trainer().fit(module, train_dataloaders=loader_of(examples, module))
 
 
@@ -210,7 +210,7 @@ def test_an_adapter_is_not_resumed_on_another_base(examples: Any, trainer: Any, 
     trainer(max_steps=2).fit(module := SFTModule(policy, STEADY), loader_of(examples, module), **resumed)
     assert module.global_step == 2
     build_tiny("tiny-0.1m", seed=1)[0].save_pretrained(tmp_path / "base")
-    with pytest.raises(ModelError, match=r"begun with an adapter on another base model .*policy\.path again"):
+    with pytest.raises(ModelError, match=r"begun with another policy model .*policy\.path again"):
         trainer(max_steps=2).fit(module := SFTModule(policy, STEADY), loader_of(examples, module), **resumed)
 
 

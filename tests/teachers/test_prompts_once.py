@@ -79,10 +79,10 @@ def test_batches_are_planned_without_the_saving_where_the_teacher_has_none() -> 
         module.configure_model()
         assert module.model.can_unpad
         assert module.shares_prompts is shares
-        rows = [len(batch.examples) for batch in module.prepare_examples(group()).micro_batches]
+        rows = [len(batch.examples) for batch in module.prepare_examples(group())]
         assert rows == [COMPLETIONS]
         module.micro_batch_tokens = 200
-        batches = module.prepare_examples(group()).micro_batches
+        batches = module.prepare_examples(group())
         assert (len(batches) == 1) is shares
         assert all((batch.shared_BT is not None) is shares for batch in batches)
 
