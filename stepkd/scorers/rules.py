@@ -22,11 +22,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from stepkd.errors import DataError
 from stepkd.scorers.scorer import Meaning, Row, ScorerConfig, Solutions
 from stepkd.tasks.rows import check_row
+from stepkd.yaml_files import read_yaml
 
 
 class RuleScorer(ScorerConfig):
@@ -133,29 +135,11 @@ _LARGEST_EXPONENT, _LARGEST_BASE = 64, 10**12
 _MARK = re.compile(r"<<([^<>\n]*)>>")
 _SIDE = r"[-+*/^().\d%\s]"
 _NUMBER = re.compile(r"-?(\d+(?:\.\d*)?|\.\d+)%?")
-_REPLACED = (
-    (re.compile(r"\\(?:times|cdot)\b|[×·∙]"), "*"),
-    (re.compile(r"\\div\b|÷"), "/"),
-    (re.compile(r"\\(?:left|right|,|;|!)"), ""),
-    (re.compile(r"(?<=\d)\s*\\[dt]?frac"), "§"),  # a mixed number, not a product
-    (re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}"), r"((\1)/(\2))"),
-    (re.compile(r"[−–]"), "-"),
-    (re.compile(r"\\?\$|[€£]|\\(?=%)"), ""),
-    (re.compile(r"(?<=\d),(?=\d{3}(?!\d))"), ""),
-    (re.compile(r"(?<=[\d)%])\s*[xX]\s*(?=[\d(.])"), "*"),
-    (re.compile(r"\*\*"), "^"),
-)
+_SPELLINGS = read_yaml(Path(__file__).with_suffix(".yaml"), "spellings of sums")
+_REPLACED = [(re.compile(pattern), by) for pattern, by in _SPELLINGS["replaced"].items()]
 _HALVES = re.compile(r"/\s*\d+\s*/")  # 500/ 2/5: five hundred by two fifths, or divided twice?
-_UNITS = re.compile(
-    r"(?:[kcm]?m|[kmg]?g|lbs?|oz|ft|in|mi|yds?|mph|kph|[km]?l|h|hrs?|min|s|sec|[kmg]b|am|pm|st|nd|rd|th)\b",
-    re.I,
-)
-# Behind these a number may be another one than it looks: 45 + 15 = 1 hour, 15 / 60 = 25 percent, 2 * 3 = 6 million.
-_SCALES = re.compile(
-    r"\s*(?:percent|per\s+cent|hundred|thousand|million|billion|dozens?|gross|mod\b|hours?\b|hrs?\b|minutes?\b|days?\b|"
-    r"weeks?\b|years?\b|feet\b|foot\b|yards?\b|dollars?\b|pounds?\b|kg\b|km\b|m\b|l\b|liters?\b|litres?\b)",
-    re.I,
-)
+_UNITS = re.compile(rf"(?:{'|'.join(_SPELLINGS['units'])})\b", re.I)
+_SCALES = re.compile(rf"\s*(?:{'|'.join(_SPELLINGS['scales'])})", re.I)
 _PLACE = re.compile(r"\b(?:step|day|week|month|year|part|problem|question|case|chapter|number|no|figure)\.?\s*$", re.I)
 _SHARE = re.compile(r"\(*\s*(?:[\d.]+\s*%|(\d+)\s*/\s*(\d+))\s*\)*")
 _MINUS_PERCENT = re.compile(r"[-+]\s*[\d.]+\s*%")
