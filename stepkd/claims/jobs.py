@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from stepkd.errors import ConfigError, DataError, StepkdError, nearest
 from stepkd.evaluation.config import EvaluateConfig, ScoreConfig
@@ -112,7 +112,7 @@ def run_job(kind: str, settings: Mapping[str, Any], out: Path) -> Measured:
     """
     out.mkdir(parents=True, exist_ok=True)
     run = KINDS[kind]
-    if kind in (*CONFIGS, "pairs"):
+    if "config" in signature(run).parameters:
         found = run(out, job_config(kind, settings, out))
     else:
         try:
@@ -125,7 +125,7 @@ def run_job(kind: str, settings: Mapping[str, Any], out: Path) -> Measured:
 
 
 def job_config(kind: str, settings: Mapping[str, Any], out: Path) -> Any:
-    """The settings object of ``pairs``, or of a kind among :data:`CONFIGS`.
+    """The settings object of a kind that takes one.
 
     Raises:
         ConfigError: unknown, missing or impossible settings, or those that the claim sets itself.
@@ -133,8 +133,8 @@ def job_config(kind: str, settings: Mapping[str, Any], out: Path) -> Any:
     if own := {"out", "overwrite"} & set(settings):
         raise ConfigError(f"{kind}: {min(own)} is set by the claim itself: a job has its own folder, and is resumed")
     given = dict(settings)
-    made = CONFIGS.get(kind) or PAIR_JOBS.get(given.pop("to", ""))
-    if made is None:
+    made = get_type_hints(KINDS[kind])["config"]
+    if made is PairJobConfig and (made := PAIR_JOBS.get(given.pop("to", ""))) is None:
         raise ConfigError(f"pairs: to must be one of {', '.join(PAIR_JOBS)}")
     return build_settings(made, given | ({"out": str(out)} if issubclass(made, JobConfig) else {}), kind)
 
@@ -147,16 +147,6 @@ class ConvertJob:
     """Labelled rows: a file, or the folder of a labelling job."""
     to: ConverterConfig
     """Kind of the new rows."""
-
-
-CONFIGS: Mapping[str, type[Any]] = {
-    "label": LabelConfig,
-    "score": ScoreConfig,
-    "evaluate": EvaluateConfig,
-    "iterate": IterateConfig,
-    "convert": ConvertJob,
-}
-"""Kinds whose settings are a class."""
 
 
 # ---- training ------------------------------------------------------------------------------------------------------
@@ -388,20 +378,10 @@ def _call(out: Path, *, function: str, **settings: Any) -> Measured:
     return found
 
 
-KINDS: Mapping[str, Callable[..., Measured]] = {
-    "fit": _fit,
-    "validate": _validate,
-    "cache_teacher": _cache_teacher,
-    "iterate": _iterate,
-    "label": _label,
-    "pairs": _pairs,
-    "convert": _convert,
-    "draw": _draw,
-    "consensus": _consensus,
-    "quality": _quality,
-    "evaluate": _evaluate,
-    "score": _score,
-    "best_of_n": _best_of_n,
-    "call": _call,
-}
-"""Kinds of jobs by name."""
+_KINDS = (
+    *(_fit, _validate, _cache_teacher, _iterate),
+    *(_label, _pairs, _convert, _draw, _consensus, _quality),
+    *(_evaluate, _score, _best_of_n, _call),
+)
+KINDS: Mapping[str, Callable[..., Measured]] = {run.__name__.removeprefix("_"): run for run in _KINDS}
+"""Kinds of jobs by name; the one setting of some is ``config``, a settings class."""

@@ -21,7 +21,7 @@ from stepkd.data.config import LABELS_NAME, parse_spec
 from stepkd.data.io import read_rows
 from stepkd.data.load import load_rows
 from stepkd.data.rows import PROBLEM
-from stepkd.data.sources import asking
+from stepkd.data.templates import PromptTemplate
 from stepkd.evaluation.metrics import compare_runs, problem_counts, summarise
 from stepkd.grading.judge import votes_of
 from stepkd.grading.pool import Grader
@@ -31,14 +31,12 @@ from stepkd.labels.quality import row_labels
 from stepkd.labels.settings import LabelConfig, Sampled
 from stepkd.labels.solutions import at_temperature_one
 from stepkd.models.checkpoint import load_trained
-from stepkd.models.source import template_for
 from stepkd.runs.job import read_results, read_settings
 from stepkd.sampling.annotate import annotate
 from stepkd.sampling.transformers_sampler import encode_prompts
 from stepkd.scorers.load import pick_device
 from stepkd.statistics import FloatArray, Interval, Resampling, cluster_bootstrap, ratio_of_sums, shown
 from stepkd.steps.labels import verdicts
-from stepkd.tasks.rows import is_task_row
 
 Row = Mapping[str, Any]
 
@@ -115,9 +113,7 @@ def _log_ratios(records: Sequence[Row], problems: Sequence[Row], spec: LabelConf
     policy, seed_policy = (
         load_trained(name, dtype=spec.dtype).to(pick_device(spec.device)) for name in (solutions.model, seed_model)
     )
-    source = parse_spec(solutions.problems).source
-    is_task = all(map(is_task_row, problems))
-    template = template_for(solutions.model, asking(source, is_task=is_task).template, spec.template)
+    template = PromptTemplate(**read_settings(spec.out)["template"])
     prompts = encode_prompts(policy, template, [dict(row) for row in problems])
     pairs = [
         (prompt.prompt_ids.tolist(), sample["token_ids"])
@@ -147,16 +143,10 @@ def model_metrics(rows: Sequence[Row], greedy: Sequence[Row], **settings: Unpack
     """
     samples = min(len(row["samples"]) for row in rows)
     found = summarise(rows, (samples,), **settings)["metrics"]
-    names = (
-        "pass@1",
-        f"maj@{samples}",
-        "step_accuracy",
-        "correct_with_incorrect_step",
-        "mean_tokens",
-        "truncated_rate",
-    )
     metrics = {"greedy_pass@1": summarise(greedy, (1,), **settings)["metrics"]["pass@1"]}
-    metrics |= {name: found.get(name) for name in names}
+    steps = ("step_accuracy", "correct_with_incorrect_step")
+    for name in ("pass@1", f"maj@{samples}", *steps, "mean_tokens", "truncated_rate"):
+        metrics[name] = found.get(name)
     return metrics | divergence(rows, **settings)
 
 
@@ -268,43 +258,51 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
         "kl_per_solution": "KL to M0, per solution",
         "kl_per_token": "KL to M0, per token",
     }
+    models = summary["models"]
     table = Table(title=f"{summary['problems']} held-out problems, 95% intervals", title_justify="left")
     table.add_column("")
-    for model in summary["models"]:
+    for model in models:
         table.add_column(model["name"], justify="right")
     for name, title in titles.items():
+        metrics = (model["metrics"][name] for model in models)
+        table.add_row(title, *(shown(each, _PLAIN.get(name, ".1%"), gap="\n") for each in metrics))
+    table.add_section()
+    for name in ("greedy_pass@1", "pass@1", "correct_with_incorrect_step"):
+        minus = ((model["minus_M0"] or {}).get(name) for model in models)
         table.add_row(
-            title, *(shown(model["metrics"][name], _PLAIN.get(name, ".1%"), gap="\n") for model in summary["models"])
+            f"{titles[name]},\nminus M0 (points)", *(shown(each, "+.1f", scale=100.0, gap="\n") for each in minus)
         )
     table.add_section()
-    trainings = [model["training"] for model in summary["models"]]
-    for name, title in (
-        ("rows", "rows trained on"),
-        ("conflicts", "correct answers with an\nincorrect step in the labels"),
-    ):
-        table.add_row(title, *("-" if training is None else f"{training[name]:,}" for training in trainings))
+    for name, title in _TRAINED_ON.items():
+        table.add_row(title, *(_counted((model["training"] or {}).get(name)) for model in models))
     console.print(table)
     for line in notes(summary):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
+_TRAINED_ON = {
+    "problems": "trained on: problems",
+    "solutions": "solutions",
+    "labelled": "labelled",
+    "dropped": "dropped",
+    "correct_answers": "correct answers",
+    "conflicts": "with an incorrect step",
+    "incorrect_answers": "incorrect answers",
+    "converted": "converted",
+    "rows": "rows",
+}
+
+
+def _counted(value: Any) -> str:
+    """A number, or numbers by their names."""
+    if isinstance(value, Mapping):
+        return "\n".join(f"{count:,} {name.replace('_', ' ')}" for name, count in value.get("counts", value).items())
+    return "-" if value is None else f"{value:,}"
+
+
 def notes(summary: Mapping[str, Any]) -> list[str]:
     """Lines below the table."""
     lines = []
-    for model in summary["models"][1:]:
-        minus = [
-            f"{title} {shown(model['minus_M0'][name], '+.1f', scale=100.0)}"
-            for name, title in (
-                ("greedy_pass@1", "correct, greedy"),
-                ("pass@1", "correct, sampled"),
-                ("correct_with_incorrect_step", "incorrect step in correct answers"),
-            )
-            if model["minus_M0"][name] is not None
-        ]
-        lines.append(f"{model['name']} minus M0 on the same problems: {'; '.join(minus)}")
-    for k, model in enumerate(summary["models"]):
-        if model["training"] is not None:
-            lines.append(_training_line(k, model["training"]))
     if summary["labeller"] == "Outcome":
         lines.append("steps: the outcome does not say whether a step is correct")
     if summary["labeller"] == "MonteCarlo":
@@ -312,19 +310,3 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
     if any(model["metrics"]["kl_per_solution"] is None for model in summary["models"]):
         lines.append("KL to M0: needs solutions sampled at temperature 1, without top-p or top-k")
     return lines
-
-
-def _training_line(k: int, training: Mapping[str, Any]) -> str:
-    dropped = _counts(training["dropped"])
-    line = (
-        f"iteration {k}: {training['labelled']} of {training['solutions']} solutions of {training['problems']} "
-        f"problems labelled{f' (dropped: {dropped})' if dropped else ''}; {training['correct_answers']} correct "
-        f"answers, {training['conflicts']} of them with an incorrect step, {training['incorrect_answers']} incorrect"
-    )
-    if training["converted"] is not None:
-        line += f"; {training['converted']['to']}: {_counts(training['converted']['counts'])}"
-    return line
-
-
-def _counts(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items())

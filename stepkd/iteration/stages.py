@@ -1,4 +1,4 @@
-"""The stages of one iteration: label, convert or pairs, train, export; greedy, samples, judge, measure.
+"""The stages of one iteration: label, convert or pairs, train, export; samples, greedy, judge, measure.
 
 Every stage is a unit of the run's job, done once from inputs that are checked; an interrupted one is resumed by the job
 or run that it stands for. Labelling and training run under the launcher where one is given, the rest in this process.
@@ -26,9 +26,9 @@ from stepkd.iteration.spec import IterateConfig, iteration_seed
 from stepkd.labels.convert import Demonstrations
 from stepkd.labels.labellers import Outcome
 from stepkd.labels.monte_carlo import MonteCarlo
-from stepkd.labels.settings import PAIR_JOBS, Existing, LabelConfig, OwnSteps, PairJobConfig, Sampled
+from stepkd.labels.settings import PAIR_JOBS, Existing, LabelConfig, OwnSteps, PairJobConfig
 from stepkd.runs.files import write_file, write_jsonl
-from stepkd.runs.job import RESULTS_NAME, SUMMARY_NAME, Job, JobOptions
+from stepkd.runs.job import RESULTS_NAME, SUMMARY_NAME, Job, JobOptions, read_settings
 from stepkd.yaml_files import as_yaml, find_recipe, nested, yaml_text
 
 Report = Callable[[str], None]
@@ -147,8 +147,6 @@ def evaluate_model(it: Iteration) -> None:
 
     k, folder = it.k, it.folder / "evaluation"
     inputs = {"model": it.identity(k)}
-    line = f"M{k} solves the held-out problems, greedy"
-    it.run("greedy", inputs, lambda: _greedy(it, folder / "greedy"), line)
     drawn = judged = it.spec.held_out_spec(out=str(folder / "samples"), model=it.model(k))
     if isinstance(drawn.labeller, MonteCarlo):
         # Continuations come from M0 for every model: the same judge for all of them. The steps stay as they were cut.
@@ -157,6 +155,8 @@ def evaluate_model(it: Iteration) -> None:
         drawn = replace(drawn, labeller=Outcome())
     line = f"M{k} samples {it.spec.evaluation.sampling.n} solutions of every held-out problem"
     it.run("samples", inputs, lambda: _run_job(it, drawn), line)
+    line = f"M{k} solves the held-out problems, greedy"
+    it.run("greedy", inputs, lambda: _greedy(it, drawn, folder / "greedy"), line)
     inputs["samples"] = fingerprint(Path(drawn.out) / LABELS_NAME)
     if judged.out != drawn.out:
         it.run("judge", inputs, lambda: _run_job(it, judged), f"continuations by M0 label the steps of M{k}")
@@ -288,39 +288,28 @@ def _export(it: Iteration) -> dict[str, Any]:
     return {"model": fingerprint(folder)}
 
 
-def _greedy(it: Iteration, folder: Path) -> dict[str, Any]:
-    from stepkd.data.rows import PROBLEM
-    from stepkd.data.sources import asking
+def _greedy(it: Iteration, drawn: LabelConfig, folder: Path) -> dict[str, Any]:
+    """Evaluate one greedy solution of every held-out problem, with prompt, extractors and length of the drawn ones."""
+    from stepkd.data.templates import PromptTemplate
     from stepkd.evaluation.config import EvaluateConfig
     from stepkd.evaluation.runner import evaluate
-    from stepkd.models.source import template_for
     from stepkd.sampling.sampler import SamplingConfig
-    from stepkd.tasks.rows import is_task_row
 
-    job = it.spec.held_out_spec(out=str(folder), model=it.model(it.k))
     benchmark, data = it.spec.evaluated_benchmark()
-    problems = parse_spec(it.spec.evaluation.problems)
-    is_task = all(map(is_task_row, load_rows(problems, contract=PROBLEM)))
-    how = asking(problems.source, is_task=is_task)  # prompt, extractors and length are those of the sampled solutions
-    solutions = job.solutions
-    assert isinstance(solutions, Sampled)
+    how = read_settings(drawn.out)
+    same = {name: how["sampling"][name] for name in ("max_new_tokens", "stop", "seed")}
     summary = evaluate(
         EvaluateConfig(
-            model=solutions.model,
+            model=str(drawn.solutions.model),
             benchmark=benchmark,
             data=data,
             out=str(folder),
-            sampling=SamplingConfig(
-                temperature=0.0,
-                max_new_tokens=solutions.sampling.max_new_tokens or how.max_new_tokens,
-                stop=solutions.sampling.stop,
-                seed=solutions.sampling.seed,
-            ),
-            grading=replace(job.grading, extractors=job.grading.extractors or how.extractors),
-            template=template_for(solutions.model, how.template, job.template),
-            dtype=job.dtype,
-            device=job.device,
-            max_rows=job.max_rows,
+            sampling=SamplingConfig(temperature=0.0, **same | {"stop": tuple(same["stop"])}),
+            grading=replace(drawn.grading, extractors=tuple(how["extractors"])),
+            template=PromptTemplate(**how["template"]),
+            dtype=drawn.dtype,
+            device=drawn.device,
+            max_rows=drawn.max_rows,
         )
     )
     return {"pass@1": summary["metrics"]["pass@1"]}

@@ -357,8 +357,8 @@ def load_like(spec: IterateConfig, **changes: Any) -> IterateConfig:
 
 
 KILLED_AT = (
-    "iteration-0/evaluation/greedy/settings.json",
     "iteration-0/evaluation/samples/parts/solutions/000000.jsonl",
+    "iteration-0/evaluation/greedy/settings.json",
     "iteration-1/labels/parts/solutions/000000.jsonl",
     "iteration-1/labels/parts/labels/000000.jsonl",
     "iteration-1/converted.jsonl",
