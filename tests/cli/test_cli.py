@@ -450,7 +450,7 @@ def test_modules_of_the_current_folder_are_found_and_shadow_nothing(module: bool
     )
     assert "memory" in done.stdout, done.stderr
     assert "my_rewards" not in done.stderr
-    safe = forked.run([*("doctor", "--recipe", "tiny/grpo", str(tmp_path / "grpo.yaml")), "--safe"])
+    safe = forked.run([*words[:3], str(tmp_path / "grpo.yaml"), *words[4:], "--safe"])
     assert safe.returncode == 2
     assert "names the code" in safe.stderr
     assert "my_rewards" in safe.stderr
