@@ -44,17 +44,15 @@ def check_same_steps(row: Row, other: Row, *, names: tuple[str, str] = ("A", "B"
         steps = each.get("completions") if each.get("steps") is None else each["steps"]
         # A stepwise file may have dropped the white space between steps.
         texts = steps and [text.strip() for text in steps]
-        return {"token_ids": each.get("token_ids"), "step_ends": each.get("step_ends"), "steps": texts}
+        found = {"number of steps": len(row_labels(each)), "steps": texts}
+        return found | {name: each.get(name) for name in ("token_ids", "step_ends")}
 
-    ours, theirs = facts(row), facts(other)
-    differing = [name for name, value in ours.items() if None not in (value, theirs[name]) and value != theirs[name]]
-    counts = len(row_labels(row)), len(row_labels(other))
-    if differing or counts[0] != counts[1]:
-        what = f"{counts[0]} and {counts[1]} steps" if counts[0] != counts[1] else f"other {differing[0]}"
-        raise DataError(
-            f"row {row['id']!r} of {names[0]} and {names[1]} has {what}: label the same solutions, cut by the same "
-            "segmenter"
-        )
+    for (name, ours), theirs in zip(facts(row).items(), facts(other).values(), strict=True):
+        if None not in (ours, theirs) and ours != theirs:
+            raise DataError(
+                f"row {row['id']!r} of {names[0]} and {names[1]} differs in {name}: label the same solutions, cut by "
+                "the same segmenter"
+            )
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,6 @@ class AdaptiveStepSegmenter:
     """
 
     name: ClassVar = "adaptive_step"
-    example: ClassVar = "0.05"
     threshold: float
     """Confidence below which a token divides, in (0, 1); :func:`fit_threshold` finds it."""
 
@@ -73,7 +72,6 @@ class EntropySegmenter:
     """
 
     name: ClassVar = "entropy"
-    example: ClassVar = "1.5"
     threshold: float
     """Entropy in nats above which a token divides, >= 0."""
 
@@ -307,8 +305,7 @@ def _threshold_segmenter(signal: Signal, argument: str) -> AdaptiveStepSegmenter
     """Segmenter from the FILE_OR_NUMBER of a recipe."""
     kind = _SEGMENTERS[signal]
     if not Path(argument).is_file():
-        what = "or the threshold.json of a labelling job that fitted one, and there is no such file"
-        return kind(_number(kind.name, argument, f"{kind.name}:{kind.example}", what))
+        return kind(_number(kind.name, argument, ", or a threshold.json of a labelling job, and there is no such file"))
     threshold = SegmentThreshold.load(argument)
     if threshold.signal != signal:
         raise ConfigError(
@@ -318,17 +315,16 @@ def _threshold_segmenter(signal: Signal, argument: str) -> AdaptiveStepSegmenter
     return threshold.segmenter()
 
 
-def _number(name: str, argument: str, example: str, alternative: str = "") -> float:
+def _number(name: str, argument: str, alternative: str = "") -> float:
     try:
         return float(argument)
     except ValueError:
-        what = f"segmenter '{name}:{argument}' needs a number as threshold"
-        raise ConfigError(f"{what}, such as {example}{alternative and ', ' + alternative}") from None
+        raise ConfigError(f"segmenter '{name}:{argument}' needs a number as threshold{alternative}") from None
 
 
 SIGNAL_SEGMENTERS: dict[str, Callable[[str], AdaptiveStepSegmenter | EntropySegmenter | RejectSegmenter]] = {
     "adaptive_step": lambda argument: _threshold_segmenter("confidence", argument),
     "entropy": lambda argument: _threshold_segmenter("entropy", argument),
-    "reject": lambda argument: RejectSegmenter(_number("reject", argument or "0.3", "reject:0.3")),
+    "reject": lambda argument: RejectSegmenter(_number("reject", argument or "0.3")),
 }
 """Segmenters that read per-token signals, by name; each is made from what stands behind the colon."""

@@ -81,10 +81,10 @@ def test_a_completion_and_its_stepwise_form_match() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"step_ends": [1, 3]}, "row 'a' of mc and judge has other step_ends"),
-        ({"token_ids": [5, 6, 8]}, "row 'a' of mc and judge has other token_ids"),
-        ({"steps": ["x", "z"]}, "row 'a' of mc and judge has other steps"),
-        ({"steps": ["x"], "step_labels": [True], "step_ends": None}, "has 2 and 1 steps"),
+        ({"step_ends": [1, 3]}, "row 'a' of mc and judge differs in step_ends"),
+        ({"token_ids": [5, 6, 8]}, "row 'a' of mc and judge differs in token_ids"),
+        ({"steps": ["x", "z"]}, "row 'a' of mc and judge differs in steps"),
+        ({"steps": ["x"], "step_labels": [True], "step_ends": None}, "differs in number of steps"),
         ({"step_labels": None}, "a: no step labels: label the rows first"),
     ],
 )

@@ -90,7 +90,7 @@ def test_shares_of_nothing_are_none() -> None:
 def test_what_is_refused() -> None:
     with pytest.raises(DataError, match="row 'b' has no true labels"):
         label_quality([row("b", [True])], [row("a", [True])])
-    with pytest.raises(DataError, match="row 'a' of the labels and the truth has 1 and 2 steps"):
+    with pytest.raises(DataError, match="row 'a' of the labels and the truth differs in number of steps"):
         label_quality([row("a", [True])], [row("a", [True, True])])
     with pytest.raises(DataError, match="no step of 1 rows has both a label and a true one"):
         label_quality([row("a", [True, None])], [row("a", [None, True])])

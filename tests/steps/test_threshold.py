@@ -150,16 +150,16 @@ def test_segmenters_by_name(fitted: SegmentThreshold, tmp_path: Path) -> None:
     [
         (
             "adaptive_step",
-            "segmenter 'adaptive_step:' needs a number as threshold, such as adaptive_step:0.05, or the",
+            "segmenter 'adaptive_step:' needs a number as threshold, or a threshold.json",
         ),
         ("adaptive_step:", "segmenter 'adaptive_step:' needs a number"),
-        ("entropy", "segmenter 'entropy:' needs a number as threshold, such as entropy:1.5"),
+        ("entropy", "segmenter 'entropy:' needs a number as threshold"),
         ("adaptive_step:1", "confidence threshold 1.0: must lie between 0 and 1 (a probability, not percent)"),
         ("adaptive_step:55", "confidence threshold 55.0"),
         ("adaptive_step:nan", "confidence threshold nan"),
         ("entropy:-1", "entropy threshold -1.0"),
         ("reject:0", "reject threshold 0.0: must lie between 0 and 1"),
-        ("reject:often", "segmenter 'reject:often' needs a number as threshold, such as reject:0.3"),
+        ("reject:often", "segmenter 'reject:often' needs a number as threshold"),
         (
             "adaptive_step:no/such.json",
             "segmenter 'adaptive_step:no/such.json' needs a number as threshold",
