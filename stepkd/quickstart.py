@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from stepkd.claims.jobs import Measured, References, run_job
@@ -189,9 +189,8 @@ def best_of_n(context: Context) -> dict[str, Any]:
         up_to_first_error=True,
     )
     metrics = step_metrics(steps, seed=context.seed).to_dict()
-    table = _table(
-        f"choosing among {choices} of the student's solutions, 95% intervals", "choice", [f"N={k}" for k in curve.ks]
-    )
+    table = Table("choice", *(Column(f"N={k}", justify="right") for k in curve.ks), title_justify="left")
+    table.title = f"choosing among {choices} of the student's solutions, 95% intervals"
     for name, text in (("majority", "majority"), ("prm", "process reward model"), ("pass", "any correct (ceiling)")):
         table.add_row(text, *(shown(each.to_dict(), ".1%", gap="\n") for each in curve.curves[name]))
     context.console.print(table)
@@ -255,7 +254,8 @@ def evaluate_models(context: Context, names: Sequence[str], *, greedy: bool = Fa
         "correct answer, incorrect step": ("sampled", "correct_with_incorrect_step"),
     }
     columns = {title: each for title, each in columns.items() if greedy or each[0] == "sampled"}
-    table = _table(f"held-out problems of {context.named['task']}, 95% intervals", "model", tuple(columns))
+    table = Table("model", *(Column(title, justify="right") for title in columns), title_justify="left")
+    table.title = f"held-out problems of {context.named['task']}, 95% intervals"
     section: dict[str, Any] = {name: {} for name in names}
     for name, found in section.items():
         for how in ("greedy", "sampled") if greedy else ("sampled",):
@@ -270,14 +270,6 @@ def evaluate_models(context: Context, names: Sequence[str], *, greedy: bool = Fa
 def compare_with_student(context: Context, name: str) -> dict[str, Any]:
     """Evaluate a stage's model beside the student; its numbers."""
     return dict(evaluate_models(context, ("student", name))[name]["sampled"])
-
-
-def _table(title: str, first: str, columns: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column(first)
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table
 
 
 STAGES: list[Stage] = [

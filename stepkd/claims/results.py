@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from stepkd.claims.claim_file import Claim, SeedValues, overall
 from stepkd.claims.runner import seed_values
@@ -173,7 +173,6 @@ def print_results(console: Console, name: str, summary: Mapping[str, Any], *, qu
 
 def _means(variant: str, arms: Mapping[str, Any], seeds: int, *, alone: bool) -> Table:
     title = f"mean over {seeds} seed{'s' if seeds > 1 else ''}, 95% interval"
-    table = Table(title=title if alone else f"{variant}: {title}", title_justify="left")
     metrics = list(dict.fromkeys(name for numbers in arms.values() for name in numbers))
 
     def cell(arm: str, metric: str) -> str:
@@ -181,21 +180,18 @@ def _means(variant: str, arms: Mapping[str, Any], seeds: int, *, alone: bool) ->
 
     wide = len(arms) > MOST_COLUMNS
     rows, columns = (list(arms), metrics) if wide else (metrics, list(arms))
-    table.add_column("arm" if wide else "metric")
-    for column in columns:
-        table.add_column(column, justify="right", overflow="fold")
+    numbers_of = (Column(column, justify="right", overflow="fold") for column in columns)
+    table = Table("arm" if wide else "metric", *numbers_of, title_justify="left")
+    table.title = title if alone else f"{variant}: {title}"
     for row in rows:
         table.add_row(row, *(cell(row, column) if wide else cell(column, row) for column in columns))
     return table
 
 
 def _statements(summary: Mapping[str, Any]) -> Table:
-    table = Table(title="statements", title_justify="left")
     several = len(summary["metrics"]) > 1
-    table.add_column("statement", overflow="fold")
-    table.add_column("measured, 95%", no_wrap=True)
-    table.add_column("t over seeds,\nbootstrap", no_wrap=True)
-    table.add_column("verdict")
+    intervals = (Column(name, no_wrap=True) for name in ("measured, 95%", "t over seeds,\nbootstrap"))
+    table = Table("statement", *intervals, "verdict", title="statements", title_justify="left")
     for statement in summary["statements"]:
         text = f"{statement['variant']}: {statement['text']}" if several else statement["text"]
         if statement["paper"]:

@@ -56,7 +56,7 @@ class BestOfNConfig:
 def run(config: BestOfNConfig) -> int:
     """Run ``stepkd best-of-n``."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from stepkd.evaluation.best_of_n import best_of_n_from_files
     from stepkd.evaluation.figures import best_of_n_figure
@@ -65,10 +65,8 @@ def run(config: BestOfNConfig) -> int:
 
     result = best_of_n_from_files(config.files(), ks=config.ks, grading=config.grading, seed=config.seed)
     console = Console()
-    table = Table(title=f"best-of-N on {result.problems} problems, 95% intervals", title_justify="left")
-    table.add_column("method")
-    for k in result.ks:
-        table.add_column(f"N={k}", justify="right")
+    table = Table("method", *(Column(f"N={k}", justify="right") for k in result.ks), title_justify="left")
+    table.title = f"best-of-N on {result.problems} problems, 95% intervals"
     for name, curve in result.curves.items():
         table.add_row(name, *(percent(interval.to_dict(), "\n") for interval in curve))
     console.print(table)

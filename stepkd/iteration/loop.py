@@ -81,10 +81,7 @@ def _check(spec: IterateConfig, job: Job) -> None:
         recipes = [find_recipe(name) for name in spec.train.recipes]
         check_fit(recipes, training_settings(first, job.out / "rows.jsonl"))
     except StepkdError as error:
-        hint = ""
-        if spec.reference == "kept" and "reference" in str(error):
-            hint = " (reference: kept is for methods with a reference model)"
-        raise ConfigError(f"train: `stepkd fit` would refuse these recipes and overrides{hint}: {error}") from error
+        raise ConfigError(f"train: `stepkd fit` would refuse these recipes and overrides: {error}") from error
     _check_problems(spec)
 
 

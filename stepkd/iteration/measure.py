@@ -15,7 +15,7 @@ from typing import Any, Unpack
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from stepkd.data.config import LABELS_NAME, parse_spec
 from stepkd.data.io import read_rows
@@ -259,10 +259,8 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
         "kl_per_token": "KL to M0, per token",
     }
     models = summary["models"]
-    table = Table(title=f"{summary['problems']} held-out problems, 95% intervals", title_justify="left")
-    table.add_column("")
-    for model in models:
-        table.add_column(model["name"], justify="right")
+    table = Table("", *(Column(model["name"], justify="right") for model in models), title_justify="left")
+    table.title = f"{summary['problems']} held-out problems, 95% intervals"
     for name, title in titles.items():
         metrics = (model["metrics"][name] for model in models)
         table.add_row(title, *(shown(each, _PLAIN.get(name, ".1%"), gap="\n") for each in metrics))

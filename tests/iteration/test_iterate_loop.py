@@ -310,7 +310,7 @@ def test_training_reads_the_pairs_of_a_pair_job(
             "overrides: 'max_step' is not a setting of trainer; did you mean 'max_steps'",
         ),
         ({"train.overrides.model.init_args.optimizer.lr": -1.0}, "optimizer.lr=-1.0"),
-        ({"reference": "kept"}, "reference: kept is for methods with a reference model"),
+        ({"reference": "kept"}, "'reference' is not a setting of model"),
         ({"evaluation.problems": 'task:task="modular:terms=3,modulus=3",n=4'}, "4 of 4 held-out problems are training"),
         ({"problems_per_iteration": 9}, "2 iterations of 9 fresh problems need 18, and .* has 16"),
         ({"problems": "gsm8k:split=test,path=nowhere.jsonl"}, "kept for evaluation"),
