@@ -153,11 +153,6 @@ def wilson_interval(successes: float, n: int) -> Interval:
     return Interval(p, low, high, "wilson")
 
 
-def mean_statistic(resampled: FloatArray) -> FloatArray:
-    """Mean over problems: (resamples, problems) -> (resamples,)."""
-    return np.asarray(resampled.mean(axis=1), dtype=np.float64)
-
-
 def ratio_of_sums(resampled: FloatArray) -> FloatArray:
     """Sum of column 0 over sum of column 1: (resamples, problems, 2) -> (resamples,); NaN where the latter is 0."""
     top, bottom = resampled.sum(axis=1).T
@@ -173,7 +168,7 @@ def balanced_accuracy(resampled: FloatArray) -> FloatArray:
 
 def cluster_bootstrap(
     per_problem: ArrayLike,
-    statistic: Statistic = mean_statistic,
+    statistic: Statistic = lambda resampled: resampled.mean(axis=1),
     *,
     n_resamples: int = 10_000,
     seed: int = 0,
