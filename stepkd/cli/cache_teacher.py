@@ -46,7 +46,7 @@ def run(config: CacheTeacherConfig) -> int:
         validation=config.validation,
         device=pick_device(config.device),
         precision="bf16-mixed" if "bf16" in str(trainer.get("precision")) else "32-true",
-        options=job.options,
+        options=job,
     )
     if not settings:
         return job.share_is_done("last part")

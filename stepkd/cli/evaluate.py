@@ -22,7 +22,7 @@ def run(config: EvaluateConfig) -> int:
     from stepkd.evaluation.runner import PROBLEMS, evaluate
 
     config, job = config.start({PROBLEMS: "evaluating"})
-    summary = evaluate(config, options=job.options)
+    summary = evaluate(config, options=job)
     if not summary:
         return job.share_is_done("results")
     print_summary(job.console, summary)

@@ -25,7 +25,7 @@ def run(config: EvaluatePRMConfig) -> int:
     from stepkd.evaluation.score_rows import SOLUTIONS, evaluate_process
 
     config, job = config.start({SOLUTIONS: "scoring"})
-    summary = evaluate_process(config, options=job.options)
+    summary = evaluate_process(config, options=job)
     if not summary:
         return job.share_is_done("results")
     print_process(job.console, summary)

@@ -24,8 +24,6 @@ class ExportConfig:
     """``merged`` folds an adapter into the weights, which every program loads; ``adapter`` writes it alone."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of the written weights; null keeps the one that the model was trained in."""
-    ema: bool = True
-    """Write the averaged weights of a run that has them, which validation measured; false takes the trained ones."""
     overwrite: bool = False
     """Replace an existing export."""
 

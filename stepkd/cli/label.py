@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from stepkd.labels.settings import LabelConfig
-from stepkd.runs.job import StartedJob
+from stepkd.runs.job import JobOptions
 
 
 def run(config: LabelConfig) -> int:
@@ -25,7 +25,7 @@ def run(config: LabelConfig) -> int:
     config, job = config.start({"solutions": "preparing solutions", "labels": "labelling"})
     from stepkd.labels.job import run_label_job
 
-    summary = run_label_job(config, options=job.options)
+    summary = run_label_job(config, options=job)
     if summary is None:
         return job.share_is_done("labels")
     print_summary(job, summary)
@@ -33,7 +33,7 @@ def run(config: LabelConfig) -> int:
     return 0
 
 
-def print_summary(job: StartedJob, summary: Mapping[str, Any]) -> None:
+def print_summary(job: JobOptions, summary: Mapping[str, Any]) -> None:
     """Counts, label balance per step, and what it cost."""
     from rich.table import Table
 

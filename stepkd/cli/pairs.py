@@ -15,7 +15,7 @@ from typing import Any
 
 from stepkd.cli.label import dropped, facts
 from stepkd.labels.settings import PAIR_JOBS, PairJobConfig
-from stepkd.runs.job import StartedJob
+from stepkd.runs.job import JobOptions
 
 ACTIONS = PAIR_JOBS
 
@@ -25,7 +25,7 @@ def run(config: PairJobConfig) -> int:
     config, job = config.start({"pairs": "building pairs of"})
     from stepkd.labels.job import run_pair_job
 
-    summary = run_pair_job(config, options=job.options)
+    summary = run_pair_job(config, options=job)
     if summary is None:
         return job.share_is_done("pairs")
     print_summary(job, summary)
@@ -33,7 +33,7 @@ def run(config: PairJobConfig) -> int:
     return 0
 
 
-def print_summary(job: StartedJob, summary: Mapping[str, Any]) -> None:
+def print_summary(job: JobOptions, summary: Mapping[str, Any]) -> None:
     """Counts, what was left out and why, and where in the solutions the pairs are."""
     from rich.table import Table
 

@@ -25,7 +25,7 @@ def run(config: ScoreConfig) -> int:
     from stepkd.runs.job import RESULTS_NAME
 
     config, job = config.start({SOLUTIONS: "scoring solutions", TEMPERATURE: "fitting the temperature"})
-    summary = score_file(config, options=job.options)
+    summary = score_file(config, options=job)
     if not summary:
         return job.share_is_done("scored rows")
     job.say(*summary_lines(summary), f"\nscored rows: {Path(config.out) / RESULTS_NAME}")

@@ -10,9 +10,11 @@ _HOMES = {
     "head": "check_head positions_from_mask real_vocab_size vocab_head",
     "load": "load_model load_tokenizer",
     "policy": "Policy",
-    "spec": "LoRAConfig PolicyConfig TINY_PRESETS build_tiny spec_from_dict tiny_tokenizer",
+    "spec": (
+        "Classifier LabelTokens LoRAConfig PolicyConfig StepHeadConfig TINY_PRESETS build_tiny spec_from_dict "
+        "tiny_tokenizer"
+    ),
     "step_head": "StepHead",
-    "step_head_config": "Classifier LabelTokens StepHeadConfig",
 }
 
 

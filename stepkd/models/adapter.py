@@ -141,16 +141,9 @@ def add_lora(model: Any, spec: PolicyConfig) -> Any:
             adapted = get_peft_model(model, config)
     except ValueError as error:
         raise ConfigError(f"policy.lora does not fit {spec.path}: {first_line(error)}") from error
-    if unknown := {
-        name
-        for name in lora.modules_to_save or ()
-        if not any(
-            f".{key}".endswith(f".{name}")
-            for key, module in adapted.named_modules()
-            if hasattr(module, "modules_to_save")
-        )
-    }:
-        raise ConfigError(f"policy.lora.modules_to_save names {sorted(unknown)}, which {spec.path} does not have")
+    saved = [f".{key}" for key, module in adapted.named_modules() if hasattr(module, "modules_to_save")]
+    if unknown := [name for name in lora.modules_to_save or () if not any(key.endswith(f".{name}") for key in saved)]:
+        raise ConfigError(f"policy.lora.modules_to_save names {unknown}, which {spec.path} does not have")
     # peft records the model's own name, which is empty for tiny presets and only the folder for a GGUF file.
     adapted.active_peft_config.base_model_name_or_path = spec.path
     adapted.active_peft_config.revision = spec.revision

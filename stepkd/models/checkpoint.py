@@ -21,19 +21,9 @@ from stepkd.models.adapter import ADAPTER_CONFIG, add_lora, in_base_precision, m
 from stepkd.models.load import checkpoint_layers, listed_ends, load_tokenizer
 from stepkd.models.policy import Policy
 from stepkd.models.source import find_checkpoint, save_template, trained_template
-from stepkd.models.spec import TINY_PRESETS, PolicyConfig, Quantization, spec_from_dict
+from stepkd.models.spec import TINY_PRESETS, PolicyConfig, Quantization, spec_from_dict, step_head_from_dict
 from stepkd.models.step_head import save_step_head
-from stepkd.models.step_head_config import step_head_from_dict
-from stepkd.runs.resume import read_checkpoint
-
-
-def trained_spec(path: str | Path) -> PolicyConfig:
-    """What :func:`load_trained` would load from a path, before its weights are put in.
-
-    Raises:
-        ModelError: a checkpoint that cannot be read.
-    """
-    return _read(path)[2]
+from stepkd.runs.rundir import read_checkpoint
 
 
 def _read(path: str | Path) -> tuple[Path | None, dict[str, Any] | None, PolicyConfig]:
@@ -57,7 +47,7 @@ def load_policy(spec: PolicyConfig) -> Policy:
     found = find_checkpoint(Path(spec.path).expanduser())
     if found is None:
         return Policy.load(spec)
-    if spec.lora is not None and trained_spec(found).lora is not None:
+    if spec.lora is not None and _read(found)[2].lora is not None:
         raise ConfigError(
             f"policy.path={spec.path} trained an adapter and policy.lora asks for a new one: drop policy.lora to train "
             "this one further, or merge it first (stepkd export) and give the export"
@@ -80,7 +70,6 @@ def load_trained(
     dtype: str | None = None,
     attention: str | None = None,
     quantization: Quantization = "none",
-    ema: bool = True,
     dequantise: bool = False,
 ) -> Policy:
     """Load a model for evaluation or export.
@@ -90,7 +79,6 @@ def load_trained(
         dtype: overrides the dtype it was trained in.
         attention: overrides the attention implementation.
         quantization: other than none: how the base weights are kept.
-        ema: use the averaged weights of a checkpoint that has them.
         dequantise: put a checkpoint's adapter on the unquantised base, whatever it was trained on.
 
     Raises:
@@ -122,21 +110,17 @@ def load_trained(
             )
         if "step_head" in checkpoint["stepkd"]:
             policy.attach_step_head(step_head_from_dict(checkpoint["stepkd"]["step_head"]))
-        _load_weights(policy, checkpoint, str(checkpoint_path), ema=ema)
+        _load_weights(policy, checkpoint, str(checkpoint_path))
     return policy
 
 
-def _load_weights(policy: Policy, checkpoint: dict[str, Any], path: str, *, ema: bool) -> None:
+def _load_weights(policy: Policy, checkpoint: dict[str, Any], path: str) -> None:
     weights = {name.removeprefix("policy."): value for name, value in checkpoint["state_dict"].items()}
-    expected = dict(policy.trainable_parameters())
-    averages = checkpoint["stepkd"].get("ema", weights)
-    if differing := misfit(expected, weights) or misfit(expected, averages):
+    if differing := misfit(dict(policy.trainable_parameters()), weights):
         raise ModelError(
             f"{path} holds weights of another model than its own policy section describes ({differing}): was "
             f"{policy.spec and policy.spec.path} changed since?"
         )
-    if ema:
-        weights = averages
     policy.load_state_dict(weights, strict=False)
 
 
@@ -184,7 +168,6 @@ def export_model(
     *,
     mode: Literal["merged", "adapter"] = "merged",
     dtype: str | None = None,
-    ema: bool = True,
     overwrite: bool = False,
 ) -> Path:
     """Write weights (safetensors), configuration, tokenizer and prompt template; of a reward model also its head.
@@ -195,7 +178,6 @@ def export_model(
         mode: ``merged`` folds adapters into the weights (those of the unquantised base, after QLoRA); ``adapter``
             writes the adapter alone, in peft's format.
         dtype: weights' dtype; None keeps the one the model was trained in.
-        ema: use the averaged weights of a checkpoint that has them.
         overwrite: replace an existing export.
 
     Returns:
@@ -208,7 +190,7 @@ def export_model(
     """
     out = Path(out).expanduser().absolute()
     _check_target(out, overwrite=overwrite)
-    policy = load_trained(source, dtype=dtype, ema=ema, dequantise=True)
+    policy = load_trained(source, dtype=dtype, dequantise=True)
     template = trained_template(source)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
@@ -231,15 +213,11 @@ def save_policy(policy: Policy, out: Path, *, mode: Literal["merged", "adapter"]
     if mode == "adapter":
         if not policy.has_adapter:
             raise ConfigError("there is no adapter to write: the model was trained in full; use --mode merged")
-        if policy.spec is not None and policy.spec.path in TINY_PRESETS and policy.spec.init_seed != 0:
+        base = policy.spec or PolicyConfig()
+        if (base.path in TINY_PRESETS and base.init_seed) or find_checkpoint(Path(base.path).expanduser()) is not None:
             raise ConfigError(
-                f"an adapter on random weights (policy.init_seed={policy.spec.init_seed}) cannot name its base model; "
-                "use --mode merged"
-            )
-        if policy.spec is not None and find_checkpoint(Path(policy.spec.path).expanduser()) is not None:
-            raise ConfigError(
-                f"an adapter on the run {policy.spec.path} cannot name its base model: use --mode merged, or export "
-                "that run first and train on the export"
+                f"an adapter on {base.path} (random weights, or a run) cannot name its base model: use --mode merged, "
+                "or export that base first and train on the export"
             )
         policy.model.save_pretrained(out, safe_serialization=True)
     else:

@@ -188,13 +188,7 @@ def _check_complete(path: str, model: Any, report: dict[str, Any]) -> None:
             f"{path!r} is a peft adapter: download it (hf download) and give its folder as policy.path, or give the "
             "base model"
         )
-    # Mismatched ones come as (name, shape found, shape wanted).
-    made_up = sorted(
-        key if isinstance(key, str) else key[0]
-        for name in ("missing_keys", "mismatched_keys")
-        for key in report.get(name, ())
-    )
-    if made_up:
+    if made_up := sorted(report["missing_keys"]):
         raise ModelError(
             f"{path!r} lacks weights that {type(model).__name__} needs ({', '.join(made_up[:3])}"
             f"{', ...' if len(made_up) > 3 else ''}; {len(made_up)} in all): they would start at random. Is it a model "

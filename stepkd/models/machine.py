@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 from pathlib import Path
 
+import psutil  # type: ignore[import-untyped]
 import torch
 
 from stepkd.errors import ModelError
@@ -38,13 +38,11 @@ def memory_used(root: Path = _ROOT) -> int | None:
     return None
 
 
-def memory_free(root: Path = _ROOT, meminfo: Path = Path("/proc/meminfo")) -> int | None:
+def memory_free(root: Path = _ROOT) -> int:
     """Bytes that this process can still get: of the machine, and within its control group."""
-    machine = _field(meminfo, "MemAvailable:") * 1024 or None
+    machine = int(psutil.virtual_memory().available)
     limit, used = memory_limit(root), memory_used(root)
-    within = None if limit is None or used is None else max(limit - used, 0)
-    known = [number for number in (machine, within) if number is not None]
-    return min(known) if known else None
+    return machine if limit is None or used is None else min(machine, max(limit - used, 0))
 
 
 def memory_peak() -> int | None:
@@ -89,11 +87,13 @@ def check_host_room(folder: Path, dtype: str) -> None:
     Raises:
         ModelError: names the bytes needed and free.
     """
-    needed = sum(file.stat().st_size for file in _weight_files(folder))
+    # What transformers reads, not every copy of the weights that lies there.
+    files = [*folder.glob("model*.safetensors")] or [*folder.glob("pytorch_model*.bin")]
+    needed = sum(file.stat().st_size for file in files)
     if dtype != "auto":
         needed = needed * _BYTES[dtype] // _BYTES.get(_stored_dtype(folder), _BYTES[dtype])
     free = memory_free()
-    if free is not None and needed > free:
+    if needed > free:
         raise ModelError(
             f"{folder} needs {needed:,} bytes ({needed / 2**30:.1f} GiB) for its weights (dtype {dtype}), and this "
             f"machine has {free:,} ({free / 2**30:.1f} GiB) free: load it in bfloat16, quantise it, or take a smaller "
@@ -104,15 +104,6 @@ def check_host_room(folder: Path, dtype: str) -> None:
 def device_room(device: torch.device) -> int:
     """Free memory of a CUDA device, in bytes."""
     return int(torch.cuda.mem_get_info(device)[0])
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The files that transformers reads, not every copy of the weights that lies there."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
-        return [folder / name for name in names if (folder / name).is_file()]
-    return list(folder.glob("model*.safetensors")) or list(folder.glob("pytorch_model*.bin"))
 
 
 def _stored_dtype(folder: Path) -> str:
@@ -134,8 +125,3 @@ def fast_bfloat16() -> bool:
 def compute_dtype() -> torch.dtype:
     """Dtype for weights that are stored in a form nothing computes in (GGUF): bfloat16 where that is fast."""
     return torch.bfloat16 if torch.cuda.is_available() or fast_bfloat16() else torch.float32
-
-
-def cpu_name() -> str:
-    """Name of the CPU."""
-    return str(torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine())

@@ -6,7 +6,6 @@ Axes: B rows, T padded length, H hidden size.
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
@@ -33,11 +32,8 @@ from stepkd.models.head import (
 from stepkd.models.load import listed_ends, load_model
 from stepkd.models.packed import check_unpadded, is_worth_it, unpadded_hidden
 from stepkd.models.sharding import gathered
-from stepkd.models.spec import PolicyConfig
+from stepkd.models.spec import PolicyConfig, StepHeadConfig
 from stepkd.models.step_head import StepHead, named_marker, resolve_ids, saved_step_head
-from stepkd.models.step_head_config import StepHeadConfig
-
-logger = logging.getLogger(__name__)
 
 
 class Policy(nn.Module):
@@ -67,14 +63,6 @@ class Policy(nn.Module):
             check_head(self.causal_lm)
             check_padding(self.causal_lm)
             self.can_unpad  # noqa: B018 - looked at now, while no strategy has sharded the weights yet
-            if (steady := steady_length(self.causal_lm.config.get_text_config())) == self.max_length is not None:
-                logger.warning(
-                    "%s changes its rotary frequencies for a whole batch once a sequence is longer than %d tokens: "
-                    "that is its context here. For longer ones write its long_factor over its short_factor in "
-                    "config.json (the long frequencies at every length)",
-                    type(self.causal_lm).__name__,
-                    steady,
-                )
 
     @classmethod
     def load(cls, spec: PolicyConfig) -> Policy:

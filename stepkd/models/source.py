@@ -14,8 +14,7 @@ from stepkd.errors import ConfigError, DataError, ModelError, nearest
 from stepkd.models.spec import TINY_PRESETS, PolicyConfig, spec_from_dict
 from stepkd.runs.files import write_json
 from stepkd.runs.launcher import detect_launch
-from stepkd.runs.resume import read_checkpoint
-from stepkd.runs.rundir import read_marker
+from stepkd.runs.rundir import read_checkpoint, read_marker
 
 logger = logging.getLogger(__name__)
 

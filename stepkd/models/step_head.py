@@ -23,7 +23,7 @@ from stepkd.losses.linear import DEFAULT_CHUNK, VocabHead
 from stepkd.losses.prm import label_token_logps
 from stepkd.models.adapter import first_line
 from stepkd.models.source import model_file
-from stepkd.models.step_head_config import Classifier, LabelTokens, StepHeadConfig, step_head_from_dict
+from stepkd.models.spec import Classifier, LabelTokens, StepHeadConfig, step_head_from_dict
 from stepkd.runs.files import write_json
 from stepkd.steps.format import auto_marker, marker_token_id
 

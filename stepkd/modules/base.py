@@ -196,8 +196,7 @@ class StepModule(PolicyModule):
         )
 
     def on_train_start(self) -> None:
-        """Start or restore the weight average (the checkpoint is loaded by now); settings win over the checkpoint."""
-        self.ensure_average()
+        """Let the settings of this start win over those of the checkpoint, which is loaded by now."""
         if self._own_settings:
             put_back(self._own_settings, cast(Any, self.optimizers()), cast(Any, self.lr_schedulers()))
 
@@ -266,8 +265,6 @@ class StepModule(PolicyModule):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         cast(Any, self.lr_schedulers()).step()
-        if self.ema is not None:
-            self.ema.update(self.model.trainable_parameters())
         self.after_step()
         tokens = sum(example.size for micro in micro_batches for example in micro.examples)
         self._log_step(counts, sums, terms, {"grad_norm": norm, "lr": lr, "tokens": float(tokens)})
@@ -305,12 +302,10 @@ class StepModule(PolicyModule):
     # ---- validation, test, prediction ------------------------------------------------------------------------------
 
     @contextmanager
-    def _averaged(self) -> Iterator[None]:
-        """Evaluation mode, with averaged weights where there are some; ranks may do different work in it."""
-        self.ensure_average()
+    def _evaluating(self) -> Iterator[None]:
+        """Evaluation mode; ranks may do different work in it."""
         self.model.eval()
-        averaged = nullcontext() if self.ema is None else self.ema.applied(self.model.trainable_parameters())
-        with averaged, self.gathered():
+        with self.gathered():
             yield
 
     @cached_property
@@ -330,7 +325,7 @@ class StepModule(PolicyModule):
 
     def validation_step(self, batch: StepBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Sums of this rank's share; a rank without examples adds nothing."""
-        with self._averaged():
+        with self._evaluating():
             micro_batches = self.prepare_evaluation(batch)
             with self.phases.phase("validation", total=len(micro_batches)):
                 for micro_batch in micro_batches:
@@ -372,7 +367,7 @@ class StepModule(PolicyModule):
     def predict_step(self, batch: StepBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Sample completions and return them as completion rows (``stepkd.data.rows.COMPLETION``)."""
         source = str(self.trainer.ckpt_path or self.policy_spec.path)
-        with self._averaged():
+        with self._evaluating():
             return self.sampled_accuracy.completion_rows(batch, self.phases, model_id=source)
 
     # ---- plumbing --------------------------------------------------------------------------------------------------

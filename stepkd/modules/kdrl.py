@@ -68,7 +68,7 @@ class KDRLModule(DistillationModule):
         kd: the distillation: SampledKL, ExactKL or AsAdvantage.
         step_credit: rewards of steps beside those of answers; null: none.
         samples: what is kept of the rollouts to look at (``samples.jsonl``, in runs with a logger).
-        **settings: optimizer, validation, micro_batch_tokens, chunk_size, loss_weights, ema_decay, seed: as for
+        **settings: optimizer, validation, micro_batch_tokens, chunk_size, loss_weights, seed: as for
             :class:`~stepkd.modules.base.StepModule`.
     """
 

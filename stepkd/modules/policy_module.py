@@ -12,7 +12,6 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities.parsing import collect_init_args
-from torch import Tensor
 
 from stepkd.data.batching import Position
 from stepkd.data.templates import PromptTemplate
@@ -23,7 +22,7 @@ from stepkd.models.checkpoint import base_fingerprint, load_policy
 from stepkd.models.head import disable_dropout
 from stepkd.models.load import load_tokenizer, training_spec
 from stepkd.models.policy import Policy
-from stepkd.models.sharding import WeightAverage, shard
+from stepkd.models.sharding import shard
 from stepkd.models.source import trained_template
 from stepkd.models.spec import PolicyConfig
 from stepkd.modules.distributed import check_strategy, clip_in_engine
@@ -31,7 +30,7 @@ from stepkd.modules.optim import OptimizerConfig
 from stepkd.modules.validation import ValidationConfig
 from stepkd.runs.job import flat
 from stepkd.runs.progress import PhaseTracker
-from stepkd.runs.resume import check_changes, short_name
+from stepkd.runs.rundir import check_changes, short_name
 from stepkd.yaml_files import as_yaml
 
 logger = logging.getLogger(__name__)
@@ -50,7 +49,6 @@ class PolicyModule(LightningModule):
             the gradient.
         chunk_size: positions whose logits exist at the same time.
         loss_weights: factor, >= 0, of each named sum of the loss (see the method's components); missing ones are 1.
-        ema_decay: keep a running average of the trainable weights, validate and export with it; null for none.
         seed: keys dropout and sampling noise. Dropout is drawn per rank and micro-batch, so with ``lora.dropout`` the
             gradient does depend on the split; nothing else does.
     """
@@ -74,7 +72,6 @@ class PolicyModule(LightningModule):
         micro_batch_tokens: int = 8192,
         chunk_size: int = DEFAULT_CHUNK,
         loss_weights: dict[str, float] | None = None,
-        ema_decay: float | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -88,7 +85,6 @@ class PolicyModule(LightningModule):
         self.loss_weights = dict(loss_weights or {})
         if incorrect := {k: v for k, v in self.loss_weights.items() if not 0 <= v < float("inf")}:
             raise ConfigError(f"loss_weights={incorrect}: each must be 0 (off) or positive")
-        self.ema_decay = ema_decay
         self.seed = seed
         self.arguments: dict[str, Any] = {}
         for given in collect_init_args(cast(Any, inspect.currentframe()), [], classes=(PolicyModule,)):
@@ -96,12 +92,10 @@ class PolicyModule(LightningModule):
         self.phases = PhaseTracker()
         self.position = Position()
         self.policy: Policy | None = None
-        self.ema: WeightAverage | None = None
         self.frozen: dict[str, str] = {}
         """Group of settings -> fingerprint of the frozen model that it is about: checkpoints name them, and no run is
         resumed beside another one."""
         self._tokenizer: Any = None
-        self._restored_ema: dict[str, Tensor] | None = None
 
     # ---- what a method defines -------------------------------------------------------------------------------------
 
@@ -198,16 +192,6 @@ class PolicyModule(LightningModule):
                 f"a {name} of a longer context"
             )
 
-    def ensure_average(self) -> None:
-        """Make the running average when this run keeps one, or, outside training, when the checkpoint holds one."""
-        training = self.trainer.state.fn == "fit"
-        if self.ema is not None or (self.ema_decay is None and (training or self._restored_ema is None)):
-            return
-        decay = 0.5 if self.ema_decay is None else self.ema_decay  # without a decay it is only read, never updated
-        self.ema = WeightAverage(self.model.trainable_parameters(), decay)
-        if self._restored_ema is not None:
-            self.ema.load_state_dict(self._restored_ema)
-
     # ---- checkpoints -----------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -229,8 +213,6 @@ class PolicyModule(LightningModule):
             section["template"] = asdict(self.template)
         if self.model.step_head is not None:
             section["step_head"] = self.model.step_head.spec.to_dict()
-        if self.ema is not None:
-            section["ema"] = self.ema.state_dict()
         if state := self.method_state():
             section["method_state"] = state
         checkpoint["stepkd"] = section
@@ -249,8 +231,7 @@ class PolicyModule(LightningModule):
         if not isinstance(section, dict) or section.get("format") != CHECKPOINT_FORMAT:
             raise ModelError(f"not a stepkd checkpoint of format {CHECKPOINT_FORMAT}: it has no such 'stepkd' section")
         expected = {f"policy.{name}": parameter for name, parameter in self.model.trainable_parameters()}
-        averages = {f"policy.{name}": value for name, value in section["ema"].items()} if "ema" in section else expected
-        if differing := misfit(expected, checkpoint["state_dict"]) or misfit(expected, averages):
+        if differing := misfit(expected, checkpoint["state_dict"]):
             raise ModelError(
                 f"the checkpoint holds other weights than this recipe trains ({differing}): use the policy (path, "
                 "lora) and the head it was made with"
@@ -269,7 +250,7 @@ class PolicyModule(LightningModule):
             self.restore_method_state({name: value for name, value in state.items() if name not in named})
         else:
             self.adopt_method_state(state)
-        self.position, self._restored_ema = Position(**section["position"]), section.get("ema")
+        self.position = Position(**section["position"])
 
     def _check_resume(self, section: dict[str, Any]) -> None:
         head, rows = self.model.step_head, "data.rows_and_batches"

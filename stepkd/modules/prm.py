@@ -1,6 +1,6 @@
 """Process reward models: a language model that scores every step of a solution.
 
-Two heads (:class:`~stepkd.models.step_head_config.StepHeadConfig`): label tokens at a step marker, as in Math-Shepherd
+Two heads (:class:`~stepkd.models.spec.StepHeadConfig`): label tokens at a step marker, as in Math-Shepherd
 (arXiv 2312.08935) and ASPRM (arXiv 2502.13943), or a small classifier, as in Qwen2.5-Math-PRM (arXiv 2501.07301). With
 ``data.labels.scope: outcome`` and ``head.meaning: outcome`` it is an outcome reward model, the baseline.
 
@@ -23,9 +23,8 @@ from stepkd.data.encode import LabelRule
 from stepkd.data.step_encode import StepEncoder
 from stepkd.errors import ConfigError, check_bounds
 from stepkd.losses import LossTerms, cross_entropy, pqm, step_cross_entropy, step_weights
-from stepkd.models.spec import PolicyConfig
+from stepkd.models.spec import LabelTokens, PolicyConfig, StepHeadConfig
 from stepkd.models.step_head import StepHeadIds, resolve_ids
-from stepkd.models.step_head_config import LabelTokens, StepHeadConfig
 from stepkd.modules.base import StepModule
 from stepkd.modules.components import Component, ForwardPass
 

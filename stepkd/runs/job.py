@@ -28,13 +28,13 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import stepkd
 from stepkd.errors import ConfigError, DataError, StepkdError, check_bounds
 from stepkd.runs.files import delete, json_text, write_file, write_json, write_jsonl
-from stepkd.runs.launcher import LaunchInfo, check_launch, launch_id, rank_device
-from stepkd.runs.process import live_process, this_process
+from stepkd.runs.launcher import check_launch, rank_device
+from stepkd.runs.process import check_unused, this_process
 from stepkd.runs.progress import WorkLine, metric
 from stepkd.yaml_files import as_yaml, yaml_text
 
@@ -66,18 +66,26 @@ class JobOptions:
     """This process among those at work, from 0; they need no process group."""
     world_size: int = 1
     """Number of processes at work; a resumed job may have another."""
-    launch: str | None = None
-    """A word that all ranks of this launch share and no other launch has (:func:`stepkd.runs.launcher.launch_id`)."""
     overwrite: bool = False
-    """Delete an earlier job of this kind in the folder first."""
+    """Delete an earlier job of this kind in the folder first; one process only."""
     wait_s: float = 1800.0
     """Longest wait for other ranks without news, in seconds."""
     report: Report | None = None
     """Told of progress after every unit."""
-    say: Callable[[str], None] | None = None
-    """Told what is waited for, one line at a time."""
+    console: Any = None
+    """The rich console that progress is shown on; None: nothing is said."""
     config: Mapping[str, Any] | None = None
     """Settings of the command, written beside the result as ``config.yaml``; they are not compared on resume."""
+
+    def say(self, *lines: str) -> None:
+        """Print lines as they are, whatever their length; none for an empty one."""
+        for line in filter(None, lines if self.console is not None else ()):
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def share_is_done(self, what: str) -> int:
+        """Say that other ranks have work left, and give the exit code."""
+        self.say(f"rank {self.rank} has done its share; the last rank to finish writes the {what}")
+        return 0
 
 
 ALONE = JobOptions()
@@ -91,7 +99,7 @@ class JobConfig:
     out: str
     """Folder of the job: its settings, parts and results; a folder that holds this job is resumed."""
     overwrite: bool = False
-    """Delete an earlier job of this kind in ``out`` and start again."""
+    """Delete an earlier job of this kind in ``out`` and start again; one process only."""
     wait_s: float = 1800.0
     """Longest wait for other processes of the job without news, in seconds, 0 or more; half an hour is longer than
     any unit should take."""
@@ -102,7 +110,7 @@ class JobConfig:
     def __post_init__(self) -> None:
         check_bounds("", self, wait_s="[0, inf)")
 
-    def start(self, verbs: Mapping[str, str]) -> tuple[Self, StartedJob]:
+    def start(self, verbs: Mapping[str, str]) -> tuple[Self, JobOptions]:
         """Look at the launch and begin to report progress on a console.
 
         Args:
@@ -128,41 +136,18 @@ class JobConfig:
                 f"  {metric(name, value)} {name}" if name.endswith("/s") else f"  {name} {value:.1%}"
                 for name, value in figures.items()
             )
-            line.show(f"{rank}{verbs.get(phase, phase)}", done, total, shown)
+            line.work(f"{rank}{verbs.get(phase, phase)}", done, total, shown)
 
         options = JobOptions(
             rank=launch.rank,
             world_size=launch.world_size,
-            launch=launch_id(launch),
             overwrite=self.overwrite,
             wait_s=self.wait_s,
             report=report,
-            say=lambda text: started.say(text),
+            console=console,
             config=as_yaml(self),
         )
-        started = StartedJob(console, launch, options)
-        return replace(self, device=rank_device(self.device, launch)), started
-
-
-class StartedJob(NamedTuple):
-    """This process's part in a job of the command line."""
-
-    console: Any
-    """The rich console that its progress is shown on."""
-    launch: LaunchInfo
-    """Which process of how many it is."""
-    options: JobOptions
-    """What the job is given."""
-
-    def say(self, *lines: str) -> None:
-        """Print lines as they are, whatever their length; none for an empty one."""
-        for line in filter(None, lines):
-            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-    def share_is_done(self, what: str) -> int:
-        """Say that other ranks have work left, and give the exit code."""
-        self.say(f"rank {self.launch.rank} has done its share; the last rank to finish writes the {what}")
-        return 0
+        return replace(self, device=rank_device(self.device, launch)), options
 
 
 @dataclass(eq=False)
@@ -189,32 +174,30 @@ class Job:
 
         Raises:
             ConfigError: not a folder, files of something else in it, a job of another kind, or (``overwrite``) more
-                than such a job in it; or another process is at work there (:meth:`alone`).
+                than such a job in it, or several processes; or another one is at work there (:meth:`alone`).
         """
-        if self.options.overwrite and self.options.rank:
-            return  # rank 0 says so, and may be deleting just now
+        if self.options.overwrite and self.options.world_size > 1:
+            raise ConfigError(
+                f"--overwrite is for one process, and {self.options.world_size} are started: delete {self.out} first"
+            )
         if self.out.exists() and not self.out.is_dir():
             raise ConfigError(f"--out {self.out} is a file: give a folder")
         with contextlib.suppress(OSError, ValueError, KeyError):
-            if (user := live_process(json.loads((self.out / LOG / _RUNNING).read_bytes()))) is not None:
-                raise ConfigError(
-                    f"{self.out} is in use by process {user} on this machine: wait for it, stop it, or give another "
-                    "--out"
-                )
+            check_unused(self.out, json.loads((self.out / LOG / _RUNNING).read_bytes()))
         names = sorted(path.name for path in self.out.iterdir()) if self.out.is_dir() else []
         own = {SETTINGS_NAME, CONFIG_NAME, PARTS, LOG, *self.outputs}
         foreign = [name for name in names if name not in own and not name.endswith(".tmp")]
         if SETTINGS_NAME not in names:
             if found := foreign or [name for name in names if name in own - {LOG}]:
                 raise ConfigError(
-                    f"{self.out} is not empty ({_some(found)}) and holds no {self.kind} (no {SETTINGS_NAME}): give "
+                    f"{self.out} is not empty ({some(found)}) and holds no {self.kind} (no {SETTINGS_NAME}): give "
                     "another --out"
                 )
         elif (kind := read_settings(self.out)["kind"]) != self.kind:
             raise ConfigError(f"{self.out} holds another kind of job ({kind}), not {_a(self.kind)}: give another --out")
         elif self.options.overwrite and foreign:
             raise ConfigError(
-                f"{self.out} holds more than {_a(self.kind)} ({_some(foreign)}), so --overwrite does not touch it: "
+                f"{self.out} holds more than {_a(self.kind)} ({some(foreign)}), so --overwrite does not touch it: "
                 "move those files away, or give another --out"
             )
 
@@ -230,12 +213,13 @@ class Job:
 
         Raises:
             ConfigError: the folder holds something else, or the job under other settings (they are named).
-            StepkdError: rank 0 does not come.
         """
         self.check()
         wanted = json.loads(json_text({"kind": self.kind, **settings}, path=self.out / SETTINGS_NAME))
-        if self.options.overwrite:
-            self._empty()
+        if self.options.overwrite:  # the settings go last: a kill in between leaves what --overwrite still accepts
+            own = (self.out / name for name in (*self.outputs, CONFIG_NAME, PARTS, LOG, SETTINGS_NAME))
+            for path in (*self.out.glob(".*.tmp"), *own):
+                delete(path)
         if (self.out / SETTINGS_NAME).is_file():
             found = read_settings(self.out)
             check_same(found, wanted, self.out, free=free)
@@ -248,35 +232,6 @@ class Job:
             write_file(self.out / CONFIG_NAME, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
         self._log({"event": "start", "command": shlex.join(sys.argv), **this_process()})
         return dict(found)
-
-    def _empty(self) -> None:
-        """Delete an earlier job's files (rank 0), or wait until that is done; once per launch."""
-        rank, launch = self.options.rank, self.options.launch
-        if self.options.world_size > 1 and launch is None:
-            raise ConfigError(
-                f"--overwrite with {self.options.world_size} processes that share no run id cannot tell who deletes "
-                f"what: delete {self.out} yourself, or start with torchrun --standalone"
-            )
-        mark = self.out / LOG / "overwritten.json"
-
-        def is_done() -> bool:
-            with contextlib.suppress(OSError, ValueError):
-                return launch is not None and bool(json.loads(mark.read_bytes()) == launch)
-            return False
-
-        if is_done():
-            return
-        if rank:
-            self._await(is_done, lambda: f"rank {rank} waits for rank 0 to begin {self.out}", "rank 0 did not begin")
-            return
-        # The settings go last: a kill in between leaves a folder that --overwrite still accepts.
-        for path in [
-            *self.out.glob(".*.tmp"),
-            *(self.out / name for name in (*self.outputs, CONFIG_NAME, PARTS, LOG, SETTINGS_NAME)),
-        ]:
-            delete(path)
-        if launch is not None:
-            write_json(mark, launch)
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
@@ -448,7 +403,7 @@ class Job:
                     "running, on the same disk? What is done is kept: give the same command again, with any number of "
                     "processes, or wait longer (--wait_s)"
                 )
-            if self.options.say is not None and not told:
+            if not told:
                 self.options.say(line())
                 told = True
             time.sleep(min(pause, self.options.wait_s))
@@ -586,5 +541,6 @@ def _a(noun: str) -> str:
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """The first of some names, for a message."""
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

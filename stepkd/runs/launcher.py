@@ -45,13 +45,13 @@ _LEFT_OPEN: dict[str, tuple[Any, ...]] = {
     "precision": (None,),
 }
 """Values by which the user leaves a setting to us."""
-_SHARDED = (
-    ("FSDP", "ACCELERATE_USE_FSDP", "FSDP_"),
-    ("DeepSpeed", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_"),
-    ("Megatron-LM", "ACCELERATE_USE_MEGATRON_LM", "MEGATRON_LM_"),
-    ("a parallelism config", "ACCELERATE_USE_PARALLELISM_CONFIG", "PARALLELISM_CONFIG_"),
-)
-"""Ways of accelerate to shard a model: name, switch, and what the names of their settings start with."""
+_SHARDED = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+}
+"""Ways of accelerate to shard a model, by their switches; their other settings do nothing without."""
 _IGNORED = {
     "MIXED_PRECISION": (
         ("", "no", "bf16"),
@@ -166,22 +166,6 @@ def rank_device(name: str, launch: LaunchInfo) -> str:
     return name
 
 
-def launch_id(info: LaunchInfo, environ: Mapping[str, str] = os.environ) -> str | None:
-    """A word that all processes of this launch share and no other launch has, where the launcher gives one.
-
-    A run id may be given twice (``torchrun --rdzv-id=NAME``, and accelerate calls every launch "none"): on one node the
-    elastic agent's private folder tells launches apart.
-    """
-    if info.launcher == "elastic":
-        run = environ["TORCHELASTIC_RUN_ID"]
-        agent = environ.get("TORCHELASTIC_ERROR_FILE", "").partition("/attempt_")[0]
-        if agent and info.num_nodes == 1:
-            return f"elastic:{run}:{agent}"
-        return None if run == "none" else f"elastic:{run}"
-    job, step = environ.get("SLURM_JOB_ID"), environ.get("SLURM_STEP_ID")
-    return f"slurm:{job}.{step}" if job and step else None
-
-
 def _check_slurm(environ: Mapping[str, str], tasks: int) -> None:
     if not any(name in environ for name in _STEP_MARKS):
         raise ConfigError(
@@ -284,20 +268,14 @@ def ignored_settings(environ: Mapping[str, str], parent_command: Sequence[str] =
         asked = environ.get(f"ACCELERATE_{name}", "").strip() or _options(parent_command).get(name.lower(), "")
         if asked.lower() not in neutral:
             found.append(text.format(asked))
-    for what, switch, prefix in _SHARDED:
-        seen = sorted(name for name, value in environ.items() if value and name.startswith(prefix))
-        if switch in environ:
-            # accelerate reads a false switch as "off", whatever else the section holds.
-            seen = [switch, *seen] if _is_true(environ[switch]) else []
-        if seen:
-            listed = ", ".join(seen[:3]) + (f" and {len(seen) - 3} more" if len(seen) > 3 else "")
+    for switch, what in _SHARDED.items():
+        if _is_true(environ.get(switch)):
             untested = " (recipes/strategy/deepspeed_zero2.yaml and deepspeed_zero3.yaml are untested)"
             found.append(
-                f"accelerate asks for {what} ({listed}), which Lightning ignores, while transformers obeys parts of it "
+                f"accelerate asks for {what} ({switch}), which Lightning ignores, while transformers obeys parts of it "
                 "when it loads weights. Launch with `accelerate launch --multi_gpu --num_processes N -m stepkd ...` "
                 "(or torchrun), and to shard weights, gradients and optimiser state add `--config "
                 f"recipes/strategy/fsdp2.yaml`{untested if what == 'DeepSpeed' else ''}."
-                + ("" if switch in environ else f" If {seen[0]} is left over from another job, unset it.")
             )
     return found
 
@@ -363,30 +341,17 @@ def _contradictions(info: LaunchInfo, settings: Mapping[str, Any]) -> list[str]:
     if info.launcher == "plain":
         return problems
     where = "the SLURM job" if info.launcher == "slurm" else "the launcher (torchrun or accelerate)"
-    devices = settings.get("devices")
-    if devices not in _LEFT_OPEN["devices"] and _device_count(devices) != info.local_world_size:
-        problems.append(
-            f"`trainer.devices: {devices}` in the recipe, but {where} started {info.local_world_size} process(es) per "
-            "node; remove `trainer.devices` (auto follows the launcher) or change the number of processes"
-        )
-    nodes = settings.get("num_nodes")
-    if nodes not in _LEFT_OPEN["num_nodes"] and str(nodes) != str(info.num_nodes):
-        problems.append(
-            f"`trainer.num_nodes: {nodes}` in the recipe, but {where} runs on {info.num_nodes} node(s); remove "
-            "`trainer.num_nodes` (it follows the launcher) or change the number of nodes"
-        )
+    started = {"devices": (info.local_world_size, "process(es) per node"), "num_nodes": (info.num_nodes, "node(s)")}
+    for name, (number, what) in started.items():
+        asked = settings.get(name)
+        listed = asked.strip(",").split(",") if isinstance(asked, str) and "," in asked else asked
+        count = len(listed) if isinstance(listed, list | tuple) else listed
+        if asked not in _LEFT_OPEN[name] and str(count) != str(number):
+            problems.append(
+                f"`trainer.{name}: {asked}` in the recipe, but {where} started {number} {what}; remove `trainer.{name}`"
+                " (it follows the launcher) or change what is started"
+            )
     return problems
-
-
-def _device_count(devices: Any) -> int:
-    if isinstance(devices, (list, tuple)):
-        return len(devices)
-    text = str(devices).strip()
-    if "," in text:
-        return len([part for part in text.split(",") if part.strip()])
-    if not text.isdigit():
-        raise ConfigError(f"`trainer.devices: {devices}` is neither a number, a list of device numbers, nor auto")
-    return int(text)
 
 
 def trainer_defaults(info: LaunchInfo, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import time
-from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from inspect import Parameter, signature
 from pathlib import Path
@@ -20,10 +19,8 @@ from lightning.pytorch.loggers.logger import Logger
 from typing_extensions import override
 
 from stepkd.errors import DataError, disk_error
-from stepkd.runs.files import write_json
 
 METRICS_FILE = "metrics.jsonl"
-HPARAMS_FILE = "hparams.json"
 
 _NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
@@ -49,7 +46,6 @@ class JsonlLogger(Logger):
         self._stream: IO[bytes] | None = None
         self._run = 0
         self._start = time.monotonic()
-        self._hparams: dict[str, Any] = {}
 
     @property
     @override
@@ -74,17 +70,14 @@ class JsonlLogger(Logger):
                 self._stream = self._open()
             seconds = round(time.monotonic() - self._start, 3)
             line: dict[str, Any] = {"run": self._run, "step": -1 if step is None else int(step), "seconds": seconds}
-            line |= _jsonable({name: value for name, value in metrics.items() if name not in line})
+            line |= {name: _plain(value) for name, value in metrics.items() if name not in line}
             append(self._stream, json.dumps(line) + "\n")
         except OSError as error:
             raise disk_error(error, self._path, "The lines before are intact. ") or error from None
 
     @override
-    @rank_zero_only
-    def log_hyperparams(self, params: dict[str, Any] | Namespace | None = None, *args: Any, **kwargs: Any) -> None:
-        """Merge the settings into ``hparams.json``; what JSON cannot hold is written as its text."""
-        self._hparams |= _jsonable(params or {})
-        write_json(self._folder / HPARAMS_FILE, self._hparams)
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: ``config.yaml`` holds the settings."""
 
     @override
     @rank_zero_only
@@ -107,7 +100,7 @@ for _logger in (CSVLogger, TensorBoardLogger):
 
 
 def place_loggers(settings: Any, folder: Path) -> None:
-    """Give loggers that are told neither folder nor name those of the run.
+    """Give loggers that are told no folder the run's, and the run's name to those that have a place for one.
 
     Args:
         settings: of one logger or several, as parsed; changed in place.
@@ -115,15 +108,9 @@ def place_loggers(settings: Any, folder: Path) -> None:
     """
     for logger in settings if isinstance(settings, list) else [settings]:
         options = getattr(logger, "init_args", None) or {}
-        is_wandb = str(getattr(logger, "class_path", "")).endswith("WandbLogger")
-        for name, unset, value in (
-            ("save_dir", (None, "."), str(folder)),
-            ("save_dir", ("./mlruns",), str(folder / "mlruns")),
-            ("root_dir", (None,), str(folder)),
-            ("run_name", (None,), folder.name),
-            ("name", (None,) if is_wandb else (), folder.name),
-        ):
-            if name in options and options[name] in unset:
+        named = "name" if str(getattr(logger, "class_path", "")).endswith("WandbLogger") else "run_name"
+        for name, value in {"save_dir": str(folder), "root_dir": str(folder), named: folder.name}.items():
+            if name in options and options[name] in (None, ".", "./mlruns"):  # the classes' own defaults
                 options[name] = value
 
 
@@ -171,15 +158,9 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
             yield {name: float(value) if value in _NOT_FINITE else value for name, value in line.items()}
 
 
-def _jsonable(value: Any) -> Any:
-    """Values as JSON holds them: numbers stay numbers, what is not finite becomes its name, the rest its text."""
-    return json.loads(json.dumps(value, default=_simpler), parse_constant=str)
-
-
-def _simpler(value: Any) -> Any:
-    if isinstance(value, Namespace | set | frozenset):
-        return vars(value) if isinstance(value, Namespace) else sorted(value, key=str)
-    return value.item() if hasattr(value, "item") else str(value)
+def _plain(value: Any) -> Any:
+    """A number as JSON holds it; what is not finite becomes its name."""
+    return json.loads(json.dumps(value, default=lambda tensor: tensor.item()), parse_constant=str)
 
 
 def open_to_append(path: Path) -> IO[bytes]:

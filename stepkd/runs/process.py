@@ -25,7 +25,7 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
-from stepkd.errors import MachineError, StepkdError
+from stepkd.errors import ConfigError, MachineError, StepkdError
 
 
 class StopRequest:
@@ -142,19 +142,23 @@ def quiet_libraries() -> None:
 
 
 def this_process() -> dict[str, Any]:
-    """What tells this process from every other, for :func:`live_process`."""
+    """What tells this process from every other, for :func:`check_unused`."""
     return {"host": socket.gethostname(), "pid": os.getpid(), "pid_start": psutil.Process().create_time()}
 
 
-def live_process(marker: Mapping[str, Any]) -> int | None:
-    """The process that a marker names, where it can be told that it still runs: same machine, same process start."""
+def check_unused(folder: Path, marker: Mapping[str, Any]) -> None:
+    """Refuse a folder at which another process of this machine works, as its marker (:func:`this_process`) tells.
+
+    Raises:
+        ConfigError: names the process.
+    """
     pid, start = marker.get("pid"), marker.get("pid_start")
     if marker.get("host") != socket.gethostname() or not isinstance(pid, int) or pid == os.getpid():
-        return None
-    if not isinstance(start, int | float):  # a text in runs of 0.1
-        return None
-    with contextlib.suppress(psutil.Error):
+        return
+    with contextlib.suppress(psutil.Error, TypeError):  # it is gone; a text as start, in runs of 0.1
         process = psutil.Process(pid)
         is_same = abs(process.create_time() - start) < 2  # not a later process of the same number
-        return pid if is_same and process.status() != psutil.STATUS_ZOMBIE else None
-    return None
+        if is_same and process.status() != psutil.STATUS_ZOMBIE:
+            raise ConfigError(
+                f"{folder} is in use by process {pid} on this machine: wait for it, stop it, or give another --out"
+            )

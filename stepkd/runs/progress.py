@@ -5,10 +5,10 @@ A module needs nothing but its tracker: ``with module.phases.phase("rollout", to
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,8 +23,6 @@ class Phase:
     """Number of units to do (sequences, micro-batches, problems), or None when it is not known beforehand."""
     done: int = 0
     """Number of units done so far, at most ``total``."""
-    seconds: float = 0.0
-    """Wall time spent in the phase, nested phases included; set when it ends."""
 
     def __str__(self) -> str:
         if self.total is None:
@@ -50,7 +48,7 @@ class PhaseTracker:
         """The open phases, outermost first."""
         return tuple(self._stack)
 
-    @contextmanager
+    @contextlib.contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[Phase]:
         """Say what is being done while the block runs.
 
@@ -59,12 +57,11 @@ class PhaseTracker:
             total: number of units to do, when known; at least 0.
 
         Yields:
-            The phase; its ``total`` may be set later, and ``seconds`` is there to log after the block.
+            The phase; its ``total`` may be set later.
         """
         phase = Phase(name, total)
         self._stack.append(phase)
         self.interrupted = None
-        start = time.monotonic()
         try:
             self._tell("start", phase)
             yield phase
@@ -72,7 +69,6 @@ class PhaseTracker:
             self.interrupted = self.interrupted or phase
             raise
         finally:
-            phase.seconds = time.monotonic() - start
             self._stack.remove(phase)
             self._tell("end", phase)
 
@@ -127,22 +123,59 @@ class Pace:
         return f"  {duration(self.seconds / (done - self.first) * (total - done))} left"
 
 
-class WorkLine:
-    """One line that redraws in a terminal; a line per tenth of the work elsewhere.
+REDRAW_SECONDS, LINE_SECONDS = 0.1, 30.0
+"""Shortest time between two drawings of a line in a terminal, and longest between two lines elsewhere."""
+
+
+class Line:
+    """One line that redraws in a terminal that is not a CI log; elsewhere lines that stay, few of them.
+
+    A reader that goes away (a closed pipe, a hung-up terminal) ends the output and not the work.
 
     Args:
         console: the rich console to print on.
-        redraw: False: lines in a terminal, too (several processes share it).
+        redraw: False: lines that stay in a terminal, too (several processes share it).
+        clock: seconds.
     """
 
-    def __init__(self, console: Any, *, redraw: bool = True) -> None:
+    def __init__(self, console: Any, *, redraw: bool = True, clock: Callable[[], float] = time.monotonic) -> None:
+        in_ci = os.environ.get("CI", "").lower() not in ("", "0", "false")
+        self._redraws = redraw and console.is_terminal and not console.is_dumb_terminal and not in_ci
         self._console = console
-        self._redraws = redraw and is_live(console)
-        self._what = ""
-        self._pace = Pace(0)
-        self._tenth = 0
+        self._clock = clock
+        self._shown = clock()
 
-    def show(self, what: str, done: int, total: int, facts: str = "") -> None:
+    def show(self, text: str, *, urgent: bool = False, stays: bool = False) -> None:
+        """Show how things are, where it is due.
+
+        Args:
+            text: what the line says.
+            urgent: redraw at once; elsewhere it makes no line.
+            stays: due everywhere.
+        """
+        elapsed = self._clock() - self._shown
+        if stays or (urgent and self._redraws) or elapsed >= (REDRAW_SECONDS if self._redraws else LINE_SECONDS):
+            self._shown += elapsed
+            self._write(text[: self._console.width - 1] + "\r" if self._redraws else f"{text}\n")
+
+    def keep(self, text: str) -> None:
+        """Write text that stays, in place of the line that was shown."""
+        self._write(text)
+
+    def _write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self._console.file.write(f"\x1b[2K{text}" if self._redraws else text)
+            self._console.file.flush()
+
+
+class WorkLine(Line):
+    """A :class:`Line` of counted work, which stays for every tenth of it where it cannot be redrawn."""
+
+    _what = ""
+    _pace = Pace(0)
+    _tenth = 0
+
+    def work(self, what: str, done: int, total: int, facts: str = "") -> None:
         """Say how far the work is.
 
         Args:
@@ -155,18 +188,11 @@ class WorkLine:
             self._what, self._pace, self._tenth = what, Pace(done), 0
         left = self._pace.left(done, total) if total > done else ""
         text = f"{what} {done}/{total}{facts}{left}"
-        if self._redraws:
-            end = "\n" if done == total else "\r"
-            self._console.print(text.ljust(self._console.width - 1), end=end, highlight=False, markup=False)
-        elif done * 10 // total > self._tenth or done == total:
-            self._tenth = done * 10 // total
-            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
-def is_live(console: Any) -> bool:
-    """Whether a line can be redrawn on a rich console: a terminal that is not a CI log."""
-    in_ci = os.environ.get("CI", "").lower() not in ("", "0", "false")
-    return bool(console.is_terminal and not console.is_dumb_terminal and not in_ci)
+        if done == total:
+            self.keep(f"{text}\n")
+        else:
+            before, self._tenth = self._tenth, done * 10 // total
+            self.show(text, urgent=True, stays=self._tenth > before)
 
 
 def duration(seconds: float) -> str:

@@ -7,17 +7,19 @@ Axes: B rows, T padded length, H hidden size, N completion tokens of a batch, C 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from stepkd.data.collate import collate, plan
+from stepkd.data.completion import Completion
 from stepkd.errors import DataError, ModelError
 from stepkd.losses.linear import DEFAULT_CHUNK, chunked_head, target_logps
 from stepkd.models.head import evaluation_mode
 from stepkd.models.policy import Policy
-from stepkd.sampling.decode import padded
 
 Ids = Sequence[int]
 
@@ -67,14 +69,20 @@ def annotate(
     """
     if teacher is not None:
         check_same_vocabulary(policy.tokenizer, teacher.tokenizer)
-    rows = list(zip(prompts_ids, completions_ids, strict=True))
+    pairs = zip(prompts_ids, completions_ids, strict=True)
+    rows = [Completion(np.asarray(a), np.asarray(b), id=str(number)) for number, (a, b) in enumerate(pairs)]
     _check_rows(rows, policy, "model")
-    scores = [_score(policy, rows, _logp_and_entropy, max_tokens, chunk_size)]
-    if teacher is not None:
-        _check_rows(rows, teacher, "teacher")
-        scores.append(_score(teacher, rows, _logp, max_tokens, chunk_size))
-    columns = [[column for score_NK in parts for column in score_NK.T.tolist()] for parts in zip(*scores, strict=True)]
-    return [TokenSignals(*map(tuple, row[: 2 if teacher is None else 3])) for row in columns]
+    found = [
+        TokenSignals(*map(tuple, signals_N2.T.tolist())) for signals_N2 in _read(policy, rows, max_tokens, chunk_size)
+    ]
+    if teacher is None:
+        return found
+    _check_rows(rows, teacher, "teacher")
+    theirs = _read(teacher, rows, max_tokens, chunk_size)
+    return [
+        signals._replace(teacher_logprobs=tuple(signals_N2[:, 0].tolist()))
+        for signals, signals_N2 in zip(found, theirs, strict=True)
+    ]
 
 
 def check_same_vocabulary(tokenizer: Any, of_teacher: Any) -> None:
@@ -86,84 +94,49 @@ def check_same_vocabulary(tokenizer: Any, of_teacher: Any) -> None:
     ours, theirs = tokenizer.get_vocab(), of_teacher.get_vocab()
     if ours == theirs:
         return
-    special = [t for t in tokenizer.all_special_tokens if t in ours and theirs.get(t) != ours[t]]
-    if special and all(theirs.get(token) == i for token, i in ours.items() if token not in special):
-        raise ModelError(
-            f"the teacher does not know the model's special tokens {', '.join(map(repr, special))} (ids "
-            f"{', '.join(str(ours[t]) for t in special)}), so it cannot say where a completion ends or what pads it: "
-            "add them to the teacher's tokenizer and embeddings and train it to use them, or take the model as it was "
-            "before they were added"
-        )
     token = min(token for token in {*ours, *theirs} if ours.get(token) != theirs.get(token))
     raise ModelError(
         f"the teacher's vocabulary is not the model's ({len(theirs)} and {len(ours)} tokens; {token!r} has id "
         f"{theirs.get(token)} there and {ours.get(token)} here), so it cannot score the model's ids: take a teacher "
-        "of the same model family"
+        "of the same model family, and a model as it was before tokens were added to it"
     )
 
 
-def _check_rows(rows: list[tuple[Ids, Ids]], model: Policy, who: str) -> None:
-    for number, (prompt, completion) in enumerate(rows):
-        if len(prompt) == 0:
-            raise DataError(f"prompt {number} has no tokens: a model needs at least one token to start from")
-        if unknown := [i for i in (*prompt, *completion) if not 0 <= i < model.vocab_size]:
+def _check_rows(rows: list[Completion], model: Policy, who: str) -> None:
+    for row in rows:
+        if len(row.prompt_ids) == 0:
+            raise DataError(f"prompt {row.id} has no tokens: a model needs at least one token to start from")
+        if unknown := [i for i in (*row.prompt_ids, *row.token_ids) if not 0 <= i < model.vocab_size]:
             raise DataError(
-                f"prompt and completion {number} hold id {unknown[0]}, and the {who} has ids 0 to "
+                f"prompt and completion {row.id} hold id {unknown[0]}, and the {who} has ids 0 to "
                 f"{model.vocab_size - 1}: were they tokenised with another tokenizer?"
             )
-        length, context = len(prompt) + len(completion), model.max_length
-        if context is not None and length > context:
+        if model.max_length is not None and row.length > model.max_length:
             raise DataError(
-                f"prompt and completion {number} have {length} tokens and the {who}'s context is {context}: shorten "
-                "or drop the row"
+                f"prompt and completion {row.id} have {row.length} tokens and the {who}'s context is "
+                f"{model.max_length}: shorten or drop the row"
             )
 
 
-def _batches(rows: list[tuple[Ids, Ids]], max_tokens: int) -> Iterator[list[int]]:
-    """Numbers of the rows with a completion, longest first, in batches of at most ``max_tokens`` padded tokens."""
-    lengths = [len(prompt) + len(completion) - 1 for prompt, completion in rows]
-    order = sorted((i for i, (_, completion) in enumerate(rows) if len(completion)), key=lambda i: -lengths[i])
-    start = 0
-    while start < len(order):
-        size = max(1, max_tokens // lengths[order[start]])
-        yield order[start : start + size]
-        start += size
-
-
-def _score(
-    model: Policy,
-    rows: list[tuple[Ids, Ids]],
-    score: Callable[[Tensor, Tensor], Tensor],
-    max_tokens: int,
-    chunk_size: int,
-) -> list[Tensor]:
-    """``score(logits_CV, targets_C)`` at all completion tokens: one tensor (tokens, columns) per row, on the CPU."""
-    results = [torch.zeros(0, 2)] * len(rows)
+def _read(model: Policy, rows: list[Completion], max_tokens: int, chunk_size: int) -> list[Tensor]:
+    """Log-probability and entropy of all completion tokens: one tensor (tokens, 2) per row, on the CPU."""
+    found: dict[str, Tensor] = {}
     with evaluation_mode(model):
-        for numbers in _batches(rows, max_tokens):
-            # The last token is only ever predicted, never read.
-            inputs = [[*rows[i][0], *rows[i][1][:-1]] for i in numbers]
-            needed = [(b, t) for b, i in enumerate(numbers) for t in range(len(rows[i][0]) - 1, len(inputs[b]))]
-            rows_N, places_N = torch.tensor(needed, device=model.device).T
-            targets_N = torch.tensor([token for i in numbers for token in rows[i][1]], device=model.device)
-            hidden_NH = model.hidden(*padded(model, inputs))[rows_N, places_N]
-            scores_NK = chunked_head(score, model.head, hidden_NH, targets_N, chunk_size=chunk_size).cpu()
-            parts = scores_NK.split([len(rows[i][1]) for i in numbers])
-            for i, part in zip(numbers, parts, strict=True):
-                if torch.isnan(part).any():
-                    raise ModelError(
-                        f"the model's logits are not numbers (NaN) in completion {i}: its weights have diverged, or "
-                        "float16 overflowed (use bfloat16 or float32)"
-                    )
-                results[i] = part
-    return results
+        for part in plan([row for row in rows if len(row.token_ids)], max_tokens):
+            batch = collate(part, int(model.tokenizer.pad_token_id or 0)).to(model.device)
+            hidden_NH = model.hidden(batch.input_ids_BT, batch.attention_mask_BT).flatten(0, 1)[batch.needed_N]
+            signals_N2 = chunked_head(_signals, model.head, hidden_NH, batch.targets_N, chunk_size=chunk_size).cpu()
+            found |= zip(batch.ids, signals_N2.split([len(row.token_ids) for row in part]), strict=True)
+    for number, signals_T2 in found.items():
+        if torch.isnan(signals_T2).any():
+            raise ModelError(
+                f"the model's logits are not numbers (NaN) in completion {number}: its weights have diverged, or "
+                "float16 overflowed (use bfloat16 or float32)"
+            )
+    return [found.get(row.id, torch.zeros(0, 2)) for row in rows]
 
 
-def _logp(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
-    return target_logps(logits_CV, targets_C).clamp(max=0).unsqueeze(-1)
-
-
-def _logp_and_entropy(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
+def _signals(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
     # entr(0) is 0, so tokens that a model rules out (logits of -inf) add nothing.
     entropy_C = torch.special.entr(logits_CV.softmax(-1)).sum(-1).clamp(min=0)
-    return torch.cat([_logp(logits_CV, targets_C), entropy_C.unsqueeze(-1)], dim=-1)
+    return torch.stack([target_logps(logits_CV, targets_C).clamp(max=0), entropy_C], dim=-1)

@@ -16,15 +16,13 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from stepkd.errors import DataError
 from stepkd.models.head import is_half, relative_error
 from stepkd.sampling.decode import Decoder, Row
 from stepkd.sampling.sampler import Branch, BranchContinuations, Progress, SamplingConfig
@@ -71,120 +69,100 @@ _PARTS = 4
 """Sequences are read for about this many full batches of rows at once, so that half-empty ones are few."""
 
 
-@dataclass
-class _Prefix:
+class _Prefix(NamedTuple):
     """One prefix of a branch, and the rows that continue it."""
 
-    branch: Branch
-    cut: int
+    token_ids: Sequence[int]
     rows: list[Row]
-    read_tokens: int = 0
-
-    @property
-    def token_ids(self) -> Sequence[int]:
-        return self.branch.token_ids[: self.cut]
 
 
-@dataclass
-class BranchRun:
-    """One call of :meth:`~stepkd.sampling.transformers_sampler.TransformersSampler.sample_branches`.
+def continued(
+    decoder: Decoder,
+    branches: Sequence[Branch],
+    spec: SamplingConfig,
+    key: tuple[str, int],
+    limit: float,
+    on_progress: Progress | None,
+) -> list[BranchContinuations]:
+    """See :meth:`~stepkd.sampling.transformers_sampler.TransformersSampler.sample_branches`.
+
+    Args:
+        decoder: reads sequences and decodes rows; its model is in evaluation mode.
+        branches: sequences with their cuts.
+        spec: how to draw.
+        key: purpose and step, the first parts of every row's noise key.
+        limit: :func:`gap_limit` of the model; the prefixes of longer sequences are read one by one.
+        on_progress: called with the number of rows just finished.
 
     Raises:
         DataError: a cut that cannot be continued.
     """
+    found = [_prefixes(decoder, position, branch, spec, key) for position, branch in enumerate(branches)]
+    # A block may be as wide as its longest sequence, which passed this test too.
+    shares = [bool(branch.cuts) and branch.cuts[-1] + spec.longest <= limit for branch in branches]
+    shared = [prefixes for prefixes, one in zip(found, shares, strict=True) if one]
+    for block in _blocks(shared, spec.n, decoder.max_rows):
+        _decode_shared(decoder, block, spec, on_progress)
+    apart = [prefix for prefixes, one in zip(found, shares, strict=True) if not one for prefix in prefixes]
+    decoder.decode_prompts([list(each.token_ids) for each in apart], [each.rows for each in apart], spec, on_progress)
+    return [
+        BranchContinuations(
+            tuple(decoder.finished(each.rows, np.asarray(each.token_ids), spec) for each in prefixes),
+            branch.cuts[-1] if one else sum(branch.cuts),
+        )
+        for prefixes, branch, one in zip(found, branches, shares, strict=True)
+    ]
 
-    decoder: Decoder
-    """Reads sequences and decodes rows; its model is in evaluation mode."""
-    branches: Sequence[Branch]
-    """Sequences with their cuts."""
-    spec: SamplingConfig
-    """How to draw."""
-    key: tuple[str, int]
-    """Purpose and step, the first parts of every row's noise key."""
-    on_progress: Progress | None
-    """Called with the number of rows just finished."""
 
-    def __post_init__(self) -> None:
-        self.prefixes = [self._prefixes(b, branch) for b, branch in enumerate(self.branches)]
+def _prefixes(
+    decoder: Decoder, position: int, branch: Branch, spec: SamplingConfig, key: tuple[str, int]
+) -> list[_Prefix]:
+    """The prefixes of a branch, with rows without a token yet."""
+    assert all(0 < a < b for a, b in pairwise([*branch.cuts, len(branch.token_ids) + 1])), branch
+    prefixes = []
+    for cut in branch.cuts:
+        limit = spec.room(f"a prefix of branch {branch.index}", cut, decoder.policy.max_length)
+        rows = [Row(position, j, limit, (*key, branch.index, cut, j)) for j in range(spec.n)]
+        prefixes.append(_Prefix(branch.token_ids[:cut], rows))
+    return prefixes
 
-    def _prefixes(self, position: int, branch: Branch) -> list[_Prefix]:
-        """The prefixes of a branch, with rows without a token yet."""
-        assert all(0 < a < b for a, b in pairwise([*branch.cuts, len(branch.token_ids) + 1])), branch
-        context, prefixes = self.decoder.policy.max_length, []
-        for cut in branch.cuts:
-            if context is not None and cut >= context:
-                raise DataError(
-                    f"branch {branch.index}: the prefix of {cut} tokens leaves no room in the model's context of "
-                    f"{context}"
-                )
-            limit = self.spec.longest if context is None else min(self.spec.longest, context - cut)
-            key = (*self.key, branch.index, cut)
-            prefixes.append(_Prefix(branch, cut, [Row(position, j, limit, (*key, j)) for j in range(self.spec.n)]))
-        return prefixes
 
-    def results(self, limit: float) -> list[BranchContinuations]:
-        """Draw everything.
+def _blocks(branches: list[list[_Prefix]], n: int, max_rows: int) -> list[list[list[_Prefix]]]:
+    """Branches that are read together, longest first: similar lengths, little padding."""
+    blocks: list[list[list[_Prefix]]] = []
+    room = 0
+    for prefixes in sorted(branches, key=lambda prefixes: -len(prefixes[-1].token_ids)):
+        rows = len(prefixes) * n
+        if not blocks or rows > room or len(blocks[-1]) >= max_rows:
+            blocks.append([])
+            room = _PARTS * max_rows
+        blocks[-1].append(prefixes)
+        room -= rows
+    return blocks
 
-        Args:
-            limit: :func:`gap_limit` of the model; the prefixes of longer sequences are read one by one.
-        """
-        shared: list[list[_Prefix]] = []
-        apart: list[_Prefix] = []
-        for prefixes in filter(None, self.prefixes):
-            # A block may be as wide as its longest sequence, which passed this test too.
-            if prefixes[-1].cut + self.spec.longest <= limit:
-                shared.append(prefixes)
-            else:
-                apart.extend(prefixes)
-        for block in self._blocks(shared):
-            self._decode_shared(block)
-        for prefix in apart:
-            prefix.read_tokens = prefix.cut
-        prompts, rows = [list(prefix.token_ids) for prefix in apart], [prefix.rows for prefix in apart]
-        self.decoder.decode_prompts(prompts, rows, self.spec, self.on_progress)
-        return [
-            BranchContinuations(
-                tuple(self.decoder.finished(p.rows, np.asarray(p.token_ids), self.spec) for p in prefixes),
-                sum(p.read_tokens for p in prefixes),
-            )
-            for prefixes in self.prefixes
-        ]
 
-    def _blocks(self, branches: list[list[_Prefix]]) -> list[list[list[_Prefix]]]:
-        """Branches that are read together, longest first: similar lengths, little padding."""
-        blocks: list[list[list[_Prefix]]] = []
-        room = 0
-        for prefixes in sorted(branches, key=lambda prefixes: -prefixes[-1].cut):
-            rows = len(prefixes) * self.spec.n
-            if not blocks or rows > room or len(blocks[-1]) >= self.decoder.max_rows:
-                blocks.append([])
-                room = _PARTS * self.decoder.max_rows
-            blocks[-1].append(prefixes)
-            room -= rows
-        return blocks
-
-    def _decode_shared(self, block: list[list[_Prefix]]) -> None:
-        """Read every sequence once and decode the rows of all its prefixes, those of similar length together."""
-        for prefixes in block:
-            prefixes[-1].read_tokens = prefixes[-1].cut
-        reading = self.decoder.read([prefixes[-1].token_ids for prefixes in block], padding="right")
-        device, read_columns = reading.mask_PT.device, reading.mask_PT.shape[1]
-        rows = [
-            (row, source, prefix.cut)
-            for source, prefixes in enumerate(block)
-            for prefix in prefixes
-            for row in prefix.rows
-        ]
-        rows.sort(key=lambda each: -each[2])
-        size = math.ceil(len(rows) / math.ceil(len(rows) / self.decoder.max_rows))
-        for start in range(0, len(rows), size):
-            part, sources, cuts = zip(*rows[start : start + size], strict=True)
-            width = cuts[0]
-            source_B, cut_B = torch.tensor([sources, cuts], device=device)
-            cache = selected_rows(reading.cache, source_B, read_columns - width)
-            mask_BT = (torch.arange(width, device=device) < cut_B[:, None]).to(reading.mask_PT.dtype)
-            hidden_BH = reading.hidden_PTH[source_B, cut_B - 1]
-            self.decoder.decode(list(part), cache, hidden_BH, mask_BT, self.spec, self.on_progress)
+def _decode_shared(
+    decoder: Decoder, block: list[list[_Prefix]], spec: SamplingConfig, on_progress: Progress | None
+) -> None:
+    """Read every sequence once and decode the rows of all its prefixes, those of similar length together."""
+    reading = decoder.read([prefixes[-1].token_ids for prefixes in block], padding="right")
+    device, read_columns = reading.mask_PT.device, reading.mask_PT.shape[1]
+    rows = [
+        (row, source, len(prefix.token_ids))
+        for source, prefixes in enumerate(block)
+        for prefix in prefixes
+        for row in prefix.rows
+    ]
+    rows.sort(key=lambda each: -each[2])
+    size = math.ceil(len(rows) / math.ceil(len(rows) / decoder.max_rows))
+    for start in range(0, len(rows), size):
+        part, sources, cuts = zip(*rows[start : start + size], strict=True)
+        width = cuts[0]
+        source_B, cut_B = torch.tensor([sources, cuts], device=device)
+        cache = selected_rows(reading.cache, source_B, read_columns - width)
+        mask_BT = (torch.arange(width, device=device) < cut_B[:, None]).to(reading.mask_PT.dtype)
+        hidden_BH = reading.hidden_PTH[source_B, cut_B - 1]
+        decoder.decode(list(part), cache, hidden_BH, mask_BT, spec, on_progress)
 
 
 def selected_rows(cache: Any, source_B: torch.Tensor, surplus: int = 0) -> Any:

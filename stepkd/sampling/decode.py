@@ -120,21 +120,17 @@ class RoomyLayer(DynamicLayer):
         return len(self.keys) == len(rooms[0]) and self.keys.data_ptr() == rooms[0].data_ptr()
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows, and let go of the room of all at once."""
-        super().batch_select_indices(indices)
-        self._rooms = None
+        """Keep some rows.
 
-    def close_up(self, indices: Tensor, holes: Tensor) -> None:
-        """Keep some rows in their room, each where it is but for those that move into holes.
-
-        Args:
-            indices: the rows that are kept, each at its own number save in the holes; what stands in a hole comes from
-                behind them all.
-            holes: numbers of the rows that are replaced.
+        Where they stay in their places, save those from behind that take the places of rows which are left out, only
+        these are copied; the room of all is let go of once half of it is empty.
         """
         number = len(indices)
-        if self._rooms is None or not self._is_in(self._rooms) or 2 * number <= self._capacity(self._rooms[0]):
-            self.batch_select_indices(indices)
+        holes = (indices != torch.arange(number, device=indices.device)).nonzero().squeeze(-1)
+        fits = self._rooms is not None and self._is_in(self._rooms) and 2 * number > self._capacity(self._rooms[0])
+        if self._rooms is None or not fits or bool((indices[holes] < number).any()):
+            super().batch_select_indices(indices)
+            self._rooms = None
             return
         for columns in (self.keys, self.values):
             columns[holes] = columns[indices[holes]]
@@ -170,16 +166,11 @@ def close_up(cache: Any, going: Sequence[int], device: torch.device) -> list[int
     Returns:
         The rows that are kept, in their new order.
     """
-    number, kept = len(going), list(range(len(going)))
+    kept = list(range(len(going)))
     holes = sorted(set(kept).difference(going))
-    for hole, row in zip(holes, (row for row in going if row >= number), strict=True):
+    for hole, row in zip(holes, (row for row in going if row >= len(going)), strict=True):
         kept[hole] = row
-    indices, places = torch.tensor(kept, device=device), torch.tensor(holes, dtype=torch.long, device=device)
-    for layer in cache.layers:
-        if isinstance(layer, RoomyLayer):
-            layer.close_up(indices, places)
-        else:
-            layer.batch_select_indices(indices)
+    cache.batch_select_indices(torch.tensor(kept, device=device))
     return kept
 
 

@@ -61,6 +61,26 @@ class SamplingConfig:
                 "these cut its distribution; leave top_p at 1 and top_k at 0"
             )
 
+    def room(self, what: str, tokens: int, context: int | None) -> int:
+        """Most tokens that a completion may have.
+
+        Args:
+            what: what is completed, for the message.
+            tokens: its tokens.
+            context: of the model, in tokens; None: unlimited.
+
+        Raises:
+            DataError: nothing to start from, or no room for a single token.
+        """
+        if tokens == 0:
+            raise DataError(f"{what} has no tokens: a model needs at least one token to start from")
+        if context is not None and tokens >= context:
+            raise DataError(
+                f"{what} has {tokens} tokens and the model's context is {context}: use fewer few-shot examples, a "
+                "model with a longer context, or drop the row"
+            )
+        return self.longest if context is None else min(self.longest, context - tokens)
+
     @property
     def longest(self) -> int:
         """Longest completion in tokens."""
@@ -116,7 +136,11 @@ class Sampler(ABC):
         """
         indices = range(len(prompts)) if indices is None else indices
         wanted = [
-            Wanted(np.asarray(prompt).tolist(), self._room(prompt, index, spec), (purpose, step, index))
+            Wanted(
+                np.asarray(prompt).tolist(),
+                spec.room(f"prompt {index}", len(prompt), self.policy.max_length),
+                (purpose, step, index),
+            )
             for prompt, index in zip(prompts, indices, strict=True)
         ]
         return self._draw(wanted, spec, on_progress)
@@ -139,18 +163,6 @@ class Sampler(ABC):
         self, wanted: Sequence[Wanted], spec: SamplingConfig, on_progress: Progress | None
     ) -> list[list[Completion]]:
         """What :meth:`sample` gives."""
-
-    def _room(self, prompt: Collection[int], index: int, spec: SamplingConfig) -> int:
-        """Most tokens that a completion of a prompt may have."""
-        if len(prompt) == 0:
-            raise DataError(f"prompt {index} has no tokens: a model needs at least one token to start from")
-        context = self.policy.max_length
-        if context is not None and len(prompt) >= context:
-            raise DataError(
-                f"prompt {index} has {len(prompt)} tokens and the model's context is {context}: shorten the prompt "
-                "(fewer few-shot examples) or drop the row"
-            )
-        return spec.longest if context is None else min(spec.longest, context - len(prompt))
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,9 @@ import torch
 from stepkd.data.completion import Completion
 from stepkd.data.encode import Encoder
 from stepkd.data.templates import PromptTemplate
-from stepkd.errors import DataError
 from stepkd.models.head import evaluation_mode
 from stepkd.models.policy import Policy
-from stepkd.sampling.branches import BranchRun, gap_limit
+from stepkd.sampling.branches import continued, gap_limit
 from stepkd.sampling.decode import Decoder, Row
 from stepkd.sampling.sampler import Branch, BranchContinuations, Progress, Sampler, SamplingConfig, Wanted
 from stepkd.steps.segment import get_segmenter
@@ -81,11 +80,10 @@ class TransformersSampler(Sampler):
             DataError: a prefix that leaves no room for a single token in the model's context.
             ModelError: the model's logits are not numbers.
         """
-        run = BranchRun(self._decoder, branches, spec, (purpose, step), on_progress)
         with evaluation_mode(self.policy):
             if self._gap_limit is None:
                 self._gap_limit = gap_limit(self._decoder)
-            return run.results(self._gap_limit)
+            return continued(self._decoder, branches, spec, (purpose, step), self._gap_limit, on_progress)
 
 
 def encode_prompts(policy: Policy, template: PromptTemplate, rows: Sequence[dict[str, Any]]) -> list[Completion]:
@@ -97,13 +95,7 @@ def encode_prompts(policy: Policy, template: PromptTemplate, rows: Sequence[dict
     encoder = Encoder(policy.tokenizer, template, get_segmenter("newline"), max_length=10**9)
     prompts = [encoder.prompt_example(row) for row in rows]
     longest = max(prompts, key=lambda prompt: len(prompt.prompt_ids))
-    if policy.max_length is not None and len(longest.prompt_ids) >= policy.max_length:
-        raise DataError(
-            f"the prompt has {len(longest.prompt_ids)} tokens and the model's context is {policy.max_length}: use "
-            "fewer few-shot examples, a model with a longer context, or drop the row",
-            path=longest.id,
-            column="prompt",
-        )
+    SamplingConfig().room(f"{longest.id}: the prompt", len(longest.prompt_ids), policy.max_length)
     return prompts
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from stepkd.data.templates import TEMPLATES, PromptTemplate, get_template
 from stepkd.errors import ConfigError, check_bounds, nearest
-from stepkd.models.step_head_config import StepHeadConfig
+from stepkd.models.spec import StepHeadConfig
 from stepkd.scorers.rules import Arithmetic, Checker, Gain
 from stepkd.scorers.scorer import ScorerConfig, StepScorer
 

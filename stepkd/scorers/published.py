@@ -37,8 +37,7 @@ from stepkd.models.checkpoint import load_trained
 from stepkd.models.load import check_tokenizer
 from stepkd.models.policy import Policy
 from stepkd.models.source import check_source, model_file
-from stepkd.models.spec import TINY_PRESETS, PolicyConfig
-from stepkd.models.step_head_config import Classifier, LabelTokens
+from stepkd.models.spec import TINY_PRESETS, Classifier, LabelTokens, PolicyConfig
 from stepkd.steps.format import StepFormat
 
 QWEN_SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."

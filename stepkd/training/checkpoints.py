@@ -1,22 +1,31 @@
-"""Checkpoints: written whole or not at all, loaded without executing anything, and when: ``last.ckpt``, ``best.ckpt``,
-and before a run stops on request."""
+"""What a run writes into its folder: checkpoints, its prompt template, and what ``predict`` samples.
+
+Checkpoints are written whole or not at all: ``last.ckpt`` every so many steps, at the end and when a signal stops the
+run, ``best.ckpt`` after a validation. :mod:`stepkd.runs.rundir` says what a run is resumed from, and how.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 
+from stepkd.data.rows import COMPLETION, validate
+from stepkd.data.templates import PromptTemplate
 from stepkd.errors import check_bounds, disk_error
+from stepkd.models.source import save_template
 from stepkd.runs.files import replaced
+from stepkd.runs.logger import append
 from stepkd.runs.process import STOP_REQUEST, Preempted
-from stepkd.runs.resume import find_last_checkpoint, read_checkpoint
+from stepkd.runs.rundir import find_last_checkpoint, read_checkpoint
 
 
 @dataclass(frozen=True)
@@ -65,16 +74,20 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> Any:
-        """Read a checkpoint; see :func:`stepkd.runs.resume.read_checkpoint`."""
+        """Read a checkpoint; see :func:`stepkd.runs.rundir.read_checkpoint`."""
         return read_checkpoint(path)
 
 
 class LastCheckpoint(Checkpoint):
-    """Write ``last.ckpt`` whenever another ``every_n_steps`` optimiser steps are done.
+    """Write ``last.ckpt`` whenever another ``every_n_steps`` optimiser steps are done, and before a run is stopped.
 
     When a validation follows the step, the checkpoint is written after it, so that a run killed while it validates goes
     back to before the step and validates again: ``best.ckpt`` then ends the same as without the kill. A batch that
     serves several optimiser steps counts as soon as it crosses a multiple.
+
+    SIGTERM is a request while a run trains, whose state is saved when all ranks have agreed to stop. Lightning's own
+    handler is replaced: it broadcasts from within the signal, in the middle of other communication, and stops between
+    batches only, without a checkpoint.
 
     Args:
         path: the file.
@@ -86,10 +99,12 @@ class LastCheckpoint(Checkpoint):
         self.every_n_steps = every_n_steps
         self._saved_at: int | None = None
         self._due = False
+        self._stop_listening: Callable[[], None] = lambda: None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count from where the run stands."""
+        """Count from where the run stands, and listen; Lightning has installed its handler by now."""
         self._saved_at = trainer.global_step
+        self._stop_listening = STOP_REQUEST.listen()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -105,6 +120,16 @@ class LastCheckpoint(Checkpoint):
         """Save what waited for the validation."""
         if self._due and not trainer.sanity_checking:
             self.save(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save, on all ranks, when a request to stop is why the run ends."""
+        if isinstance(exception, Preempted):
+            self.save(trainer)
+        self._stop_listening()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop listening, before Lightning puts back the handlers that were there before it."""
+        self._stop_listening()
 
     def save(self, trainer: Trainer) -> None:
         """Write it now, on all ranks.
@@ -128,7 +153,7 @@ class BestCheckpoint(ModelCheckpoint):
     """Lightning's best-checkpoint keeping, for run folders that may have been moved.
 
     Lightning forgets the best score when the folder's path changed since the checkpoint, and the next validation would
-    replace a better ``best.ckpt``. Here the paths are rewritten to the folder's new place.
+    replace a better ``best.ckpt``.
     """
 
     @classmethod
@@ -146,48 +171,75 @@ class BestCheckpoint(ModelCheckpoint):
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the best score under this folder's path."""
-        here = str(self.dirpath)
-
-        def moved(path: str) -> str:
-            return str(Path(here) / Path(path).name) if path else path
-
-        changed = {
-            name: moved(state_dict[name]) for name in ("best_model_path", "kth_best_model_path", "last_model_path")
-        }
-        scores = {moved(path): score for path, score in state_dict["best_k_models"].items()}
-        super().load_state_dict({**state_dict, **changed, "best_k_models": scores, "dirpath": here})
+        """Restore the best score; its file lies here, too, and Lightning deletes none in the old place."""
+        super().load_state_dict({**state_dict, "dirpath": str(self.dirpath)})
 
 
-class SaveWhenPreempted(Callback):
-    """Take SIGTERM as a request while a run trains, and save its state when all ranks have agreed to stop.
-
-    Lightning's own handler is replaced: it broadcasts from within the signal, in the middle of other communication, and
-    stops between batches only, without a checkpoint.
+class RunFacts(Callback):
+    """Tells every logger the run's settings, and writes its prompt template beside them.
 
     Args:
-        last: writes the checkpoint.
+        folder: the run folder.
+        settings: of the run, under dotted names.
     """
 
-    def __init__(self, last: LastCheckpoint) -> None:
-        self.last = last
-        self._restore: Callable[[], None] | None = None
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        self.folder = folder
+        self.settings = settings
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before Lightning saves the loggers without settings."""
+        for logger in trainer.loggers if trainer.enable_autolog_hparams else ():
+            logger.log_hyperparams(self.settings)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen; Lightning has installed its handler by now."""
-        self._restore = STOP_REQUEST.listen()
+        """Not before, because a folder in which nothing has begun is removed when the run fails."""
+        template = getattr(getattr(trainer, "datamodule", None), "template", None)
+        if trainer.is_global_zero and isinstance(template, PromptTemplate):
+            save_template(template, self.folder)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save, on all ranks, when that is why the run ends."""
-        if isinstance(exception, Preempted):
-            self.last.save(trainer)
-        self._stop_listening()
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop listening, before Lightning puts back the handlers that were there before it."""
-        self._stop_listening()
+class CompletionFile(Callback):
+    """Append the completion rows that ``predict_step`` returns to a JSON Lines file.
 
-    def _stop_listening(self) -> None:
-        if self._restore is not None:
-            self._restore()
-            self._restore = None
+    Args:
+        path: the file; other ranks than 0 write beside it, with their number in the name.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows = 0
+        self._stream: IO[bytes] | None = None
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open this rank's file."""
+        if trainer.world_size > 1:
+            self.path = self.path.with_name(f"{self.path.stem}-{trainer.global_rank}{self.path.suffix}")
+        self._stream = open(self.path, "wb", buffering=0)  # noqa: SIM115 (open over many batches)
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Write the batch's rows and let them reach the disk."""
+        assert self._stream is not None
+        try:
+            for row in outputs:
+                validate(row, COMPLETION, path=self.path, line=self.rows + 1)
+                append(self._stream, json.dumps(row) + "\n")
+                self.rows += 1
+            os.fsync(self._stream.fileno())
+        except OSError as error:
+            kept = f"The {self.rows} rows before are whole. "
+            raise disk_error(error, self.path, kept) or error from None
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Close the file and say where it is."""
+        if self._stream is not None:
+            self._stream.close()
+            print(f"{self.rows} completions in {self.path}")

@@ -40,18 +40,17 @@ def explained(error: BaseException, module: Any = None, last: Path | None = None
 
 def _memory(text: str, module: Any, last: Path | None) -> str:
     phase = getattr(getattr(module, "phases", None), "interrupted", None)
-    size = getattr(module, "micro_batch_tokens", None)
     where = "" if phase is None else f" in the phase {phase.name!r}"
-    now = "" if size is None else f" (now {size}; half of it, the gradient stays the same)"
-    more = "; while sampling, a smaller max_rows" if phase is not None and "rollout" in phase.name else ""
-    kept = "" if last is None else "No checkpoint was written yet. "
+    now = getattr(module, "micro_batch_tokens", "unknown")
+    kept = "No checkpoint was written yet. " if last is not None else ""
     if last is not None and last.is_file():
         kept = f"{last} is intact: --resume continues from it. "
     return (
-        f"out of memory{where}. Three settings take less, in this order: model.init_args.micro_batch_tokens{now}; "
+        f"out of memory{where}. Three settings take less, in this order: model.init_args.micro_batch_tokens (now {now};"
+        " half of it, the gradient stays the same), while sampling engine.max_rows; "
         "model.init_args.policy.gradient_checkpointing: true; LoRA (policy.lora) or a sharded strategy "
-        f"(recipes/strategy/fsdp2.yaml) in place of all weights on every device{more}. `stepkd doctor --recipe ...` "
-        f"measures the need. {kept}({_first_line(text)})"
+        "(recipes/strategy/fsdp2.yaml) in place of all weights on every device. `stepkd doctor --recipe ...` measures "
+        f"the need. {kept}({_first_line(text)})"
     )
 
 

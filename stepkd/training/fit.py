@@ -25,7 +25,7 @@ from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from stepkd.data.datamodule import StepData
-from stepkd.errors import ConfigError, MachineError
+from stepkd.errors import ConfigError, MachineError, StepkdError
 from stepkd.models.source import find_checkpoint, no_model
 from stepkd.modules.base import StepModule
 from stepkd.modules.dpo import DPOModule
@@ -38,21 +38,20 @@ from stepkd.runs.files import write_file
 from stepkd.runs.launcher import check_launch, trainer_defaults
 from stepkd.runs.logger import JsonlLogger, place_loggers
 from stepkd.runs.process import Preempted, quiet_libraries
-from stepkd.runs.resume import check_changes, find_last_checkpoint, newest_config, recipe_settings, short_name
-from stepkd.runs.rundir import RunDir, free_path
+from stepkd.runs.rundir import RunDir, changed_settings, find_last_checkpoint, free_path, recipe_settings, short_name
 from stepkd.settings import OneLineErrors, explain, show_help, user_mistake, with_recipe_files
 from stepkd.training.checkpoints import (
     AtomicCheckpointIO,
     BestCheckpoint,
     CheckpointConfig,
+    CompletionFile,
     LastCheckpoint,
-    SaveWhenPreempted,
+    RunFacts,
 )
 from stepkd.training.failures import explained
 from stepkd.training.progress import StepProgress
-from stepkd.training.run_files import CompletionFile, RunFacts
 from stepkd.training.trainer_settings import check_trainer_settings
-from stepkd.yaml_files import nested, read_yaml
+from stepkd.yaml_files import nested
 
 DATA_MODULES = (StepData,)
 METHODS = (SFTModule, PRMModule, DPOModule, KTOModule, StepKTOModule, GKDModule, KDRLModule)
@@ -172,14 +171,13 @@ def _run(words: Sequence[str], *, quiet: bool = False) -> StepkdCLI:
     cli = StepkdCLI(quiet=quiet)
     try:
         cli.start(words)
-    except MisconfigurationException as error:
-        mistake = ConfigError(str(error))
-        cli.mark_failed(mistake)
-        raise mistake from error
     except Preempted as stopped:
         cli.mark_stopped(stopped)
     except BaseException as error:  # an interrupted run is recorded too
-        told = explained(error, getattr(cli, "model", None), None if cli.last is None else cli.last.path)
+        last = None if cli.last is None else cli.last.path
+        told: StepkdError | None = explained(error, getattr(cli, "model", None), last)
+        if isinstance(error, MisconfigurationException):
+            told = ConfigError(str(error))
         cli.mark_failed(told or error)
         root = told or user_mistake(error)
         if root is not None and root is not error:
@@ -311,8 +309,7 @@ class StepkdCLI(LightningCLI):
         for name, value in trainer_defaults(info, settings).items():
             config.trainer[name] = value
         if info.bf16 and info.is_rank_zero:
-            source = "the recipe's" if settings.get("precision") else "the launcher's"
-            print(f"trainer.precision: {config.trainer.precision}, {source} (accelerate asks for mixed precision bf16)")
+            print(f"trainer.precision: {config.trainer.precision} (accelerate asks for mixed precision bf16)")
         if config.trainer.accelerator == "auto" and not torch.cuda.is_available():
             config.trainer.accelerator = "cpu"  # never Apple's MPS: it has no float64, which sampling needs
         if self.subcommand in ("fit", "predict"):
@@ -323,7 +320,8 @@ class StepkdCLI(LightningCLI):
                     "stepkd predict cannot continue with a completion file: use --overwrite or another --out"
                 )
             config.resume = config.resume or config.resume_with is not None
-            changed = self._changes(Path(config.out)) if config.resume and info.is_rank_zero else []
+            resumes = config.resume and info.is_rank_zero
+            changed = changed_settings(Path(config.out), self._settings(), self._named()) if resumes else []
             self.run_dir = RunDir.open(
                 config.out, resume=config.resume, overwrite=config.overwrite, kind=self.subcommand
             )
@@ -347,14 +345,8 @@ class StepkdCLI(LightningCLI):
         parser = self._parser(self.subcommand)
         return str(parser.dump(config, skip_unset=False, skip_link_targets=False, skip_validation=True))
 
-    def _changes(self, out: Path) -> list[str]:
-        """What differs from the run that is resumed, where a checkpoint is left of it."""
-        earlier = newest_config(out)
-        if earlier is None or find_last_checkpoint(out / "checkpoints") is None:
-            return []
-        then = recipe_settings(read_yaml(earlier, "run's settings"))
-        now = recipe_settings(yaml.safe_load(self._config_text))
-        return check_changes(then, now, self._named(), str(out))
+    def _settings(self) -> dict[str, Any]:
+        return recipe_settings(yaml.safe_load(self._config_text))
 
     def _named(self) -> list[str]:
         """What ``--resume_with`` names, under short names."""
@@ -376,7 +368,7 @@ class StepkdCLI(LightningCLI):
         has_bar = any(isinstance(each, ProgressBar) for each in (own if isinstance(own, list) else [own]))
         callbacks: list[Callback] = [] if has_bar or config.trainer.enable_progress_bar is False else [StepProgress()]
         if self.run_dir is not None and self.subcommand == "fit":
-            callbacks.append(RunFacts(self.run_dir.path, recipe_settings(yaml.safe_load(self._config_text))))
+            callbacks.append(RunFacts(self.run_dir.path, self._settings()))
             if config.trainer.get("default_root_dir") is None:
                 kwargs["default_root_dir"] = str(self.run_dir.path)
             if (given := self._get(self.config_init, "trainer").logger) is not False:
@@ -385,7 +377,6 @@ class StepkdCLI(LightningCLI):
                 kwargs["logger"] = [*given, *ours]
             spec = config.checkpoint
             self.last = LastCheckpoint(self.run_dir.checkpoints / "last.ckpt", spec.every_n_steps)
-            callbacks.append(SaveWhenPreempted(self.last))
             if _has_validation(config) and spec.monitor is not None:
                 callbacks.append(BestCheckpoint.of(self.run_dir.checkpoints, spec))
             callbacks.append(self.last)  # after the best one, so that the state it saves knows the newest best score

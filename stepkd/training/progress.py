@@ -1,4 +1,4 @@
-"""Progress of a run: one live line in a terminal, plain lines elsewhere.
+"""Progress of a run: one live line in a terminal, plain lines elsewhere (:class:`~stepkd.runs.progress.Line`).
 
 Both say the same: what is being done now (rollout, scoring, training, validation, ...) and how far it is, the
 optimiser step, the time left, and every metric that the module logs with ``prog_bar=True``. It listens to the module's
@@ -12,23 +12,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
-from rich.live import Live
-from rich.text import Text
 from typing_extensions import override
 
-from stepkd.runs.progress import Pace, Phase, PhaseTracker, duration, is_live, metric
+from stepkd.runs.progress import Line, Pace, PhaseTracker, duration, metric
 
-_REFRESH_SECONDS = 0.1
-LINE_SECONDS = 30.0
-"""Longest time between two plain lines while something advances."""
-_BAR_WIDTH = 20
 _STAGES = {
     "train": "training",
     "validate": "validation",
@@ -41,21 +34,20 @@ _STAGES = {
 class StepProgress(ProgressBar):
     """Progress display for every Trainer entry point; add it to the Trainer's callbacks and Lightning adds no other.
 
-    One line, redrawn, in a terminal that is not a CI log; elsewhere a line per tenth of the training, and where nothing
-    was said for half a minute.
+    Where the line cannot be redrawn there is one per tenth of the training, and where nothing was said for half a
+    minute.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.console = Console()
         self._clock: Callable[[], float] = time.monotonic
-        self._close: Callable[[], None] | None = None  # between setup and teardown
-        self._live: Live | None = None
+        self._display: Line | None = None  # between setup and teardown, on rank 0
+        self._close: Callable[[], None] | None = None
         self._tracker = PhaseTracker()
         self._batch: tuple[int, float] | None = None
         self._pace: Pace | None = None
         self._batches = 0
-        self._drawn = self._last_line = -math.inf
         self._tenth = 0
 
     # ---- life cycle ------------------------------------------------------------------------------------------------
@@ -67,10 +59,9 @@ class StepProgress(ProgressBar):
         if not trainer.is_global_zero:
             return
         self._batch = self._pace = None
-        self._drawn, self._last_line = -math.inf, self._clock()
-        phases = getattr(pl_module, "phases", None)
-        self._tracker = phases if isinstance(phases, PhaseTracker) else PhaseTracker()
-        self._close = self._tracker.subscribe(self._on_phase)
+        self._display = Line(self.console, clock=self._clock)
+        self._tracker = getattr(pl_module, "phases", None) or PhaseTracker()
+        self._close = self._tracker.subscribe(lambda event, _: self._draw(urgent=event == "start"))
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -82,18 +73,15 @@ class StepProgress(ProgressBar):
 
     @override
     def disable(self) -> None:
-        """Give the terminal its cursor and its stdout back; no output until the next :meth:`setup`."""
-        close, self._close, live, self._live = self._close, None, self._live, None
-        if close is not None:
-            close()
-        if live is not None:
-            with suppress(OSError):
-                live.stop()
+        """No output until the next :meth:`setup`."""
+        if self._close is not None:
+            self._close()
+        self._close = self._display = None
 
     @property
     def is_enabled(self) -> bool:
         """Whether there is output now; ``LightningModule.print`` asks, though Lightning's base class lacks it."""
-        return self._close is not None
+        return self._display is not None
 
     # ---- what the Trainer and the module's phases tell ---------------------------------------------------------------
 
@@ -110,7 +98,7 @@ class StepProgress(ProgressBar):
     ) -> None:
         self._batches += 1
         before, self._tenth = self._tenth, self._tenths()
-        self._draw(line=self._tenth > before)
+        self._draw(stays=self._tenth > before)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -131,15 +119,12 @@ class StepProgress(ProgressBar):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._draw(line=not trainer.sanity_checking)
+        self._draw(stays=not trainer.sanity_checking)
         self._batch = None
 
     on_test_start = on_predict_start = on_validation_start
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end
     on_test_end = on_predict_end = on_validation_end
-
-    def _on_phase(self, event: str, phase: Phase) -> None:
-        self._draw(urgent=event == "start")
 
     # ---- output ----------------------------------------------------------------------------------------------------
 
@@ -170,64 +155,24 @@ class StepProgress(ProgressBar):
         counted = f"{name} {done}" if math.isinf(total) else f"{name} {done}/{int(total)}"
         return " > ".join([counted, *(str(phase) for phase in phases if phase.name != name)])
 
-    def _facts(self) -> str:
-        """Step, time left and metrics."""
-        if self._pace is None:
-            return "  ".join(self._metrics())
-        step, total = self.trainer.global_step, self._total()
-        counted = f"step {step}" if total is None else f"step {step}/{total}{self._pace.left(step, total)}"
-        return "  ".join([counted, *self._metrics()])
-
     def _metrics(self) -> list[str]:
         return [f"{name} {metric(name, value)}" for name, value in self.trainer.progress_bar_metrics.items()]
 
-    def _draw(self, *, urgent: bool = False, line: bool = False) -> None:
-        """Redraw the live line, or print a plain one when it is due."""
-        if not self.is_enabled:
+    def _draw(self, *, urgent: bool = False, stays: bool = False) -> None:
+        """Show what is being done, the step, the time left and the metrics."""
+        if self._display is None:
             return
-        now = self._clock()
-        if not is_live(self.console):
-            if line or now - self._last_line >= LINE_SECONDS:
-                self._last_line = now
-                self.print("  ".join(filter(None, (self._what(), self._facts()))))
-        elif urgent or line or now - self._drawn >= _REFRESH_SECONDS:
-            self._drawn = now
-            with self._reader():
-                if self._live is None:
-                    # No refresh thread: a fork (data workers, graders) while it held a lock would hang the child.
-                    live = Live(console=self.console, auto_refresh=False, transient=True)
-                    live.start()
-                    self._live = live
-                self._live.update(self._line(), refresh=True)
-
-    def _line(self) -> Text:
-        text = Text(no_wrap=True, overflow="ellipsis")
-        text.append(self._what() + "  ", style="bold cyan")
-        if self._pace is not None and (total := self._total()):
-            filled = min(_BAR_WIDTH, _BAR_WIDTH * self.trainer.global_step // total)
-            text.append("━" * filled + "─" * (_BAR_WIDTH - filled) + "  ", style="green")
-        return text.append(self._facts())
+        parts = [self._what()]
+        if self._pace is not None:
+            step, total = self.trainer.global_step, self._total()
+            parts.append(f"step {step}" if total is None else f"step {step}/{total}{self._pace.left(step, total)}")
+        self._display.show("  ".join([*parts, *self._metrics()]), urgent=urgent, stays=stays)
 
     @override
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Print text that stays: above the live line, where there is one."""
-        if not self.is_enabled:
-            return
-        text, end = kwargs.get("sep", " ").join(map(str, args)), kwargs.get("end", "\n")
-        with self._reader():
-            if self._live is not None:
-                self.console.print(text, end=end, markup=False, highlight=False, soft_wrap=True)
-            else:
-                self.console.file.write(text + end)
-                self.console.file.flush()
-
-    @contextmanager
-    def _reader(self) -> Iterator[None]:
-        """A reader of our output that goes away (a closed pipe, a hung-up terminal) must not end the training."""
-        try:
-            yield
-        except OSError:
-            self.disable()
+        if self._display is not None:
+            self._display.keep(kwargs.get("sep", " ").join(map(str, args)) + kwargs.get("end", "\n"))
 
 
 def evaluation_batches(trainer: Trainer) -> float:

@@ -11,14 +11,10 @@ from typing import Any
 from stepkd.errors import ConfigError
 from stepkd.modules.distributed import check_strategy
 
-TRUE_PRECISION = {
-    "bf16-true": "bfloat16 with LoRA, or float32 with trainer.precision bf16-mixed",
-    "64-true": "float64",
-    "64": "float64",
-}
-"""Lightning's names for a module that is converted as a whole, and the dtype of its weights."""
+CONVERTED = ("bf16-true", "64", "transformer-engine")
+"""What Lightning's names of precisions begin with that convert a module as a whole."""
 _CLIP = "set model.init_args.optimizer.max_grad_norm"
-_AVERAGE = "set model.init_args.ema_decay"
+_AVERAGE = "no averaged weights are kept; model.init_args.optimizer.schedule lowers the learning rate at the end"
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "accumulate_grad_batches": (
         (None, 1),
@@ -73,13 +69,11 @@ def check_trainer_settings(settings: dict[str, Any], subcommand: str) -> None:
         if name in CALLBACKS:
             raise ConfigError(f"trainer.callbacks: {name} does not work here: {CALLBACKS[name]}")
     precision = str(settings.get("precision"))
-    if dtype := TRUE_PRECISION.get(precision):
+    if precision.startswith(CONVERTED):
         raise ConfigError(
             f"trainer.precision {precision}: the weights' dtype is the model's own here, so set "
-            f"model.init_args.policy.dtype to {dtype} (trainer.precision 32-true is the default)"
+            "model.init_args.policy.dtype (bfloat16 with LoRA, float64), or trainer.precision bf16-mixed"
         )
-    if precision.startswith("transformer-engine"):
-        raise ConfigError(f"trainer.precision {precision} is not supported: use bf16-mixed")
     limits = (
         settings.get("max_steps", -1) != -1,
         settings.get("max_epochs") not in (None, -1),

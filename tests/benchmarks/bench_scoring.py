@@ -14,7 +14,7 @@ import time
 import torch
 
 from stepkd.models.checkpoint import load_trained
-from stepkd.models.step_head_config import Classifier
+from stepkd.models.spec import Classifier
 from stepkd.scorers.judge import PromptedJudge
 from stepkd.scorers.prm import PRMScorer
 from stepkd.scorers.scorer import Solutions

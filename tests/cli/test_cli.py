@@ -241,9 +241,9 @@ def test_print_config_is_a_recipe_again(tmp_path: Path) -> None:
         (["--trainer.max_steps", "-1"], "the run has no end"),
         (
             ["--trainer.precision", "bf16-true"],
-            "set model.init_args.policy.dtype to bfloat16 with LoRA, or float32 with trainer.precision bf16-mixed",
+            "set model.init_args.policy.dtype (bfloat16 with LoRA, float64), or trainer.precision bf16-mixed",
         ),
-        (["--trainer.precision", "64"], "set model.init_args.policy.dtype to float64"),
+        (["--trainer.precision", "64"], "set model.init_args.policy.dtype"),
         (["--model.init_args.policy.path", "/no/such/model"], "no model folder at /no/such/model"),
         (["--data.init_args.train.source", "math500"], "source 'math500'"),
         (["--checkpoint.mode", "up"], "checkpoint.mode: expected one of ['min', 'max'], got 'up'"),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
 
@@ -23,7 +25,6 @@ def test_this_machine(tmp_path: Path) -> None:
     findings = look_around(tmp_path, {})
     assert named(findings, "versions", "torch").value == torch.__version__
     assert named(findings, "launch", "launcher").value == "plain: rank 0 of 1, 1 node(s)"
-    assert "gloo" in named(findings, "launch", "backends").value
     assert "free" in named(findings, "disk", str(tmp_path)).value
     assert not [each for each in findings if each.level == "bad"]
 
@@ -41,10 +42,8 @@ def test_launchers_that_promise_what_lightning_ignores(tmp_path: Path) -> None:
 
 def test_places_where_nothing_can_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    found = look_around(tmp_path / "file" / "runs", {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)})
+    found = look_around(tmp_path / "file" / "runs", {})
     assert named(found, "disk", str(tmp_path / "file" / "runs")).level == "bad"
-    cache = named(found, "disk", "hub cache").value
-    assert cache == f"{tmp_path / 'hub'}: empty, offline: nothing is downloaded"
 
 
 def test_a_missing_package_and_too_many_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,12 +61,11 @@ def test_a_missing_package_and_too_many_threads(tmp_path: Path, monkeypatch: pyt
     assert named(look_around(tmp_path, {}), "CPU", "bfloat16").value == "in hardware"
 
 
-def test_limits_of_a_container(tmp_path: Path) -> None:
+def test_limits_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both versions of control groups; file caches can be given back and do not count."""
-    meminfo = tmp_path / "meminfo"
-    meminfo.write_text("MemTotal:  8000000 kB\nMemAvailable:  4000000 kB\n")
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=4 * 10**9))
     assert memory_limit(tmp_path) is None
-    assert memory_free(tmp_path, meminfo) == 4_000_000 * 1024
+    assert memory_free(tmp_path) == 4 * 10**9
     second = tmp_path / "second"
     second.mkdir()
     for name, text in (
@@ -79,7 +77,7 @@ def test_limits_of_a_container(tmp_path: Path) -> None:
         (second / name).write_text(text + "\n")
     assert memory_limit(second) == 10**9
     assert memory_used(second) == 5 * 10**8
-    assert memory_free(second, meminfo) == 5 * 10**8
+    assert memory_free(second) == 5 * 10**8
     assert cpus(second) <= 1.5
     (second / "memory.max").write_text("max\n")
     (second / "cpu.max").write_text("max 100000\n")

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from stepkd.cli import main, memory
-from stepkd.cli.memory import Bound, cache_bytes, in_own_process, lower_bound, skeleton, two_steps, weight_bytes
-from stepkd.errors import ConfigError, DataError, MachineError
+from stepkd.cli.memory import in_own_process, lower_bound, skeleton, two_steps, weight_bytes
+from stepkd.errors import ConfigError, DataError, MachineError, ModelError
 from stepkd.models.checkpoint import load_trained
 from stepkd.models.machine import memory_peak
 from stepkd.models.policy import Policy
@@ -28,9 +28,9 @@ TINY = PolicyConfig(path="tiny-0.1m")
 FEW = ("data.init_args.train.options.n=16", "model.init_args.policy.path=tiny-0.1m")
 
 
-def check_fit(words: list[str]) -> tuple[Any, Any]:
-    """Module and data of a recipe."""
-    return fit.check_fit(words=words)[:2]
+def module_of(words: list[str]) -> Any:
+    """The module of a recipe."""
+    return fit.check_fit(words=words).module
 
 
 def recipe(name: str, *settings: str) -> list[str]:
@@ -67,10 +67,10 @@ def test_auto_counts_a_bfloat16_checkpoint_as_it_is_trained(tmp_path: Path) -> N
         part.save_pretrained(tmp_path)
     path = f"model.init_args.policy.path={tmp_path}"
     auto, full = (
-        lower_bound(*check_fit(recipe("sft", path, f"model.init_args.policy.dtype={dtype}")))
+        lower_bound(module_of(recipe("sft", path, f"model.init_args.policy.dtype={dtype}")))
         for dtype in ("auto", "float32")
     )
-    assert (auto.held, auto.at_least) == (full.held, full.at_least)
+    assert auto == full
 
 
 def test_an_adapter_folder_is_trained_alone(tmp_path: Path) -> None:
@@ -84,22 +84,13 @@ def test_an_adapter_folder_is_trained_alone(tmp_path: Path) -> None:
     assert weight_bytes(bones, spec) == weight_bytes(real, spec)
 
 
-def test_a_row_of_cache() -> None:
-    policy = Policy.load(TINY)
-    output = policy.causal_lm(input_ids=torch.ones(1, 7, dtype=torch.long), use_cache=True)
-    kept = sum(
-        t.numel() * t.element_size() for layer in output.past_key_values.layers for t in (layer.keys, layer.values)
-    )
-    assert cache_bytes(TINY, 7) == kept
-
-
 @pytest.mark.parametrize(
     "words",
-    [recipe("sft", *FEW, "model.init_args.ema_decay=0.9"), recipe("prm", *FEW, "model.init_args.policy.lora={r: 4}")],
+    [recipe("sft", *FEW), recipe("prm", *FEW, "model.init_args.policy.lora={r: 4}")],
     ids=["full", "lora"],
 )
 def test_what_is_held_is_what_a_run_holds(words: list[str], tmp_path: Path) -> None:
-    held = lower_bound(*check_fit(words)).held
+    held = lower_bound(module_of(words))
     assert main(["fit", *words, "--trainer.max_steps", "1", "--out", str(tmp_path / "run")]) == 0
     checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
 
@@ -110,21 +101,6 @@ def test_what_is_held_is_what_a_run_holds(words: list[str], tmp_path: Path) -> N
     assert held["optimiser (AdamW)"] == bytes_of(value for state in states.values() for value in state.values())
     assert held["gradients"] == bytes_of(checkpoint["state_dict"].values())
     assert held["weights"] == bytes_of(load_trained(tmp_path / "run").model.parameters())
-    if "ema" in checkpoint["stepkd"]:
-        assert held["running average"] == bytes_of(checkpoint["stepkd"]["ema"].values())
-
-
-def test_a_chunk_of_logits_and_the_cache_come_on_top() -> None:
-    words = recipe("kdrl", *FEW, "model.init_args.chunk_size=8")
-    module, data = check_fit(words)
-    bound = lower_bound(module, data)
-    vocabulary = int(skeleton(TINY).get_output_embeddings().weight.shape[0])
-    assert bound.phases["training"] == {"chunk of logits": 8 * vocabulary * 4}
-    rows = min(module.engine.max_rows, data.global_batch_size * module.rollout_spec.sampling.n)
-    assert bound.phases["sampling"]["key-value cache"] == rows * cache_bytes(TINY, module.rollout_spec.sampling.longest)
-    sums = [sum(phase.values()) for phase in bound.phases.values()]
-    assert bound.at_least == sum(bound.held.values()) + max(sums)
-    assert not lower_bound(*check_fit(recipe("prm", *FEW))).phases, "a step head makes no logits of the vocabulary"
 
 
 def test_copies_of_the_policy_are_held_too() -> None:
@@ -132,10 +108,10 @@ def test_copies_of_the_policy_are_held_too() -> None:
     lora, cache = "model.init_args.policy.lora={r: 4}", "model.init_args.reference={cache: true}"
     for settings, copies in ((), True), ((lora,), False), ((cache,), False):
         nowhere = ("data.init_args.train.path=/no/such/file.jsonl", "model.init_args.policy.path=tiny-0.1m")
-        held = lower_bound(*check_fit(recipe("dpo", *nowhere, *settings))).held
+        held = lower_bound(module_of(recipe("dpo", *nowhere, *settings)))
         assert held.get("reference") == (held["weights"] if copies else None)
     for form, copies in (("SelfSnapshot", 1), ("SelfAverage", 2), ("SelfBase", 1)):
-        held = lower_bound(*check_fit(recipe("self_distill", *FEW, f"model.teacher={form}"))).held
+        held = lower_bound(module_of(recipe("self_distill", *FEW, f"model.teacher={form}")))
         assert held["self-teacher"] == copies * held["weights"]
 
 
@@ -144,49 +120,25 @@ def test_a_teacher_that_is_a_run(tmp_path: Path) -> None:
     adapted = ("model.init_args.policy.lora={r: 4}", "model.init_args.policy.dtype=bfloat16")
     fit = ["fit", *recipe("sft", *FEW, *adapted), "--trainer.max_steps", "1", "--out", str(tmp_path / "run")]
     assert main(fit) == 0
-    found = lower_bound(*check_fit(recipe("kdrl", *FEW, f"model.teacher.path={tmp_path / 'run'}")))
+    found = lower_bound(module_of(recipe("kdrl", *FEW, f"model.teacher.path={tmp_path / 'run'}")))
     policy = load_trained(tmp_path / "run")
-    assert found.held["teacher"] == sum(p.numel() * p.element_size() for p in policy.parameters())
+    assert found["teacher"] == sum(p.numel() * p.element_size() for p in policy.parameters())
     (tmp_path / "run" / "checkpoints" / "last.ckpt").write_bytes(b"torn")
-    found = lower_bound(*check_fit(recipe("kdrl", *FEW, f"model.teacher.path={tmp_path / 'run'}")))
-    assert "teacher" not in found.held
-    assert "not counted, its settings cannot be read" in found.facts["teacher"]
+    with pytest.raises(ModelError, match="not a whole checkpoint"):
+        lower_bound(module_of(recipe("kdrl", *FEW, f"model.teacher.path={tmp_path / 'run'}")))
 
 
 def test_a_sharded_model() -> None:
-    """A quarter of what is held each; everything to sample and to validate."""
+    """A quarter of what is held each."""
     words = recipe(
         "kdrl",
         "model.init_args.policy.path=tiny-0.5m",
         "model.teacher.path=tiny-0.1m",
         "model.teacher.sharded=true",
     )
-    whole, cut = (lower_bound(*check_fit(words), shards=shards) for shards in (1, 4))
+    whole, cut = (lower_bound(module_of(words), shards=shards) for shards in (1, 4))
     for name in ("weights", "gradients", "optimiser (AdamW)", "teacher"):
-        assert cut.held[name] == pytest.approx(whole.held[name] / 4, abs=1)
-    weights, teacher = whole.held["weights"], whole.held["teacher"]
-    gathered = {"gathered weights": weights, "gathered teacher": teacher}
-    assert cut.phases["sampling"].items() >= gathered.items()
-    assert cut.phases["before a step"] == gathered
-    mixed = lower_bound(*check_fit(words), precision="bf16-mixed", shards=4).phases
-    assert mixed["sampling"]["gathered weights"] == weights // 2
-    assert mixed["sampling"]["gathered teacher"] == teacher, "in its own dtype"
-    bfloat16 = [*words, "--model.init_args.policy.dtype", "bfloat16"]
-    half = lower_bound(*check_fit(bfloat16), precision="bf16-mixed", shards=4).phases
-    assert half["sampling"]["gathered weights"] == weights // 2
-
-
-@pytest.mark.parametrize("validates", [False, True])
-def test_a_validation_gathers_the_model_too(validates: bool) -> None:
-    """Without sampling anything."""
-    words = recipe("sft", "model.init_args.validation=null")
-    if validates:
-        words += ["--data.init_args.validation", "{source: task, split: validation, options: {n: 4}}"]
-    cut = lower_bound(*check_fit(words), shards=2)
-    assert "before a step" not in cut.phases
-    assert ("validation" in cut.phases) == validates
-    if validates:
-        assert cut.phases["validation"]["gathered weights"] == lower_bound(*check_fit(words)).held["weights"]
+        assert cut[name] == pytest.approx(whole[name] / 4, abs=1)
 
 
 def test_the_largest_batch_is_measured_over_two_steps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +157,7 @@ def test_the_largest_batch_is_measured_over_two_steps(monkeypatch: pytest.Monkey
     assert peak >= before
     first, second = ([example.id for example in batch.examples] for batch in batches)
     assert sorted(first) == sorted(second)
-    module, data = check_fit(words)
+    module, data, _ = fit.check_fit(words=words)
     data.trainer = SimpleNamespace(lightning_module=module, global_rank=0, world_size=1, limit_train_batches=1.0)
     data.setup("fit")
     sums = [sum(data.examples["train"][i].size for i in batch) for batch in data.train_dataloader().plan.batches(0)]
@@ -235,7 +187,7 @@ def test_the_command_measures_where_the_device_is(
     words += [word for setting in FEW for word in ("--set", setting)]
     assert main([*words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["memory"]
-    assert found["measured_bytes"] > found["at_least_bytes"] > 0
+    assert found.pop("measured") > sum(found.values()) > 0
     assert main(["doctor", "--recipe", str(tmp_path / "none.yaml")]) == 2
 
 
@@ -252,13 +204,13 @@ def test_the_command_measures_where_the_device_is(
 def test_what_a_measurement_says(
     outcome: Any, code: int, shown: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
-    def measured(words: list[str], device: str) -> int:
-        assert device == "cpu"
+    def measured(work: Any, words: list[str], device: str) -> int:
+        assert (work, device) == (two_steps, "cpu")
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
 
-    monkeypatch.setattr(memory, "measured_peak", measured)
+    monkeypatch.setattr(memory, "in_own_process", measured)
     monkeypatch.setattr("stepkd.models.machine.memory_free", lambda *_: 50 * 2**20)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("COLUMNS", "200")
@@ -270,7 +222,7 @@ def test_what_a_measurement_says(
 def test_the_command_measures_nothing_that_cannot_fit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "measured_peak", None)
+    monkeypatch.setattr(memory, "in_own_process", None)
     monkeypatch.setattr("stepkd.models.machine.memory_free", lambda *_: 2**20)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("COLUMNS", "200")
@@ -279,23 +231,18 @@ def test_the_command_measures_nothing_that_cannot_fit(
     shown = " ".join(capsys.readouterr().out.split())
     assert "of 1 MiB free" in shown
     assert "micro_batch_tokens" in shown
-    assert "at least: the first, and the largest phase" in shown
+    assert "memory, at least weights" in shown
     assert main([*words, "--set", "trainer.accelerator=gpu"]) == 0, "its device is not here"
     assert "not measured: there is no free cuda memory here" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_command_knows_sharded_recipes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "measured_peak", lambda words, device: 1)
+    monkeypatch.setattr(memory, "in_own_process", lambda *_: 1)
     words = ["doctor", "--json", "--recipe", recipe("sft")[1]]
     sharded = [*words, str(ROOT / "recipes" / "strategy" / "fsdp2.yaml")]
     held = []
     for line in ([*words, str(ROOT / "recipes" / "strategy" / "single.yaml")], sharded, [*sharded, "--ranks", "8"]):
         main(line)
-        held.append(json.loads(capsys.readouterr().out)["memory"]["held"]["weights"])
+        held.append(json.loads(capsys.readouterr().out)["memory"]["weights"])
     assert held[0] == held[1] == pytest.approx(8 * held[2], abs=8)
     assert main([*sharded, "--ranks", "0"]) == 2
-
-
-def test_the_largest_phase_counts() -> None:
-    bound = Bound(held={"weights": 5}, phases={"training": {"a": 1, "b": 2}, "sampling": {"c": 2}})
-    assert bound.at_least == 8

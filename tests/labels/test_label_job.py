@@ -271,30 +271,15 @@ def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
-def test_overwrite(spec: LabelConfig, run: Any, drawn: Any, run_ranks: Any) -> None:
+def test_overwrite(spec: LabelConfig, run: Any, drawn: Any) -> None:
     run(drawn(spec, seed=1))
     old = content(spec)
     run(spec, overwrite=True)
     new = content(spec)
     assert new != old
-    with pytest.raises(ConfigError, match="2 processes that share no run id"):
-        run(spec, overwrite=True, rank=0, world_size=2)
-    # With a run id, a rank that comes again (or is started again) goes on in place of deleting twice.
-    run(drawn(spec, seed=1), overwrite=True)
-    run_ranks(spec, 2, overwrite=True, launch="elastic:abc")
-    assert content(spec) == new
     (Path(spec.out) / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match=r"more than a labelling job \(notes.txt\)"):
         run(spec, overwrite=True)
-
-
-def test_a_rank_waits_for_rank_zero(spec: LabelConfig, run: Any) -> None:
-    assert isinstance(spec.solutions, Sampled)
-    fewer = replace(spec.solutions, problems=f"{spec.solutions.problems},limit=2")
-    spec = replace(spec, solutions=fewer)
-    run(spec)
-    with pytest.raises(StepkdError, match="rank 0 did not begin"):  # the folder is there, but of another launch
-        run(spec, rank=1, world_size=2, wait_s=0, overwrite=True, launch="elastic:new")
 
 
 def test_foreign_folders_are_refused(spec: LabelConfig, run: Any, tmp_path: Path) -> None:

@@ -23,8 +23,7 @@ from stepkd.labels.settings import LabelConfig
 from stepkd.labels.solutions import SampledSolutions
 from stepkd.losses import LossTerms
 from stepkd.models.policy import Policy
-from stepkd.models.spec import PolicyConfig
-from stepkd.models.step_head_config import LabelTokens
+from stepkd.models.spec import LabelTokens, PolicyConfig
 from stepkd.modules.prm import PRMModule
 
 

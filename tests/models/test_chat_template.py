@@ -14,8 +14,7 @@ from stepkd.errors import ConfigError
 from stepkd.models.checkpoint import load_policy, load_trained, save_policy
 from stepkd.models.load import load_tokenizer
 from stepkd.models.policy import Policy
-from stepkd.models.spec import PolicyConfig, spec_from_dict
-from stepkd.models.step_head_config import LabelTokens
+from stepkd.models.spec import LabelTokens, PolicyConfig, spec_from_dict
 
 ROOT = Path(__file__).resolve().parents[2]
 OWN = (

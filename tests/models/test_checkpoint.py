@@ -53,7 +53,7 @@ def trained(spec: PolicyConfig, seed: int = 0) -> Policy:
     return policy
 
 
-def save(policy: Policy, file: Path, *, ema: Policy | None = None, spec: PolicyConfig | None = None) -> Path:
+def save(policy: Policy, file: Path, *, spec: PolicyConfig | None = None) -> Path:
     """Write what ``StepModule.on_save_checkpoint`` leaves in a checkpoint."""
     extra: dict[str, Any] = {
         "format": 2,
@@ -62,8 +62,6 @@ def save(policy: Policy, file: Path, *, ema: Policy | None = None, spec: PolicyC
         "position": {},
         "seed": 0,
     }
-    if ema is not None:
-        extra["ema"] = {name: p.detach().float() for name, p in ema.trainable_parameters()}
     weights = {f"policy.{name}": p.detach() for name, p in policy.trainable_parameters()}
     file.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"state_dict": weights, "stepkd": extra, "epoch": 0, "global_step": 3}, file)
@@ -146,14 +144,6 @@ def test_best_is_preferred_to_last_in_a_run_folder(tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path) is None
 
 
-@pytest.mark.parametrize("spec", [FULL, LORA])
-def test_averaged_weights_are_used_unless_refused(spec: PolicyConfig, tmp_path: Path) -> None:
-    policy, average = trained(spec, 1), trained(spec, 2)
-    file = save(policy, tmp_path / "x.ckpt", ema=average)
-    assert torch.equal(logits(load_trained(file)), logits(average))
-    assert torch.equal(logits(load_trained(file, ema=False)), logits(policy))
-
-
 def test_dtype_can_be_changed(folder: Path, tmp_path: Path) -> None:
     assert load_trained(save(trained(FULL), tmp_path / "x.ckpt"), dtype="float64").model.dtype == torch.float64
     assert load_trained(folder).model.dtype == torch.float32  # the folder's own
@@ -225,16 +215,13 @@ def test_weights_of_another_recipe(folder: Path, tmp_path: Path) -> None:
 
 
 def test_missing_and_left_over_weights_are_counted(tmp_path: Path) -> None:
-    file = save(trained(LORA), tmp_path / "x.ckpt", ema=trained(LORA, 1))
+    file = save(trained(LORA), tmp_path / "x.ckpt")
     content = torch.load(file)
     first = next(iter(content["state_dict"]))
-    for section, prefix in ((content["state_dict"], ""), (content["stepkd"]["ema"], "policy.")):
-        value = section.pop(first.removeprefix(prefix))
-        section["policy.x".removeprefix(prefix)] = value
-        torch.save(content, file)
-        with pytest.raises(ModelError, match=rf"1 missing: {first.removeprefix('policy.')}; 1 left over: x\)"):
-            load_trained(file, ema=bool(prefix))
-        section[first.removeprefix(prefix)] = section.pop("policy.x".removeprefix(prefix))
+    content["state_dict"]["policy.x"] = content["state_dict"].pop(first)
+    torch.save(content, file)
+    with pytest.raises(ModelError, match=rf"1 missing: {first.removeprefix('policy.')}; 1 left over: x\)"):
+        load_trained(file)
 
 
 def test_an_adapter_on_changed_base_weights_is_refused(folder: Path, tmp_path: Path) -> None:

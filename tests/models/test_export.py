@@ -27,7 +27,7 @@ def logits(model: Any) -> torch.Tensor:
         return model(input_ids=IDS, use_cache=False).logits
 
 
-def checkpoint(spec: PolicyConfig, file: Path, *, ema: bool = False) -> tuple[Path, torch.Tensor]:
+def checkpoint(spec: PolicyConfig, file: Path) -> tuple[Path, torch.Tensor]:
     """A checkpoint of a policy that moved away from its start; and its logits."""
     policy, generator = Policy.load(spec), torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -35,9 +35,6 @@ def checkpoint(spec: PolicyConfig, file: Path, *, ema: bool = False) -> tuple[Pa
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     extra: dict[str, Any] = {"format": 2, "policy": asdict(spec), "position": {}, "seed": 0}
     weights = {name: p.detach() for name, p in policy.trainable_parameters()}
-    if ema:
-        extra["ema"] = {name: value.float() for name, value in weights.items()}
-        weights = {name: value + 1 for name, value in weights.items()}
     file.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"state_dict": {f"policy.{name}": value for name, value in weights.items()}, "stepkd": extra}, file)
     return file, logits(policy.model)
@@ -54,9 +51,8 @@ def hidden_files(path: Path) -> list[str]:
     return [file.name for file in path.iterdir() if file.name.startswith(".")]
 
 
-@pytest.mark.parametrize("ema", [False, True])
-def test_full_training_exports_the_same_logits(folder: Path, tmp_path: Path, ema: bool) -> None:
-    file, expected = checkpoint(PolicyConfig(path=str(folder)), tmp_path / "run" / "checkpoints" / "best.ckpt", ema=ema)
+def test_full_training_exports_the_same_logits(folder: Path, tmp_path: Path) -> None:
+    _, expected = checkpoint(PolicyConfig(path=str(folder)), tmp_path / "run" / "checkpoints" / "best.ckpt")
     out = export_model(tmp_path / "run", tmp_path / "deep" / "out")
     assert out == tmp_path / "deep" / "out"
     assert torch.equal(logits(plain(out)), expected)
@@ -68,8 +64,6 @@ def test_full_training_exports_the_same_logits(folder: Path, tmp_path: Path, ema
     assert tokenizer("3+4=\n").input_ids == original("3+4=\n").input_ids
     assert hidden_files(out.parent) == []
     assert torch.equal(logits(Policy.load(PolicyConfig(path=str(out))).model), expected)
-    if ema:
-        assert not torch.equal(logits(plain(export_model(file, tmp_path / "raw", ema=False))), expected)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -123,7 +117,9 @@ def test_adapter_export_loads_with_peft(folder: Path, tmp_path: Path) -> None:
 def test_adapters_on_random_weights_need_merging(tmp_path: Path) -> None:
     spec = PolicyConfig(path="tiny-0.1m", init_seed=5, lora=LoRAConfig(r=4))
     file, expected = checkpoint(spec, tmp_path / "x.ckpt")
-    with pytest.raises(ConfigError, match=r"init_seed=5\) cannot name its base model; use --mode merged"):
+    with pytest.raises(
+        ConfigError, match=r"tiny-0\.1m \(random weights, or a run\) cannot name its base model: use --mode merged"
+    ):
         export_model(file, tmp_path / "out", mode="adapter")
     assert torch.allclose(logits(plain(export_model(file, tmp_path / "out"))), expected, atol=1e-5)
 

@@ -50,8 +50,3 @@ def test_a_teacher_too_large_for_its_gpu(folder: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("stepkd.teachers.local.device_room", lambda device: 2 * needed)
     check_room(policy, torch.device("cuda:0"))
     check_room(policy, torch.device("cpu"))
-
-
-def test_where_free_memory_is_not_known(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "memory_free", lambda: None)
-    Policy.load(PolicyConfig(path=str(folder)))

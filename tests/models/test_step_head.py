@@ -15,7 +15,16 @@ from safetensors.torch import load_file, save_file
 from stepkd.errors import ConfigError, ModelError
 from stepkd.models.checkpoint import export_model, load_trained, save_policy
 from stepkd.models.policy import Policy
-from stepkd.models.spec import LoRAConfig, PolicyConfig, build_tiny, tiny_tokenizer
+from stepkd.models.spec import (
+    Classifier,
+    LabelTokens,
+    LoRAConfig,
+    PolicyConfig,
+    StepHeadConfig,
+    build_tiny,
+    step_head_from_dict,
+    tiny_tokenizer,
+)
 from stepkd.models.step_head import (
     STEP_HEAD_CONFIG,
     STEP_HEAD_WEIGHTS,
@@ -25,7 +34,6 @@ from stepkd.models.step_head import (
     save_step_head,
     saved_step_head,
 )
-from stepkd.models.step_head_config import Classifier, LabelTokens, StepHeadConfig, step_head_from_dict
 from stepkd.steps.format import MARKER_CANDIDATES, StepFormat
 
 IDS = torch.tensor([[5, 17, 33, 8, 99, 4]])

@@ -17,9 +17,8 @@ from stepkd.data.encode import Encoder, LabelRule
 from stepkd.data.step_encode import StepEncoder
 from stepkd.data.templates import get_template
 from stepkd.models.policy import Policy
-from stepkd.models.spec import PolicyConfig, tiny_tokenizer
+from stepkd.models.spec import LabelTokens, PolicyConfig, StepHeadConfig, tiny_tokenizer
 from stepkd.models.step_head import resolve_ids
-from stepkd.models.step_head_config import LabelTokens, StepHeadConfig
 from stepkd.modules.base import StepModule
 from stepkd.modules.optim import OptimizerConfig
 from stepkd.modules.prm import PRMModule

@@ -24,9 +24,8 @@ from stepkd.data.templates import get_template
 from stepkd.errors import TrainingError
 from stepkd.losses import LossTerms
 from stepkd.models.sharding import whole_tensor
-from stepkd.models.spec import LoRAConfig, PolicyConfig, tiny_tokenizer
+from stepkd.models.spec import Classifier, LabelTokens, LoRAConfig, PolicyConfig, tiny_tokenizer
 from stepkd.models.step_head import resolve_ids
-from stepkd.models.step_head_config import Classifier, LabelTokens
 from stepkd.modules.base import StepModule
 from stepkd.modules.optim import OptimizerConfig
 from stepkd.modules.prm import PQM, PRMModule, StepCrossEntropy

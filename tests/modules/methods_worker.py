@@ -21,9 +21,8 @@ from stepkd.data.encode import Encoder, LabelRule
 from stepkd.data.step_encode import StepEncoder
 from stepkd.data.templates import get_template
 from stepkd.models.sharding import whole_tensor
-from stepkd.models.spec import PolicyConfig, tiny_tokenizer
+from stepkd.models.spec import Classifier, LabelTokens, PolicyConfig, StepHeadConfig, tiny_tokenizer
 from stepkd.models.step_head import resolve_ids
-from stepkd.models.step_head_config import Classifier, LabelTokens, StepHeadConfig
 from stepkd.modules.base import StepModule
 from stepkd.modules.dpo import IPO, DPOModule
 from stepkd.modules.gkd import GKDModule

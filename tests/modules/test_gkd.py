@@ -23,8 +23,7 @@ from stepkd.data.datamodule import StepData
 from stepkd.errors import ConfigError, ModelError, TrainingError
 from stepkd.losses import generalized_jsd, nkd, reverse_kl, top_k_buckets
 from stepkd.models.policy import Policy
-from stepkd.models.spec import PolicyConfig, build_tiny
-from stepkd.models.step_head_config import LabelTokens
+from stepkd.models.spec import LabelTokens, PolicyConfig, build_tiny
 from stepkd.modules.distillation_settings import JSD, NKD, BalancedKL, Beside, ReverseKL, SkewForwardKL, SourceConfig
 from stepkd.modules.fidelity import ANSWERS, FidelityConfig, _kind
 from stepkd.modules.gkd import GKDModule
@@ -508,7 +507,7 @@ def test_a_teacher_without_the_students_special_tokens(tmp_path: Path, rows: lis
     student.tokenizer.add_special_tokens({"extra_special_tokens": ["<wait>", "<done>"]})
     student.causal_lm.resize_token_embeddings(len(student.tokenizer))
     save_policy(student, tmp_path / "student")
-    message = r"does not know the model's special tokens '<wait>', '<done>' \(ids \d+, \d+\), so it cannot say where"
+    message = r"vocabulary is not the model's \(\d+ and \d+ tokens; '<(wait|done)>' has id"
     with pytest.raises(ModelError, match=message):
         worker.run(rows, policy={"path": str(tmp_path / "student")}, teacher=Local("tiny-0.5m"))
 

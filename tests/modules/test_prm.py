@@ -15,9 +15,8 @@ from torch.nn import functional as F
 from stepkd.data.collate import Batch, collate, plan
 from stepkd.data.completion import Completion
 from stepkd.data.encode import LabelRule, step_targets
-from stepkd.models.spec import LoRAConfig, PolicyConfig, tiny_tokenizer
+from stepkd.models.spec import Classifier, LabelTokens, LoRAConfig, PolicyConfig, StepHeadConfig, tiny_tokenizer
 from stepkd.models.step_head import resolve_ids
-from stepkd.models.step_head_config import Classifier, LabelTokens, StepHeadConfig
 from stepkd.modules.optim import OptimizerConfig
 from stepkd.modules.prm import PQM, LanguageModelling, PRMModule, StepCrossEntropy
 from stepkd.steps.format import StepFormat

@@ -17,8 +17,7 @@ from stepkd.data.encode import LabelRule
 from stepkd.errors import ConfigError, StepkdError
 from stepkd.losses import step_cross_entropy
 from stepkd.models.checkpoint import load_trained
-from stepkd.models.spec import LoRAConfig, PolicyConfig
-from stepkd.models.step_head_config import Classifier, LabelTokens, StepHeadConfig
+from stepkd.models.spec import Classifier, LabelTokens, LoRAConfig, PolicyConfig, StepHeadConfig
 from stepkd.modules.optim import OptimizerConfig
 from stepkd.modules.prm import PQM, LanguageModelling, PRMModule, StepCrossEntropy
 from stepkd.modules.validation import ValidationConfig
@@ -102,7 +101,7 @@ LORA = LoRAConfig(r=4, target_modules=["q_proj", "down_proj"])
 def test_a_resumed_run_is_the_uninterrupted_one_and_loads_for_scoring(
     name: str, lora: LoRAConfig | None, trainer: Any, tmp_path: Path, encoded: Any, scored: Any
 ) -> None:
-    head, settings = HEADS[name], {"lora": lora, "ema_decay": 0.5}
+    head, settings = HEADS[name], {"lora": lora}
     whole = fitted(trainer, head, steps=4, **settings)
     fitted(trainer, head, steps=2, **settings).save_checkpoint(tmp_path / "two.ckpt")
     resumed = fitted(trainer, head, steps=4, checkpoint=tmp_path / "two.ckpt", **settings)
@@ -110,13 +109,12 @@ def test_a_resumed_run_is_the_uninterrupted_one_and_loads_for_scoring(
     assert any("step_head" in key for key in weights) is (name == "classifier")
     for key, value in resumed.lightning_module.model.trainable_parameters():
         assert torch.equal(value, weights[key]), key
-        assert torch.equal(resumed.lightning_module.ema.average[key], whole.lightning_module.ema.average[key])
     whole.save_checkpoint(tmp_path / "four.ckpt")
-    loaded = load_trained(tmp_path / "four.ckpt", ema=False)
+    loaded = load_trained(tmp_path / "four.ckpt")
     examples = encoded(head, 4)
     values = scored(loaded, examples)
     assert torch.equal(values, scored(whole.lightning_module.model, examples))
-    assert not torch.equal(values, scored(load_trained(tmp_path / "two.ckpt", ema=False), examples))
+    assert not torch.equal(values, scored(load_trained(tmp_path / "two.ckpt"), examples))
 
 
 @pytest.mark.parametrize(

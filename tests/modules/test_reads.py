@@ -14,8 +14,7 @@ from lightning.pytorch import Trainer
 from stepkd.data.config import DataConfig
 from stepkd.data.datamodule import StepData
 from stepkd.errors import ConfigError, DataError
-from stepkd.models.spec import PolicyConfig, tiny_tokenizer
-from stepkd.models.step_head_config import LabelTokens
+from stepkd.models.spec import LabelTokens, PolicyConfig, tiny_tokenizer
 from stepkd.modules.distillation_settings import SourceConfig
 from stepkd.modules.dpo import DPOModule
 from stepkd.modules.fidelity import FidelityConfig

@@ -130,36 +130,6 @@ def clipped_gradients(module: Any) -> list[torch.Tensor]:
     return [entry["exp_avg"] for entry in state.values()]
 
 
-def test_weight_average_is_the_recursion_and_is_used_for_validation(examples: Any, trainer: Any) -> None:
-    module = SFTModule(PolicyConfig(path="tiny-0.1m", dtype="float64"), STEADY, ema_decay=0.5)
-    seen: list[dict[str, torch.Tensor]] = []
-    module.configure_model()
-    seen.append({n: p.detach().clone() for n, p in module.model.trainable_parameters()})
-
-    def keep(*_: Any) -> None:
-        seen.append({n: p.detach().clone() for n, p in module.model.trainable_parameters()})
-
-    module.on_train_batch_end = keep  # type: ignore[method-assign, assignment]
-    trainer(max_steps=3).fit(module, train_dataloaders=loader_of(examples, module))
-    assert module.ema is not None
-    for name, average in module.ema.average.items():
-        expected = seen[0][name].float()
-        for weights in seen[1:]:
-            expected = 0.5 * expected + 0.5 * weights[name].float()
-        assert torch.allclose(average, expected, atol=1e-6)
-    trained = {n: p.detach().clone() for n, p in module.model.trainable_parameters()}
-    with module.ema.applied(module.model.trainable_parameters()):
-        name, parameter = module.model.trainable_parameters()[0]
-        assert torch.equal(parameter.float(), module.ema.average[name])
-    assert all(torch.equal(p, trained[n]) for n, p in module.model.trainable_parameters())
-
-
-@pytest.mark.parametrize("decay", [0.0, 1.0, -0.1])
-def test_bad_ema_decay(decay: float, examples: Any, one_step: Any) -> None:
-    with pytest.raises(ConfigError, match="ema_decay"):
-        one_step(examples[:2], ema_decay=decay)
-
-
 def test_checkpoints_hold_trainable_weights_only(examples: Any, trainer: Any, tmp_path: Path) -> None:
     module = SFTModule(PolicyConfig(path="tiny-0.1m", lora=LoRAConfig(r=2)), STEADY)
     runner = trainer()
@@ -362,24 +332,6 @@ def test_a_step_without_items_can_be_skipped(examples: Any, trainer: Any) -> Non
     runner.fit(module, train_dataloaders=loader_of(examples, module))
     assert runner.global_step == 0
     assert module.position == Position(1, 0)
-
-
-def test_validation_uses_the_average_in_training_and_from_a_checkpoint(trainer: Any, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"policy": PolicyConfig(path="tiny-0.1m"), "optimizer": STEADY}
-    module = SFTModule(**settings, ema_decay=0.9)
-    runner = trainer(max_steps=3, val_check_interval=3, check_val_every_n_epoch=None, num_sanity_val_steps=0)
-    runner.fit(module, datamodule=tiny_data())
-    during = float(runner.callback_metrics["val/loss"])
-    runner.save_checkpoint(tmp_path / "x.ckpt")
-    after = trainer().validate(
-        SFTModule(**settings), datamodule=tiny_data(), ckpt_path=tmp_path / "x.ckpt", verbose=False, weights_only=True
-    )[0]["val/loss"]
-    raw = SFTModule(**settings)
-    raw.configure_model()
-    raw.load_state_dict(module.state_dict(), strict=False)
-    plain = trainer().validate(raw, datamodule=tiny_data(), verbose=False)[0]["val/loss"]
-    assert after == pytest.approx(during, rel=1e-6)
-    assert abs(plain - during) > 1e-3, "the trained weights give another loss"
 
 
 def test_the_logged_learning_rate_is_the_one_that_was_used(examples: Any, trainer: Any) -> None:

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import forked
@@ -29,10 +30,14 @@ from stepkd.runs.job import (
     read_results,
     read_settings,
 )
-from stepkd.runs.launcher import detect_launch, launch_id
 
 UNITS = numbered([[1, 2], [3], [4, 5]])
 SETTINGS = {"model": {"name": "tiny"}, "seed": 0}
+
+
+def listener(said: list[str]) -> Any:
+    """A console that keeps its lines."""
+    return SimpleNamespace(print=lambda line, **_: said.append(line))
 
 
 def rows_of(unit: list[int]) -> list[dict[str, Any]]:
@@ -131,45 +136,23 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path: Path) ->
     assert (other / "thesis.tex").read_text() == "x"
 
 
-def test_overwrite_begins_anew_once_per_launch(tmp_path: Path) -> None:
+def test_overwrite_begins_anew(tmp_path: Path) -> None:
     run(tmp_path)
     (tmp_path / ".squares.jsonl.abc.tmp").write_text("of a process that was killed while it wrote")
+    for rank in (0, 1):
+        with pytest.raises(ConfigError, match="--overwrite is for one process, and 2 are started"):
+            start(tmp_path, {"seed": 1}, rank=rank, overwrite=True, world_size=2)
+    assert (tmp_path / "squares.jsonl").exists()
     start(tmp_path, {"seed": 1}, overwrite=True)
     assert not (tmp_path / "parts").exists()
     assert not (tmp_path / ".squares.jsonl.abc.tmp").exists()
     assert not (tmp_path / "squares.jsonl").exists()
     assert read_settings(tmp_path)["seed"] == 1
-    job = start(tmp_path, overwrite=True, launch="elastic:7", world_size=2)
-    job.work("squares", UNITS, rows_of)
-    start(tmp_path, overwrite=True, launch="elastic:7", world_size=2)  # started again by its launcher
-    assert job.missing("squares", list(UNITS)[::2]) == []
-
-
-def test_other_ranks_wait_until_rank_0_has_emptied_the_folder(tmp_path: Path) -> None:
-    run(tmp_path)
-    options = {"overwrite": True, "launch": "elastic:8", "world_size": 2}
-    with pytest.raises(StepkdError, match="rank 0 did not begin"):
-        start(tmp_path, rank=1, wait_s=0, **options)
-    Job(tmp_path / "being deleted", "test job", options=JobOptions(rank=1, **options)).check()
-    (tmp_path / "settings.json").rename(tmp_path / "kept")  # what rank 1 may meet while rank 0 deletes
-    Job(tmp_path, "test job", options=JobOptions(rank=1, **options)).check()
-    (tmp_path / "kept").rename(tmp_path / "settings.json")
-    said: list[str] = []
-    thread = threading.Thread(target=lambda: start(tmp_path, rank=1, say=said.append, **options))
-    thread.start()
-    while not said:
-        time.sleep(0.01)
-    assert (tmp_path / "squares.jsonl").exists(), "rank 1 deletes nothing"
-    start(tmp_path, rank=0, **options)
-    thread.join(20)
-    assert not (tmp_path / "squares.jsonl").exists()
-    with pytest.raises(ConfigError, match="share no run id"):
-        start(tmp_path, overwrite=True, world_size=2)
 
 
 def test_a_rank_waits_for_the_others_and_says_for_whom(tmp_path: Path) -> None:
     said: list[str] = []
-    first = start(tmp_path, rank=0, world_size=2, say=said.append)
+    first = start(tmp_path, rank=0, world_size=2, console=listener(said))
     first.work("squares", UNITS, rows_of)
     second = start(tmp_path, rank=1, world_size=2)
     thread = threading.Timer(0.2, lambda: second.work("squares", UNITS, rows_of))
@@ -295,20 +278,6 @@ def test_differences_name_nested_settings_and_ignore_threads_on_accelerators() -
     assert differences(gpu, gpu | {"threads": 4}) == {}
     check_same(old, old | {"a": 7}, "x", free=["a"])
     assert differences({"x": True}, {"x": 1}) == {"x": (True, 1)}
-
-
-def test_a_launch_is_told_from_another() -> None:
-    elastic = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    named = elastic | {"TORCHELASTIC_RUN_ID": "abc"}
-    assert launch_id(detect_launch(named), named) == "elastic:abc"
-    accelerate = elastic | {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_ERROR_FILE": "/tmp/t_x/none_y/attempt_1/1/e"}
-    assert launch_id(detect_launch(accelerate), accelerate) == "elastic:none:/tmp/t_x/none_y"
-    again = [named | {"TORCHELASTIC_ERROR_FILE": f"/tmp/{agent}/abc_y/attempt_0/1/e"} for agent in ("first", "second")]
-    assert len({launch_id(detect_launch(each), each) for each in again}) == 2, "one run id given to two launches"
-    nodes = again[0] | {"WORLD_SIZE": "4"}
-    assert launch_id(detect_launch(nodes), nodes) == "elastic:abc", "the agents of two nodes have folders of their own"
-    assert launch_id(detect_launch({}), {}) is None
-    assert launch_id(detect_launch({}), {"SLURM_JOB_ID": "5", "SLURM_STEP_ID": "0"}) == "slurm:5.0"
 
 
 WORKER = """

@@ -3,7 +3,6 @@ from __future__ import annotations
 import errno
 import json
 import math
-from argparse import Namespace
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -115,20 +114,6 @@ def test_values_that_are_not_finite_stay_valid_json(tmp_path: Path) -> None:
     assert (row["b"], row["c"]) == (math.inf, -math.inf)
 
 
-def test_hparams_are_merged_and_readable(tmp_path: Path) -> None:
-    logger = JsonlLogger(tmp_path)
-    logger.log_hyperparams({"lr": 1e-3, "path": Path("a/b"), "nested": {"n": [1, (2, 3)], "dtype": torch.bfloat16}})
-    logger.log_hyperparams(Namespace(seed=1, on=True))
-    stored = json.loads((tmp_path / "hparams.json").read_text(encoding="utf-8"))
-    assert stored == {
-        "lr": 1e-3,
-        "path": "a/b",
-        "nested": {"n": [1, [2, 3]], "dtype": "torch.bfloat16"},
-        "seed": 1,
-        "on": True,
-    }
-
-
 def test_only_rank_zero_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rank_zero_only, "rank", 1)
     logger = JsonlLogger(tmp_path)
@@ -197,4 +182,3 @@ def test_with_a_trainer_across_a_resume(tmp_path: Path) -> None:
     rows = read_metrics(tmp_path)
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
     assert [row["run"] for row in rows] == [1, 1, 1, 2, 2]
-    assert json.loads((tmp_path / "hparams.json").read_text(encoding="utf-8")) == {"width": 1}

@@ -72,12 +72,8 @@ def test_unsubscribing_ends_the_events() -> None:
     assert recorder.seen == []
 
 
-def test_time_is_measured_and_advance_outside_a_phase_is_harmless() -> None:
-    tracker = PhaseTracker()
-    tracker.advance()
-    with tracker.phase("a") as phase:
-        assert phase.seconds == 0.0
-    assert phase.seconds >= 0.0
+def test_advance_outside_a_phase_is_harmless() -> None:
+    PhaseTracker().advance()
 
 
 def test_copies_have_no_listeners_and_no_open_phases() -> None:

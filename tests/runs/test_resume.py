@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from stepkd.errors import ConfigError
-from stepkd.runs.resume import check_changes, newest_config, recipe_settings
+from stepkd.runs.rundir import check_changes, newest_config, recipe_settings
 
 THEN = {
     "seed_everything": 0,

@@ -15,8 +15,7 @@ import pytest
 import stepkd
 from stepkd.errors import ConfigError, MachineError
 from stepkd.runs.files import write_json
-from stepkd.runs.resume import find_last_checkpoint
-from stepkd.runs.rundir import RunDir, read_marker
+from stepkd.runs.rundir import RunDir, find_last_checkpoint, read_marker
 
 RANK1 = {
     "TORCHELASTIC_RUN_ID": "none",
@@ -75,13 +74,13 @@ def test_finished_and_failed_are_recorded(tmp_path: Path) -> None:
 
 def test_an_existing_run_is_not_overwritten(tmp_path: Path) -> None:
     run = start(tmp_path / "r", kind="evaluate")
-    checkpoint(run.checkpoints, "step=7.ckpt")
+    checkpoint(run.checkpoints, "mine.ckpt")
     run.mark("finished")
     before = tree(run.path)
     with pytest.raises(ConfigError) as caught:
         start(run.path)
     text = str(caught.value)
-    for part in ("--resume", "--overwrite", "--out", "'evaluate'", "finished", "step=7.ckpt", "created 20"):
+    for part in ("--resume", "--overwrite", "--out", "'evaluate'", "finished", "mine.ckpt", "created 20"):
         assert part in text
     assert tree(run.path) == before
 
@@ -163,7 +162,7 @@ def test_foreign_folders_are_never_touched(tmp_path: Path, flags: dict[str, bool
     assert tree(tmp_path) == before
 
 
-def test_an_interrupted_overwrite_is_told_and_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_overwrite_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = start(tmp_path / "r")
     checkpoint(run.checkpoints, "last.ckpt")
 
@@ -174,8 +173,6 @@ def test_an_interrupted_overwrite_is_told_and_can_be_repeated(tmp_path: Path, mo
         patch.setattr(shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
             start(run.path, overwrite=True)
-    with pytest.raises(ConfigError, match="half deleted"):
-        start(run.path, resume=True)
     assert start(run.path, overwrite=True).resume_from is None
     assert not (run.checkpoints / "last.ckpt").exists()
 
@@ -297,35 +294,31 @@ def test_a_folder_in_use_is_left_alone(tmp_path: Path, flags: dict[str, bool], r
     ("names", "expected"),
     [
         ([], None),
-        (["step=5.ckpt", "step=40.ckpt"], "step=40.ckpt"),
-        (["epoch=1-step=9.ckpt", "epoch=0-step=12.ckpt"], "epoch=0-step=12.ckpt"),
-        (["step-000100", "step-000099"], "step-000100"),
-        (["step=40.ckpt", "last.ckpt"], "last.ckpt"),
-        (["last.ckpt", "last-v1.ckpt"], "last.ckpt"),
-        ([".step=50.ckpt", "notes.ckpt", "step=3.ckpt"], "step=3.ckpt"),
+        (["best.ckpt", "mine.ckpt"], "mine.ckpt"),
+        (["mine.ckpt", "best.ckpt"], "best.ckpt"),
+        (["last.ckpt", "best.ckpt"], "last.ckpt"),
+        (["best.ckpt", ".mine.ckpt"], "best.ckpt"),
     ],
 )
-def test_last_checkpoint_by_name(tmp_path: Path, names: list[str], expected: str | None) -> None:
+def test_the_last_checkpoint_or_that_written_last(tmp_path: Path, names: list[str], expected: str | None) -> None:
     run = start(tmp_path / "r")
-    for name in names:
-        checkpoint(run.checkpoints, name)
+    for second, name in enumerate(names):
+        os.utime(checkpoint(run.checkpoints, name), (second, second))
     found = find_last_checkpoint(run.checkpoints)
     assert (None if found is None else found.name) == expected
 
 
 def test_torn_checkpoints_are_passed_over(tmp_path: Path) -> None:
     run = start(tmp_path / "r")
-    good = checkpoint(run.checkpoints, "step=10.ckpt")
-    torn = checkpoint(run.checkpoints, "step=20.ckpt")
+    good = checkpoint(run.checkpoints, "best.ckpt")
+    torn = checkpoint(run.checkpoints, "mine.ckpt")
     torn.write_bytes(torn.read_bytes()[:-60])
     (run.checkpoints / "last.ckpt").symlink_to(run.checkpoints / "gone.ckpt")
-    (run.checkpoints / "step=30.ckpt").mkdir()
-    (run.checkpoints / "step=40.ckpt").mkdir()
+    (run.checkpoints / "sharded.ckpt").mkdir()
     assert find_last_checkpoint(run.checkpoints) == good
-    (run.checkpoints / "step=40.ckpt" / "mp_rank_00_model_states.pt").write_bytes(b"a shard of DeepSpeed")
-    found = find_last_checkpoint(run.checkpoints)
-    assert found is not None
-    assert found.name == "step=40.ckpt"
+    (run.checkpoints / "sharded.ckpt" / "mp_rank_00_model_states.pt").write_bytes(b"a shard of DeepSpeed")
+    os.utime(good, (0, 0))
+    assert find_last_checkpoint(run.checkpoints) == run.checkpoints / "sharded.ckpt"
 
 
 def test_a_real_torch_checkpoint_is_whole_until_cut(tmp_path: Path) -> None:

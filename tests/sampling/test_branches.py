@@ -323,7 +323,7 @@ def test_the_context_ends_a_continuation(policy: Policy, monkeypatch: pytest.Mon
     for sampler in (TransformersSampler(policy), reading_apart(policy)):
         result = sampler.sample_branches([Branch([5] * 7, [3, 7], 0)], spec)[0]
         assert [len(cut[0].token_ids) for cut in result.continuations] == [5, 1]
-    with pytest.raises(DataError, match="branch 9: the prefix of 8 tokens leaves no room in the model's context of 8"):
+    with pytest.raises(DataError, match="a prefix of branch 9 has 8 tokens and the model's context is 8"):
         sampler.sample_branches([Branch([5] * 9, [7, 8], 9)], spec)
     monkeypatch.setattr(policy.causal_lm.config, "max_position_embeddings", 5)
     assert branches.gap_limit(Decoder(policy, max_rows=1)) == 0

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from stepkd.models.policy import Policy
-from stepkd.models.spec import build_tiny
-from stepkd.models.step_head_config import StepHeadConfig
+from stepkd.models.spec import StepHeadConfig, build_tiny
 from stepkd.scorers.scorer import Solutions
 
 

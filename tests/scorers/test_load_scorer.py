@@ -14,7 +14,7 @@ from stepkd.errors import ConfigError, ModelError
 from stepkd.models.checkpoint import save_policy
 from stepkd.models.policy import Policy
 from stepkd.models.source import save_template, trained_template
-from stepkd.models.step_head_config import Classifier, LabelTokens
+from stepkd.models.spec import Classifier, LabelTokens
 from stepkd.scorers.judge import PromptedJudge
 from stepkd.scorers.load import PRM, Judge, load_scorer, pick_device, scorer_of
 from stepkd.scorers.prm import PRMScorer

@@ -11,8 +11,7 @@ import torch
 
 from stepkd.errors import ConfigError, DataError, ModelError
 from stepkd.models.policy import Policy
-from stepkd.models.spec import tiny_tokenizer
-from stepkd.models.step_head_config import Classifier, LabelTokens
+from stepkd.models.spec import Classifier, LabelTokens, tiny_tokenizer
 from stepkd.scorers.prm import PRMScorer
 from stepkd.scorers.scorer import Solutions, score_one
 from stepkd.steps.format import StepFormat

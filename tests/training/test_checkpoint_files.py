@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from stepkd.errors import StepkdError
-from stepkd.runs.resume import find_last_checkpoint, read_checkpoint
+from stepkd.runs.rundir import find_last_checkpoint, read_checkpoint
 from stepkd.training.checkpoints import AtomicCheckpointIO, LastCheckpoint
 
 

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import errno
 import re
-import sys
 from io import StringIO
 from typing import Any
 
@@ -11,8 +10,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from rich.console import Console
 
+from stepkd.runs import progress as progress_module
 from stepkd.runs.progress import PhaseTracker
-from stepkd.training import progress as progress_module
 from stepkd.training.progress import StepProgress
 
 
@@ -22,9 +21,6 @@ def _terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CI", raising=False)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(progress_module, "LINE_SECONDS", 1e9)
-
-
-HIDE, SHOW = "\x1b[?25l", "\x1b[?25h"
 
 
 class Manual(LightningModule):
@@ -134,33 +130,28 @@ def test_time_left_is_the_rate_so_far_times_what_remains() -> None:
     assert "trained 5 steps in 0:50" in text
 
 
-def test_live_line_shows_phases_and_gives_the_cursor_back() -> None:
+def test_the_live_line_shows_phases_and_what_is_printed_stays() -> None:
     progress = StepProgress()
     progress._clock = Clock()
-    stdout = sys.stdout
     text = run(progress, Manual(), live=True, max_steps=5, validate=True, num_sanity_val_steps=0)
     for fact in ("rollout 0/8", "rollout 4/8", "training", "step 4/5", "validation 1/2 > grading", "tokens/s 12.3k"):
         assert fact in text
     assert "hidden" not in text
-    assert "batch 3 [done]" in text
-    assert text.count(HIDE) == text.count(SHOW) == 1
-    assert sys.stdout is stdout
-    assert "trained 5 steps" in text
+    lines = [line.rpartition("\r")[2] for line in text.split("\n")[:-1]]
+    assert "\x1b[2Kbatch 3 [done]" in lines
+    assert re.match(r"\x1b\[2Ktrained 5 steps", lines[-1])
 
 
 @pytest.mark.parametrize("live", [False, True])
-def test_an_exception_restores_the_terminal_and_ends_the_output(live: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exception_ends_the_output(live: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress_module, "LINE_SECONDS", 0.5)
     progress = StepProgress()
     progress._clock = Clock()
     module = Manual(fail_at=2)
-    stdout = sys.stdout
     with pytest.raises(RuntimeError, match="lost"):
         run(progress, module, live=live, max_steps=5)
     text = run.output  # type: ignore[attr-defined]
     assert "rollout 4/8" in text
-    assert text.count(HIDE) == text.count(SHOW) == int(live)
-    assert sys.stdout is stdout
     stream = progress.console.file
     before = stream.getvalue()  # type: ignore[attr-defined]
     assert module.phases is not None
@@ -232,21 +223,18 @@ def test_a_line_is_redrawn_only_in_a_terminal_outside_ci(
 ) -> None:
     monkeypatch.setenv("CI", ci)
     text = run(StepProgress(), Manual(), live=terminal, max_steps=2)
-    assert (HIDE in text) == live
+    assert ("\r" in text) == live
 
 
 @pytest.mark.parametrize("live", [False, True])
 def test_a_lost_reader_does_not_end_the_training(live: bool) -> None:
     class Gone(StringIO):
         def write(self, text: str) -> int:
-            # rich ends the program on a broken pipe, but a live line is only drawn on a terminal: that hangs up.
             raise OSError(errno.EIO, "hung up") if live else BrokenPipeError
 
     progress = StepProgress()
     module = Manual()
-    stdout = sys.stdout
     trainer = Trainer(max_steps=3, callbacks=[progress], accelerator="cpu", logger=False, enable_checkpointing=False)
     progress.console = Console(file=Gone(), force_terminal=live)
     trainer.fit(module, loader(10))
     assert trainer.global_step == 3
-    assert sys.stdout is stdout
