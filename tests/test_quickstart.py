@@ -22,6 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_summary_has_every_stage(folder: Path) -> None:
     summary = json.loads((folder / "summary.json").read_text())
     assert list(summary["stages"]) == [stage.name for stage in STAGES]
@@ -33,6 +34,7 @@ def test_summary_has_every_stage(folder: Path) -> None:
         assert (folder / name / "metrics.jsonl").is_file()
 
 
+@pytest.mark.slow
 def test_every_model_knows_its_prompt_template(folder: Path) -> None:
     from stepkd.data.templates import get_template
     from stepkd.models.source import trained_template
@@ -44,6 +46,7 @@ def test_every_model_knows_its_prompt_template(folder: Path) -> None:
     load_scorer(str(folder / "prm" / "model"), device="cpu")  # it had to be told
 
 
+@pytest.mark.slow
 def test_summary_can_be_recomputed_from_the_rows(folder: Path) -> None:
     from stepkd.evaluation.metrics import summarise
 
@@ -54,6 +57,7 @@ def test_summary_can_be_recomputed_from_the_rows(folder: Path) -> None:
     assert again == summary["stages"]["evaluate"]["student"]["sampled"]["metrics"]
 
 
+@pytest.mark.slow
 def test_finished_stages_are_not_repeated(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (folder / "teacher" / "model" / "model.safetensors").stat().st_mtime_ns
     assert main(["quickstart", "--out", str(folder), "--scale", "0.01"]) == 0
@@ -74,6 +78,7 @@ def test_mistakes(arguments: list[str], message: str, tmp_path: Path, capsys: py
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_other_settings_do_not_mix(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["quickstart", "--out", str(folder), "--scale", "0.02"]) == 2
     assert "scale: 0.01 then, 0.02 now" in capsys.readouterr().err

@@ -25,6 +25,7 @@ from stepkd.cli import main
 from stepkd.models.policy import Policy
 from stepkd.runs.files import write_jsonl
 
+pytestmark = pytest.mark.slow
 PROBLEMS = 'task:task="modular:terms=3,modulus=2",n=16'
 SMALL = ["--device", "cpu", "--dtype", "float64", "--grading.extractors", "last_number"]
 CUT = "regex:[^0-9]"
@@ -48,7 +49,7 @@ JOBS = {
 Command = Callable[[str], list[str]]
 
 
-@pytest.fixture(params=[name if name == "labels" else pytest.param(name, marks=pytest.mark.slow) for name in JOBS])
+@pytest.fixture(params=list(JOBS))
 def job(request: pytest.FixtureRequest, tmp_path: Path, policy: Policy) -> Command:
     """The command of a job, given its folder."""
     words = [*JOBS[request.param], *SMALL]
@@ -127,7 +128,6 @@ def test_killed_at_random_moments(job: Command, tmp_path: Path) -> None:
     check(torn, whole, kills)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("job", ["labels"], indirect=True)
 def test_a_killed_rank_ends_the_others_and_the_same_command_does_what_is_missing(job: Command, tmp_path: Path) -> None:
     """Under torchrun itself; the log says which process is which rank."""

@@ -40,7 +40,8 @@ def test_two_processes_equal_one(rows: int, single: dict[int, dict[str, Any]], t
     assert distance(two["weights"], one["weights"]) < 1e-8  # Adam divides by the gradient's own size
 
 
-@pytest.mark.parametrize("rows", [13, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [13, 1])
 def test_two_processes_with_half_a_model_each_equal_one(
     rows: int, single: dict[int, dict[str, Any]], tmp_path: Path, distance: Any
 ) -> None:
