@@ -43,7 +43,7 @@ COMMANDS = {
 OUTPUTS = {
     "evaluate": ("{out}/settings.json", "{out}/results.jsonl", "{out}/summary.json"),
     "score": ("{out}/settings.json", "{out}/results.jsonl", "{out}/summary.json"),
-    "cache-teacher": ("{out}/settings.json", *(f"{{out}}/parts/completions/{n:06d}.parquet" for n in range(16))),
+    "cache-teacher": ("{out}/settings.json", *(f"{{out}}/parts/completions/{n:06d}.safetensors" for n in range(16))),
 }
 
 
