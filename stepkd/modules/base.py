@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from stepkd.data.batching import StepBatch
 from stepkd.data.collate import Batch, collate, plan
 from stepkd.data.completion import Completion
-from stepkd.data.config import next_evaluation
+from stepkd.data.config import Rows, next_evaluation
 from stepkd.data.templates import template_name
 from stepkd.errors import ConfigError, TrainingError
 from stepkd.losses import LossTerms, component_scales
 from stepkd.models.adapter import LOW_PRECISION
 from stepkd.modules.components import Component, ForwardPass, terms_of
 from stepkd.modules.distributed import all_reduce, check_micro_batches, gradient_sync, union
+from stepkd.modules.in_memory import loss_of_rows
 from stepkd.modules.optim import build_optimizer, build_schedule, put_back
 from stepkd.modules.policy_module import PolicyModule
 from stepkd.modules.step_metrics import Throughput, accumulate, means, require_finite
@@ -104,6 +105,9 @@ class StepModule(PolicyModule):
         """What is logged of the means of the components' metrics: themselves, and differences of them, for example."""
         return values
 
+    def begin(self) -> None:
+        """Called once the model and the training data are loaded: count and load what the first step needs."""
+
     def after_step(self) -> None:
         """Called after every optimiser step, before anything is logged."""
 
@@ -131,6 +135,31 @@ class StepModule(PolicyModule):
         """What the components count in a micro-batch: its part of the denominators."""
         return {name: n for component in self.components for name, n in component.count(micro_batch).items()}
 
+    def count_all(self, micro_batches: Iterable[Batch]) -> dict[str, float]:
+        """:meth:`count` of micro-batches together."""
+        total = dict.fromkeys(self.loss_names, 0.0)
+        for micro_batch in micro_batches:
+            for name, count in self.count(micro_batch).items():
+                total[name] += count
+        return total
+
+    def require_counts(self, counts: dict[str, float], batches: int) -> dict[str, float]:
+        """The counts of an optimiser step, of which one is positive.
+
+        Args:
+            counts: by component, over all ranks.
+            batches: how many batches in a row had these counts.
+
+        Raises:
+            TrainingError: all are 0.
+        """
+        if not any(counts.values()):
+            raise TrainingError(
+                f"step {self.global_step}: no row of {batches} batch(es) in a row has a single target "
+                f"({', '.join(counts)} all 0); look at max_length, at what the method counts, and at the rows"
+            )
+        return counts
+
     def loss_terms(self, micro_batch: Batch) -> LossTerms:
         """Named sums and metrics of all components, from one forward pass of the policy."""
         return terms_of(self.components, self.forward_pass(micro_batch))
@@ -138,6 +167,28 @@ class StepModule(PolicyModule):
     def forward_pass(self, micro_batch: Batch) -> ForwardPass:
         """What the components share of a micro-batch; nothing is computed yet."""
         return ForwardPass(self.model, micro_batch, self.chunk_size, self.loss_scales if self.training else {})
+
+    def loss(self, rows: Rows, **data: Any) -> Tensor:
+        """Loss of rows with its graph, for a loop of one's own or to look at: what a training step makes of them.
+
+        Encoder, :meth:`prepare` (which samples, scores and grades where a method does), components and the one
+        normalisation are those of training, over all rows as one optimiser step of this process. No step is taken, no
+        running average moves, and nothing is logged. Afterwards the model is loaded, and in training mode.
+
+        Args:
+            rows: a list of rows, a ``datasets.Dataset``, a path or settings, as ``StepData(train=...)`` takes them.
+            **data: further settings of :class:`~stepkd.data.datamodule.StepData`: ``template``, ``segmenter``,
+                ``max_length``, ``labels``, ``allow_one_class``.
+
+        Returns:
+            () the weighted sum of the components, each divided by its count; of a method with several optimiser steps
+            for a batch the first one's. float32 or float64.
+
+        Raises:
+            DataError, ConfigError, ModelError: rows, settings or a model that training refuses, too.
+            TrainingError: no row has a single target.
+        """
+        return loss_of_rows(self, rows, **data)
 
     # ---- training --------------------------------------------------------------------------------------------------
 
@@ -194,6 +245,7 @@ class StepModule(PolicyModule):
         self._throughput = Throughput(
             self.model, self.device, torch.bfloat16 if "bf16" in precision else self.model.causal_lm.dtype
         )
+        self.begin()
 
     def on_train_start(self) -> None:
         """Let the settings of this start win over those of the checkpoint, which is loaded by now."""
@@ -228,21 +280,14 @@ class StepModule(PolicyModule):
     def _optimizer_step(self, micro_batches: list[Batch], dummy: Batch, *, begins: bool) -> None:
         # Dropout is the only other draw from the global generator; keyed like this, a resumed run repeats it exactly.
         torch.manual_seed(stream_key(self.seed, "dropout", self.global_step, self.global_rank) % 2**63)
-        mine = dict.fromkeys(self.loss_names, 0.0)
-        for micro_batch in micro_batches:
-            for name, count in self.count(micro_batch).items():
-                mine[name] += count
-        counts = all_reduce({**mine, "": float(bool(STOP_REQUEST))}, self.device)
+        counts = all_reduce({**self.count_all(micro_batches), "": float(bool(STOP_REQUEST))}, self.device)
         if counts.pop("") and begins:  # later steps of a batch are taken: a batch is done whole or not at all
             raise Preempted(f"asked to stop by {STOP_REQUEST.name or 'a signal to another rank'}")
         self._skipped = 0 if any(counts.values()) else self._skipped + 1
         if self._skipped:
             if self.skip_empty_steps and self._skipped < MOST_SKIPPED:  # a run that has nothing else would never end
                 return
-            raise TrainingError(
-                f"step {self.global_step}: no row of {self._skipped} batch(es) in a row has a single target "
-                f"({', '.join(counts)} all 0); look at max_length, at what the method counts, and at the rows"
-            )
+            self.require_counts(counts, self._skipped)
         self.loss_scales = component_scales(self.loss_names, counts, self.loss_weights, self.trainer.world_size)
         longest = int(all_reduce({"n": float(len(micro_batches))}, self.device, op="max")["n"])
         check_micro_batches(self.trainer.strategy, longest)

@@ -153,9 +153,8 @@ class KDRLModule(DistillationModule):
             return None
         return load_step_scorer(self.step_credit.scorer, "step_credit.scorer", device=str(self.device))
 
-    def on_fit_start(self) -> None:
+    def begin(self) -> None:
         """Load what rewards and credits, so that a mistake there is said before anything is sampled."""
-        super().on_fit_start()
         _ = self.sampler, self.step_scorer
         folder = None if self.trainer.logger is None else self.trainer.logger.save_dir
         self._sample_log = SampleLog(self.samples, folder, self.rollout_spec.sampling.longest)

@@ -155,6 +155,8 @@ class ValueTerms(Component):
         """What it needs labels of."""
         self.weights: dict[str, ClassWeights] = {}
         """Of each kind that it learns from; empty until the ratio rule has counted the data."""
+        self.counts_data = class_weights == "ratio"
+        """Whether the weights are the ratio rule's."""
         if class_weights != "ratio":
             if len(class_weights) != 2 or not all(0 < weight < float("inf") for weight in class_weights):
                 raise ConfigError(
@@ -235,10 +237,9 @@ class KTOModule(PreferenceModule):
             learns=self.values.learns,
         )
 
-    def on_fit_start(self) -> None:
+    def begin(self) -> None:
         """Class weights by the ratio rule, which reads the training data."""
-        super().on_fit_start()
-        if not self.values.weights:
+        if self.values.counts_data:
             if not isinstance(self.datamodule, StepData):
                 raise ConfigError("class weights by the ratio rule need the data's counts: use StepData, or give them")
             n = feedback_counts(self.datamodule.examples["train"])

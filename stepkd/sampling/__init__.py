@@ -11,7 +11,7 @@ _HOMES = {
     "decode": "draw sampling_logprobs",
     "engines": "EngineConfig InProcess VLLMColocated VLLMServer",
     "sampler": "Branch BranchContinuations Sampler SamplingConfig",
-    "transformers_sampler": "TransformersSampler",
+    "transformers_sampler": "TransformersSampler sample",
 }
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from stepkd.data.completion import Completion
-from stepkd.data.encode import Encoder
-from stepkd.data.templates import PromptTemplate
+from stepkd.data.encode import Encoder, with_completion
+from stepkd.data.templates import PromptTemplate, get_template
+from stepkd.errors import DataError
 from stepkd.models.head import evaluation_mode
 from stepkd.models.policy import Policy
+from stepkd.models.source import trained_template
 from stepkd.sampling.branches import continued, gap_limit
 from stepkd.sampling.decode import Decoder, Row
 from stepkd.sampling.sampler import Branch, BranchContinuations, Progress, Sampler, SamplingConfig, Wanted
@@ -84,6 +88,57 @@ class TransformersSampler(Sampler):
             if self._gap_limit is None:
                 self._gap_limit = gap_limit(self._decoder)
             return continued(self._decoder, branches, spec, (purpose, step), self._gap_limit, on_progress)
+
+
+def sample(
+    policy: Policy,
+    prompts: Sequence[str | Sequence[Mapping[str, str]] | Mapping[str, Any]],
+    sampling: SamplingConfig | None = None,
+    *,
+    template: str | Path | PromptTemplate | None = None,
+    segmenter: str = "newline",
+    max_rows: int = 64,
+) -> list[list[Completion]]:
+    """Sample completions of prompts, as training and evaluation do; equal arguments give equal completions.
+
+    Args:
+        policy: the model; it samples on the device that it is on, in evaluation mode.
+        prompts: each a text, a list of chat messages, or a row with a ``prompt`` of either kind.
+        sampling: how to draw; None: one completion at temperature 1.
+        template: how a prompt becomes the text that the model is given: a name, a YAML file or settings; None: that
+            which the policy was trained with, else the prompt as it is (in the chat template, where there is one).
+        segmenter: how completions are cut into steps (``step_ends``), as in :class:`~stepkd.data.datamodule.StepData`.
+        max_rows: most completions decoded at once, >= 1; memory grows with it.
+
+    Returns:
+        For each prompt its ``sampling.n`` completions, with the row that asked for them.
+
+    Raises:
+        DataError: prompts that are one text, an empty prompt, or one without room in the model's context.
+        ConfigError: no such template or segmenter.
+        ModelError: the model's logits are not numbers.
+    """
+    if isinstance(prompts, str) or not prompts:
+        raise DataError(f"prompts is {prompts!r}: give a list of texts, of lists of chat messages, or of rows")
+    given = [each if isinstance(each, Mapping) else {"prompt": each} for each in prompts]
+    rows: list[dict[str, Any]] = [{"id": str(number), **each} for number, each in enumerate(given)]
+    if template is None:
+        template = (policy.spec and trained_template(policy.spec.path, policy.spec.revision)) or PromptTemplate()
+    examples, cuts = encode_prompts(policy, get_template(template), rows), get_segmenter(segmenter)
+    sampler = TransformersSampler(policy, max_rows=max_rows)
+    drawn = sampler.sample([each.prompt_ids for each in examples], sampling or SamplingConfig(), purpose="script")
+    return [
+        [
+            replace(
+                each,
+                id=example.id,
+                row=example.row,
+                step_ends=with_completion(example, each.token_ids, policy.tokenizer, cuts).step_ends,
+            )
+            for each in completions
+        ]
+        for example, completions in zip(examples, drawn, strict=True)
+    ]
 
 
 def encode_prompts(policy: Policy, template: PromptTemplate, rows: Sequence[dict[str, Any]]) -> list[Completion]:

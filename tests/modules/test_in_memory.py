@@ -1,0 +1,128 @@
+"""``module.loss(rows)`` is the loss of a training step, with the same gradients, and leaves nothing behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+import stepkd
+from stepkd.data.encode import LabelRule
+from stepkd.errors import DataError, TrainingError
+from stepkd.models import Classifier, LabelTokens
+from stepkd.modules import OptimizerConfig, ReferenceConfig, ReferencePointConfig, RolloutConfig, SourceConfig
+from stepkd.modules.base import StepModule
+from stepkd.teachers import Local, SelfSnapshot
+
+SOLUTIONS = [
+    {"prompt": "4+8=", "answer": "2", "solution": "4+8=2\n#### 2"},
+    {"prompt": "7*3+1=", "answer": "2", "solution": "7*3=1\n1+1=2\n#### 2"},
+]
+STEPS = [
+    {
+        "prompt": "4+8*6=",
+        "completions": ["8*6=8\n", "4+8=2\n", "#### 2"],
+        "labels": [True, True, True],
+        "outcome": True,
+    },
+    {"prompt": "7+5=", "completions": ["7+5=3\n", "#### 3"], "labels": [False, False], "outcome": False},
+]
+PAIRS = [
+    {"prompt": "4+8=", "chosen": "4+8=2\n#### 2", "rejected": "4+8=3\n#### 3"},
+    {"prompt": "7+5=", "chosen": "7+5=2\n#### 2", "rejected": "7+5=9\n#### 9"},
+]
+
+
+def checksum(completions: list[str], **_: Any) -> list[float]:
+    """A reward that differs between completions."""
+    return [float(sum(map(ord, text)) % 7) for text in completions]
+
+
+SHORT = stepkd.SamplingConfig(n=2, max_new_tokens=8)
+OWN = SourceConfig(lmbda=1.0, sampling=SHORT)
+POINTS = ReferencePointConfig(step="per_index")
+OTHER = ReferenceConfig(path="tiny-0.1m")
+METHODS: dict[str, tuple[type[StepModule], list[dict[str, Any]], dict[str, Any]]] = {
+    "sft": (stepkd.SFTModule, SOLUTIONS, {}),
+    "prm": (stepkd.PRMModule, STEPS, {"head": LabelTokens()}),
+    "prm classifier": (stepkd.PRMModule, STEPS, {"head": Classifier()}),
+    "dpo": (stepkd.DPOModule, PAIRS, {"reference": OTHER}),
+    "kto": (stepkd.KTOModule, STEPS, {"reference": OTHER}),
+    "step kto": (stepkd.StepKTOModule, STEPS, {"reference": OTHER, "reference_point": POINTS}),
+    "step kto cached": (stepkd.StepKTOModule, STEPS, {"reference": ReferenceConfig("tiny-0.1m", cache=True)}),
+    "gkd": (stepkd.GKDModule, SOLUTIONS, {"teacher": Local("tiny-0.5m"), "source": OWN}),
+    "self": (stepkd.GKDModule, SOLUTIONS, {"teacher": SelfSnapshot(), "source": SourceConfig(lmbda=0.0)}),
+    "kdrl": (
+        stepkd.KDRLModule,
+        SOLUTIONS,
+        {"teacher": Local("tiny-0.5m"), "rollout": RolloutConfig(sampling=SHORT), "rewards": [checksum]},
+    ),
+}
+"""Of every method rows, and settings under which its loss is not 0."""
+
+
+def made(name: str) -> Any:
+    kind, _, settings = METHODS[name]
+    policy = stepkd.PolicyConfig("tiny-0.1m", init_seed=3, lora=stepkd.LoRAConfig(r=2, dropout=0.2))
+    return kind(policy, micro_batch_tokens=40, optimizer=OptimizerConfig(lr=1e-2), **settings)
+
+
+def step(module: Any, rows: list[dict[str, Any]], steps: int = 1) -> tuple[float, float]:
+    """Loss and gradient norm of the last of some training steps."""
+    trainer = Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, stepkd.StepData(train=rows, template="task", overlap_ngram=0, shuffle=False))
+    return float(trainer.callback_metrics["train/loss"]), float(trainer.callback_metrics["train/grad_norm"])
+
+
+@pytest.mark.parametrize("name", sorted(METHODS.keys() - {"self"}))  # which is no other than itself at first
+def test_loss_and_gradients_are_those_of_a_training_step(name: str) -> None:
+    rows = METHODS[name][1]
+    module = made(name)
+    loss = module.loss(rows, template="task")
+    loss.backward()
+    assert loss.shape == ()
+    norm = torch.cat([p.grad.flatten() for _, p in module.model.trainable_parameters()]).norm()
+    expected = step(made(name), rows)
+    assert (loss.item(), norm.item()) == pytest.approx(expected, rel=1e-5)
+    assert norm > 0
+
+
+@pytest.mark.parametrize("name", ["step kto", "step kto cached", "self", "kdrl"])
+def test_training_is_the_same_after_it(name: str) -> None:
+    rows, module = METHODS[name][1], made(name)
+    module.loss(rows[::-1] + rows, template="task")
+    assert module._trainer is None
+    assert step(module, rows, 2) == pytest.approx(step(made(name), rows, 2), rel=1e-5)
+    before = module.trainer
+    module.loss(rows, template="task")
+    assert module.trainer is before
+
+
+def test_rows_that_teach_nothing_are_refused() -> None:
+    module = stepkd.StepKTOModule(stepkd.PolicyConfig("tiny-0.1m"))
+    with pytest.raises(DataError, match="learns from rows of the kinds"):
+        module.loss(PAIRS, template="task")
+    assert module._trainer is None
+
+
+def test_labels_that_all_agree_are_an_error_unless_allowed() -> None:
+    module = stepkd.PRMModule(stepkd.PolicyConfig("tiny-0.1m"))
+    with pytest.raises(DataError, match="all 3 training labels are the same"):
+        module.loss(STEPS[:1], template="task")
+    assert module.loss(STEPS[:1], template="task", allow_one_class=True, labels=LabelRule()).item() > 0
+
+
+def test_a_batch_without_targets_is_an_error() -> None:
+    module = made("prm")
+    module.count = lambda batch: {"prm": 0.0}
+    with pytest.raises(TrainingError, match=r"step 0: no row of 1 batch\(es\) in a row has a single target"):
+        module.loss(STEPS, template="task")
