@@ -1,9 +1,10 @@
-"""The README says what is true: its commands, recipes and files exist, and CI runs its test command to the letter."""
+"""README and docs say what is true: commands, recipes, files, names exist; CI runs the test command to the letter."""
 
 from __future__ import annotations
 
 import functools
 import importlib
+import json
 import re
 import shlex
 from collections.abc import Sequence
@@ -15,7 +16,11 @@ import pytest
 from stepkd.cli import COMMANDS, TRAINER_COMMANDS, main
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "recipes" / "README.md", ROOT / "recipes" / "claims" / "README.md"]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "training.md", *sorted((ROOT / "docs").glob("*.md"))]
+"""In the order in which a reader meets their commands: what a run makes, later pages use."""
+DOCUMENTS = [*dict.fromkeys(PAGES), ROOT / "recipes" / "README.md", ROOT / "recipes" / "claims" / "README.md"]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SOURCE = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "stepkd").rglob("*.py")))
 
 
 def test_ci_runs_the_test_command_to_the_letter() -> None:
@@ -30,29 +35,50 @@ def test_ci_runs_the_test_command_to_the_letter() -> None:
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_what_is_named_exists(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    commands = set(re.findall(r"(?:^|[`\s])stepkd ([a-z]+(?:-[a-z]+)*)\b", text))
-    assert commands, "no command found"
+    commands = set(re.findall(r"(?:^|[`&] ?)stepkd ([a-z]+(?:-[a-z]+)*)\b", text, re.MULTILINE))
+    assert commands or path.parent.name == "docs", "no command found"
     assert commands <= {*COMMANDS, *TRAINER_COMMANDS}, commands - {*COMMANDS, *TRAINER_COMMANDS}
     for name in set(re.findall(r"recipes/[\w./-]+\.yaml", text)):
         assert (ROOT / name).is_file(), name
     for module in set(re.findall(r"`(stepkd/[\w/]+\.py)`", text)):
         assert (ROOT / module).is_file(), module
-    for package in set(re.findall(r"`stepkd\.(\w+)`", text)):
-        assert (ROOT / "stepkd" / package).is_dir(), package
+    for name in set(re.findall(r"`([A-Z][a-z]+[A-Z]\w+)`", text)):
+        assert re.search(rf"\b{name}\b", SOURCE), name
 
 
-# ---- README's code blocks -------------------------------------------------------------------------------------------
+def test_verdicts_in_the_readme_are_those_of_the_results() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| (stale: was )?([\w ]+) \|$", README, re.MULTILINE)
+    results = {
+        path.stem: json.loads(path.read_text()) for path in (ROOT / "recipes" / "claims" / "results").glob("*.json")
+    }
+    assert {name: (bool(stale), verdict) for name, stale, verdict in rows} == {
+        name: (bool(result.get("stale")), result["verdict"]) for name, result in results.items()
+    }
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+def test_messages_of_the_troubleshooting_page_are_real() -> None:
+    """Every part of a message between dots and values stands in the code."""
+    code = re.sub(r'"\s*\n\s*f?"', "", SOURCE)  # strings over several lines
+    table = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    messages = re.findall(r"^\| `([^`]+)`", table, re.MULTILINE)
+    assert len(messages) > 8
+    for message in messages:
+        for part in message.split("..."):
+            assert part.strip() in code, message
+
+
+# ---- code blocks ----------------------------------------------------------------------------------------------------
+
+TEXT = "\n".join(path.read_text(encoding="utf-8") for path in dict.fromkeys(PAGES))
 
 
 def commands() -> list[list[str]]:
-    """The ``stepkd`` commands of README's blocks, as words, in their order."""
-    blocks = re.findall(r"```(?:bash|sh|console)?\n(.*?)```", README, re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    """The ``stepkd`` commands of README's and docs' blocks, as words, in their order, save those with dots."""
+    blocks = [text for kind, text in re.findall(r"^```(\w*)\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE) if not kind]
+    lines = [line for line in "\n".join(blocks).replace("\\\n", " ").splitlines() if "stepkd " in line]
     found = [shlex.split(line, comments=True) for line in lines]
     words = [line[line.index("stepkd") :] for line in found if "stepkd" in line]
-    return [line[1:] for line in words]
+    return [line[1:] for line in words if line[1:] and "..." not in line]
 
 
 def header_commands() -> list[list[str]]:
@@ -63,11 +89,10 @@ def header_commands() -> list[list[str]]:
     return [shlex.split(line, comments=True)[1:] for line in found if "..." not in line]
 
 
-def test_readme_commands_can_be_pasted() -> None:
+def test_commands_can_be_pasted() -> None:
     assert len(commands()) > 15
     for words in commands():
         for word in words:
-            assert "..." not in word, f"{words}: literal dots"
             assert not re.search(r"\b[A-Z]{4,}\b", word), f"{words}: {word} is to be filled in"
 
 
@@ -78,7 +103,7 @@ def named(words: Sequence[str]) -> set[str]:
     return own | {match for path in recipes for match in re.findall(r"path: (runs/[\w./-]+)", path.read_text())}
 
 
-def test_every_folder_in_the_readme_is_made_by_a_command_above() -> None:
+def test_every_folder_is_made_by_a_command_above() -> None:
     made: set[str] = set()
     for words in commands():
         out = next((words[words.index(name) + 1] for name in ("--out", "--to") if name in words), "")
@@ -92,7 +117,7 @@ def is_in(name: str, folder: str) -> bool:
 
 
 @pytest.mark.parametrize("words", [*commands(), *header_commands()], ids=lambda words: "_".join(words)[:60])
-def test_commands_of_the_readme_and_of_recipes_parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_of_documents_and_of_recipes_parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Every command's own parser takes it; nothing is run."""
     monkeypatch.chdir(ROOT)
     ran: list[str] = []
@@ -115,7 +140,7 @@ def test_commands_of_the_readme_and_of_recipes_parse(words: list[str], monkeypat
     assert ran == [words[0]]
 
 
-def test_the_method_in_the_readme_is_supervised_fine_tuning(tmp_path: Path) -> None:
+def test_the_method_of_the_guide_is_supervised_fine_tuning(tmp_path: Path) -> None:
     """As printed; a few steps in the tiny world give SFTModule's weights."""
     import torch
     from lightning.pytorch import Trainer, seed_everything
@@ -126,10 +151,11 @@ def test_the_method_in_the_readme_is_supervised_fine_tuning(tmp_path: Path) -> N
     from stepkd.modules.sft import SFTModule
 
     scope: dict[str, Any] = {"__name__": "readme"}
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    guide = (ROOT / "docs" / "writing_a_method.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
     assert blocks
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), scope)
+        exec(compile(block, "writing_a_method.md", "exec"), scope)
     weights = []
     for method in (scope["MyModule"], SFTModule):
         seed_everything(0)
