@@ -2,6 +2,7 @@
 
 stepkd export runs/sft --to models/sft
 stepkd export runs/sft --to models/sft-adapter --mode adapter
+stepkd export runs/prm --to models/prm --layout token_classification
 """
 
 from __future__ import annotations
@@ -24,6 +25,10 @@ class ExportConfig:
     """``merged`` folds an adapter into the weights, which every program loads; ``adapter`` writes it alone."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of the written weights; null keeps the one that the model was trained in."""
+    layout: Literal["stepkd", "token_classification", "qwen_prm"] = "stepkd"
+    """Layout of a reward model: ``stepkd`` (the language model, its step head in files beside it), or one that other
+    programs load, ``token_classification`` (transformers, TRL) or ``qwen_prm`` (Qwen2.5-Math-PRM; Qwen2 models alone);
+    what a layout cannot say exactly is refused."""
     overwrite: bool = False
     """Replace an existing export."""
 

@@ -195,8 +195,8 @@ class StepEncoder(Encoder):
                 row,
                 "token_ids",
                 f"the row's token ids are not of this model's tokenizer, or cannot serve tokenize "
-                f"{self.format.tokenize!r}, and it has no 'steps' as text: label it again, or convert it with --to "
-                "Stepwise",
+                f"{self.format.tokenize!r}, and it has no 'steps' as text: label it again, or convert it to "
+                "Stepwise (stepkd convert)",
             )
         text = row.get("completion") if row.get("completion") is not None else row.get("solution")
         if not isinstance(text, str) or not text.strip():

@@ -18,6 +18,7 @@ from torch import nn
 
 from stepkd.errors import ConfigError, ModelError, disk_error
 from stepkd.models.adapter import ADAPTER_CONFIG, add_lora, in_base_precision, misfit
+from stepkd.models.layouts import Layout, check_layout, save_classifier
 from stepkd.models.load import checkpoint_layers, listed_ends, load_tokenizer
 from stepkd.models.policy import Policy
 from stepkd.models.source import find_checkpoint, save_template, trained_template
@@ -168,6 +169,7 @@ def export_model(
     *,
     mode: Literal["merged", "adapter"] = "merged",
     dtype: str | None = None,
+    layout: Layout = "stepkd",
     overwrite: bool = False,
 ) -> Path:
     """Write weights (safetensors), configuration, tokenizer and prompt template; of a reward model also its head.
@@ -178,13 +180,16 @@ def export_model(
         mode: ``merged`` folds adapters into the weights (those of the unquantised base, after QLoRA); ``adapter``
             writes the adapter alone, in peft's format.
         dtype: weights' dtype; None keeps the one the model was trained in.
+        layout: ``stepkd``: a language model, and the step head of a reward model in files of its own; or a reward model
+            as others load it (:mod:`stepkd.models.layouts`): ``token_classification``, ``qwen_prm``.
         overwrite: replace an existing export.
 
     Returns:
         The folder.
 
     Raises:
-        ConfigError: the folder exists, or ``adapter`` was asked of a model without one.
+        ConfigError: the folder exists, ``adapter`` was asked of a model without one, or the layout cannot say the
+            model exactly.
         ModelError: the source cannot be loaded.
         MachineError: the disk is full or the folder cannot be written; nothing is left there.
     """
@@ -192,10 +197,13 @@ def export_model(
     _check_target(out, overwrite=overwrite)
     policy = load_trained(source, dtype=dtype, dequantise=True)
     template = trained_template(source)
+    check_layout(layout, None if policy.step_head is None else policy.step_head.spec, policy.causal_lm.config, template)
+    if layout != "stepkd" and mode == "adapter":
+        raise ConfigError(f"layout {layout} is of whole models: leave mode at merged")
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
-        save_policy(policy, temporary, mode=mode)
+        save_policy(policy, temporary, mode=mode, layout=layout)
         if template is not None:
             save_template(template, temporary)
         _put_in_place(temporary, out)
@@ -208,15 +216,17 @@ def export_model(
     return out
 
 
-def save_policy(policy: Policy, out: Path, *, mode: Literal["merged", "adapter"] = "merged") -> None:
+def save_policy(
+    policy: Policy, out: Path, *, mode: Literal["merged", "adapter"] = "merged", layout: Layout = "stepkd"
+) -> None:
     """Write a loaded policy; merging changes it in place."""
     if mode == "adapter":
         if not policy.has_adapter:
-            raise ConfigError("there is no adapter to write: the model was trained in full; use --mode merged")
+            raise ConfigError("there is no adapter to write: the model was trained in full; use mode merged")
         base = policy.spec or PolicyConfig()
         if (base.path in TINY_PRESETS and base.init_seed) or find_checkpoint(Path(base.path).expanduser()) is not None:
             raise ConfigError(
-                f"an adapter on {base.path} (random weights, or a run) cannot name its base model: use --mode merged, "
+                f"an adapter on {base.path} (random weights, or a run) cannot name its base model: use mode merged, "
                 "or export that base first and train on the export"
             )
         policy.model.save_pretrained(out, safe_serialization=True)
@@ -227,9 +237,12 @@ def save_policy(policy: Policy, out: Path, *, mode: Literal["merged", "adapter"]
         if policy.has_adapter:
             _untie_adapted_head(in_base_precision(policy.model).get_base_model())
         model = policy.model.merge_and_unload() if policy.has_adapter else policy.model
-        model.save_pretrained(out, safe_serialization=True)
+        if layout != "stepkd":
+            save_classifier(model, policy.require_step_head(), out, layout)
+        else:
+            model.save_pretrained(out, safe_serialization=True)
     policy.tokenizer.save_pretrained(out)
-    if policy.step_head is not None:
+    if policy.step_head is not None and layout == "stepkd":
         save_step_head(policy.step_head, out)
 
 
@@ -255,10 +268,10 @@ def _check_target(out: Path, *, overwrite: bool) -> None:
     if not out.exists():
         return
     if not overwrite:
-        raise ConfigError(f"{out} already exists: give another folder, or --overwrite to replace it")
+        raise ConfigError(f"{out} already exists: give another folder, or set overwrite (--overwrite) to replace it")
     is_model = any((out / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
     if not out.is_dir() or not (is_model or not any(out.iterdir())):
-        raise ConfigError(f"{out} is not a model folder, so --overwrite does not replace it: give another folder")
+        raise ConfigError(f"{out} is not a model folder, so overwrite does not replace it: give another folder")
 
 
 def _put_in_place(temporary: Path, out: Path) -> None:

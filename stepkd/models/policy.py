@@ -128,7 +128,7 @@ class Policy(nn.Module):
         if self.step_head is None:
             raise ModelError(
                 "this model scores no steps: it has no step head. Give a run or an export of a reward model, or say "
-                "how a plain model scores them (--scorer.head)"
+                "how a plain model scores them (scorer.head, or attach_step_head)"
             )
         return self.step_head
 

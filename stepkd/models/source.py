@@ -165,7 +165,9 @@ def trained_template(path: str | Path, revision: str | None = None) -> PromptTem
         values = read_checkpoint(checkpoint)["stepkd"].get("template")
         return PromptTemplate(**values) if values else None
     except (TypeError, ConfigError, DataError) as error:
-        raise ModelError(f"the prompt template of {path} cannot be used ({error}): give one (--template)") from error
+        raise ModelError(
+            f"the prompt template of {path} cannot be used ({error}): give one (template: a name or a YAML file)"
+        ) from error
 
 
 def template_for(model: str | Path, benchmark: str, given: str | PromptTemplate | None = None) -> PromptTemplate:

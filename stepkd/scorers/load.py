@@ -184,8 +184,9 @@ def scorer_of(scorer: ScorerConfig | str) -> ScorerConfig:
     from stepkd.scorers.published import recognise
 
     folder = Path(scorer).expanduser()
-    own = (folder / "step_head.json").is_file() or find_checkpoint(folder) is not None
-    return _WITH_MODEL[("prm" if own else recognise(scorer)) or "prm"](scorer)
+    family = None if find_checkpoint(folder) is not None else recognise(scorer)
+    named_only = family == MathShepherdPRM.family and (folder / "step_head.json").is_file()
+    return _WITH_MODEL["prm" if family is None or named_only else family](scorer)
 
 
 def load_scorer(scorer: ScorerConfig | str, *, device: str = "auto", max_rows: int = 32) -> StepScorer:
@@ -208,7 +209,7 @@ def pick_device(name: str) -> torch.device:
     except RuntimeError as error:
         raise ConfigError(f"device={name!r}: must be auto, cpu, cuda or cuda:N") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device={name!r}, but no CUDA device is available: use --device cpu")
+        raise ConfigError(f"device={name!r}, but no CUDA device is available: use cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device={name!r}, but this machine has {torch.cuda.device_count()} CUDA device(s)")
     return device

@@ -16,6 +16,8 @@ wiring is tested on stand-ins of the same architecture.
 * ``trl``: what TRL's PRMTrainer writes, any ``...ForTokenClassification`` with two labels: the prompt behind a
   begin-of-sequence token if there is one, every step tokenised alone with the separator's tokens behind it; softmax,
   class 1, at the separator. Separators of more than one token are not supported.
+
+A folder that ``stepkd export --layout`` wrote is of the last two families; it says itself how it lays solutions out.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +37,14 @@ from stepkd.data.templates import PromptTemplate
 from stepkd.errors import DataError, ModelError
 from stepkd.models.adapter import first_line
 from stepkd.models.checkpoint import load_trained
+from stepkd.models.layouts import CLASSES, QWEN_FORMAT, QWEN_SYSTEM
 from stepkd.models.load import check_tokenizer
 from stepkd.models.policy import Policy
-from stepkd.models.source import check_source, model_file
-from stepkd.models.spec import TINY_PRESETS, Classifier, LabelTokens, PolicyConfig
+from stepkd.models.source import check_source, model_file, trained_template
+from stepkd.models.spec import TINY_PRESETS, Classifier, LabelTokens, PolicyConfig, step_head_from_dict
+from stepkd.models.step_head import STEP_HEAD_CONFIG
 from stepkd.steps.format import StepFormat
 
-QWEN_SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
 _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
@@ -134,11 +138,18 @@ def open_published(
         layout = StepFormat(marker="ки", separator="\n", marker_place="before_separator")
         policy.attach_step_head(LabelTokens(format=layout, labels=("-", "+"), meaning="value"))
         return policy, PromptTemplate(style="plain"), SpacedSteps
-    marker, layers = ("<extra_0>", 2) if family == "qwen-prm" else (separator, 1)
+    layout = QWEN_FORMAT if family == "qwen-prm" else replace(QWEN_FORMAT, marker=separator)
+    spec = Classifier(format=layout, layers=2 if family == "qwen-prm" else 1)
     policy, head = _load_classifier(path, **weights)
-    _check_head(path, head, layers)
-    layout = StepFormat(marker=marker, separator="", tokenize="per_step")
-    policy.attach_step_head(Classifier(format=layout, layers=layers), weights=head)
+    own = model_file(path, Path(path).expanduser(), STEP_HEAD_CONFIG, None)
+    if own is not None:  # an export of ours, which says how it was trained
+        found = step_head_from_dict(json.loads(own.read_text(encoding="utf-8")))
+        assert isinstance(found, Classifier), "what save_classifier writes"
+        spec = found
+    _check_head(path, head, spec)
+    policy.attach_step_head(spec, weights=head)
+    if own is not None and (template := trained_template(path)) is not None:
+        return policy, template, StepEncoder
     if family == "qwen-prm":
         return policy, PromptTemplate(style="chat", system=QWEN_SYSTEM), BareSteps
     return policy, _trl_template(policy.tokenizer), SeparatedSteps
@@ -190,16 +201,17 @@ def _load_classifier(
     return Policy(model.eval(), tokenizer, PolicyConfig(path=path, dtype="auto")), weights
 
 
-def _check_head(path: str, weights: dict[str, Tensor], layers: int) -> None:
-    last = "score.2" if layers == 2 else "score"
-    if f"{last}.weight" not in weights or weights[f"{last}.weight"].shape[0] != 2:
+def _check_head(path: str, weights: dict[str, Tensor], spec: Classifier) -> None:
+    last = "score.2" if spec.layers == 2 else "score"
+    if f"{last}.weight" not in weights or weights[f"{last}.weight"].shape[0] != spec.classes:
         shapes = {name: tuple(value.shape) for name, value in weights.items()}
+        classes = f"{'three' if spec.classes == 3 else 'two'} classes, {', '.join(CLASSES[spec.classes])}"
         raise ModelError(
-            f"the head of {path!r} is {shapes}: expected {last}.weight with two classes, incorrect and correct "
-            "(PRMTrainer's models are made with num_labels=2)"
+            f"the head of {path!r} is {shapes}: expected {last}.weight with {classes} (PRMTrainer's models are made "
+            "with num_labels=2)"
         )
     if f"{last}.bias" not in weights:
-        weights[f"{last}.bias"] = torch.zeros(2)
+        weights[f"{last}.bias"] = torch.zeros(spec.classes)
 
 
 def _tensors(folder: Path, prefix: str) -> dict[str, Tensor]:

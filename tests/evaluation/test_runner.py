@@ -347,7 +347,7 @@ def test_bad_files(spec: EvaluateConfig, policy: Policy, tmp_path: Path, lines: 
 
 def test_cuda_that_is_not_there(spec: EvaluateConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(ConfigError, match="device='cuda', but no CUDA device is available: use --device cpu"):
+    with pytest.raises(ConfigError, match="device='cuda', but no CUDA device is available: use cpu"):
         evaluate(changed(spec, device="cuda"))
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)

@@ -103,7 +103,7 @@ def test_fresh_adapters_stand_on_the_weights_of_a_run(tmp_path: Path) -> None:
     assert all("lora_" in name for name, _ in policy.trainable_parameters())
     with policy.reference() as reference:
         assert torch.equal(logits(reference), logits(begun))
-    with pytest.raises(ConfigError, match="cannot name its base model: use --mode merged"):
+    with pytest.raises(ConfigError, match="cannot name its base model: use mode merged"):
         save_policy(policy, tmp_path / "export", mode="adapter")
 
 

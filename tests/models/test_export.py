@@ -118,7 +118,7 @@ def test_adapters_on_random_weights_need_merging(tmp_path: Path) -> None:
     spec = PolicyConfig(path="tiny-0.1m", init_seed=5, lora=LoRAConfig(r=4))
     file, expected = checkpoint(spec, tmp_path / "x.ckpt")
     with pytest.raises(
-        ConfigError, match=r"tiny-0\.1m \(random weights, or a run\) cannot name its base model: use --mode merged"
+        ConfigError, match=r"tiny-0\.1m \(random weights, or a run\) cannot name its base model: use mode merged"
     ):
         export_model(file, tmp_path / "out", mode="adapter")
     assert torch.allclose(logits(plain(export_model(file, tmp_path / "out"))), expected, atol=1e-5)
@@ -172,7 +172,7 @@ def test_overwrite_replaces_nothing_but_models(folder: Path, tmp_path: Path) -> 
     (precious / "checkpoints").mkdir(parents=True)
     (precious / "checkpoints" / "best.ckpt").write_bytes(b"weeks of work")
     for out in (precious, precious / "checkpoints" / "best.ckpt"):
-        with pytest.raises(ConfigError, match="is not a model folder, so --overwrite does not replace it"):
+        with pytest.raises(ConfigError, match="is not a model folder, so overwrite does not replace it"):
             export_model(folder, out, overwrite=True)
     assert (precious / "checkpoints" / "best.ckpt").read_bytes() == b"weeks of work"
 
