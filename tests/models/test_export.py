@@ -152,7 +152,7 @@ def test_existing_folders(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     export_model("tiny-0.1m", out)
     before = logits(plain(out))
-    with pytest.raises(ConfigError, match=f"{out} already exists: give another folder, or --overwrite"):
+    with pytest.raises(ConfigError, match=f"{out} already exists: give another folder, or set overwrite"):
         export_model(folder, out)
     assert torch.equal(logits(plain(out)), before)
     (out / "stale.safetensors").write_bytes(b"")

@@ -85,7 +85,7 @@ def test_the_template_of_an_export(export: Path) -> None:
     assert scorer.template == own
     for text in ("{", "[1]", '{"unheard_of": 1}'):
         (export / "prompt_template.json").write_text(text)
-        with pytest.raises(ModelError, match=r"cannot be used \(.*prompt_template\.json.*give one \(--template\)"):
+        with pytest.raises(ModelError, match=r"cannot be used \(.*prompt_template\.json.*give one \(template: "):
             trained_template(export)
 
 
