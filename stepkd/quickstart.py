@@ -105,7 +105,7 @@ class Stage:
     """Does it; returns its section of the summary."""
 
 
-def summary_of(folder: Path) -> dict[str, Any]:
+def _summary_of(folder: Path) -> dict[str, Any]:
     """What a job summed up."""
     return dict(json.loads((folder / SUMMARY_NAME).read_bytes()))
 
@@ -119,30 +119,30 @@ def train(context: Context, name: str) -> dict[str, Any]:
     return {"model": f"{name}/model", "steps": context.named[f"{name}_steps"]}
 
 
-def train_student(context: Context) -> dict[str, Any]:
+def _train_student(context: Context) -> dict[str, Any]:
     """A student that knows, but does not do reliably."""
     return train(context, "student") | {"noise": context.named["noise"]}
 
 
-def train_prm(context: Context) -> dict[str, Any]:
+def _train_prm(context: Context) -> dict[str, Any]:
     """Labels of the student's solutions, a reward model from the student's weights, best-of-8."""
-    section, labels = train(context, "prm"), summary_of(context.run("labels")[0])
+    section, labels = train(context, "prm"), _summary_of(context.run("labels")[0])
     section |= {"labelled_solutions": labels["labelled"], "monte_carlo": monte_carlo(context)}
     return section | best_of_n(context)
 
 
-def train_step_kto(context: Context) -> dict[str, Any]:
+def _train_step_kto(context: Context) -> dict[str, Any]:
     """Step-KTO from the student's weights, and what it does to correct answers and to the incorrect steps in them."""
-    section, labels = train(context, "step_kto"), summary_of(context.run("labels")[0])
+    section, labels = train(context, "step_kto"), _summary_of(context.run("labels")[0])
     conflicts = labels["correct_answers_with_an_incorrect_step"]
     section |= {"labelled_solutions": labels["labelled"], "conflicts": conflicts}
-    return section | {"evaluation": compare_with_student(context, "step_kto")}
+    return section | {"evaluation": _compare_with_student(context, "step_kto")}
 
 
-def train_gkd(context: Context) -> dict[str, Any]:
+def _train_gkd(context: Context) -> dict[str, Any]:
     """On-policy GKD from the student's weights, and how like its teacher the student was and has become."""
     section = train(context, "gkd")
-    evaluation = compare_with_student(context, "gkd")
+    evaluation = _compare_with_student(context, "gkd")
     alike = {name: dict(context.run("alike", evaluated=f"${name}")[1].columns) for name in ("student", "gkd")}
     context.console.print(
         f"reverse KL to the teacher on own samples of {context.named['fidelity_problems']} problems, nats a token: "
@@ -151,9 +151,9 @@ def train_gkd(context: Context) -> dict[str, Any]:
     return {**section, "evaluation": evaluation, "fidelity": alike}
 
 
-def train_kdrl(context: Context) -> dict[str, Any]:
+def _train_kdrl(context: Context) -> dict[str, Any]:
     """KDRL from the student's weights: one objective of rewards and distillation, on the same samples."""
-    return train(context, "kdrl") | {"evaluation": compare_with_student(context, "kdrl")}
+    return train(context, "kdrl") | {"evaluation": _compare_with_student(context, "kdrl")}
 
 
 def monte_carlo(context: Context) -> dict[str, Any]:
@@ -202,7 +202,7 @@ def best_of_n(context: Context) -> dict[str, Any]:
     return {"best_of_n": curve.to_dict(), "step_metrics": metrics, "unscored": len(rows) - len(judged)}
 
 
-def show_samples(context: Context) -> dict[str, Any]:
+def _show_samples(context: Context) -> dict[str, Any]:
     """Sampled solutions of the student, each step marked by the exact checker."""
     folder = context.out / "evaluations" / "student-sampled"
     if not (folder / RESULTS_NAME).is_file():
@@ -235,7 +235,7 @@ def marked_solution(prompt: str, sample: dict[str, Any]) -> Text:
     return text
 
 
-def evaluate_models(context: Context, names: Sequence[str], *, greedy: bool = False) -> dict[str, Any]:
+def _evaluate_models(context: Context, names: Sequence[str], *, greedy: bool = False) -> dict[str, Any]:
     """Evaluate stages' models on held-out problems with four samples each, and show them side by side.
 
     Args:
@@ -260,35 +260,35 @@ def evaluate_models(context: Context, names: Sequence[str], *, greedy: bool = Fa
     for name, found in section.items():
         for how in ("greedy", "sampled") if greedy else ("sampled",):
             folder, _ = context.run(how, f"evaluations/{name}-{how}", evaluated=f"${name}")
-            found[how] = {key: summary_of(folder)[key] for key in ("problems", "samples", "metrics")}
+            found[how] = {key: _summary_of(folder)[key] for key in ("problems", "samples", "metrics")}
         cells = (shown(found[how]["metrics"][metric], ".1%", gap="\n") for how, metric in columns.values())
         table.add_row(name.replace("_", "-"), *cells)
     context.console.print(table)
     return section
 
 
-def compare_with_student(context: Context, name: str) -> dict[str, Any]:
+def _compare_with_student(context: Context, name: str) -> dict[str, Any]:
     """Evaluate a stage's model beside the student; its numbers."""
-    return dict(evaluate_models(context, ("student", name))[name]["sampled"])
+    return dict(_evaluate_models(context, ("student", name))[name]["sampled"])
 
 
 STAGES: list[Stage] = [
     Stage("teacher", "train a 0.5M-parameter teacher on clean step-by-step solutions", partial(train, name="teacher")),
-    Stage("student", "make a noisy student of it: a little more training, on solutions with slips", train_student),
+    Stage("student", "make a noisy student of it: a little more training, on solutions with slips", _train_student),
     Stage(
         "evaluate",
         "evaluate both on problems they have not seen",
-        partial(evaluate_models, names=("teacher", "student"), greedy=True),
+        partial(_evaluate_models, names=("teacher", "student"), greedy=True),
     ),
-    Stage("samples", "the student's solutions, every step checked", show_samples),
-    Stage("prm", "a process reward model from the student's own completions, and best-of-8 with it", train_prm),
+    Stage("samples", "the student's solutions, every step checked", _show_samples),
+    Stage("prm", "a process reward model from the student's own completions, and best-of-8 with it", _train_prm),
     Stage(
         "step_kto",
         "Step-KTO: the student learns from its own correct and incorrect answers and steps",
-        train_step_kto,
+        _train_step_kto,
     ),
-    Stage("gkd", "GKD: the student learns from its teacher, on solutions of its own", train_gkd),
-    Stage("kdrl", "KDRL: rewards for correct answers and distillation, in one objective", train_kdrl),
+    Stage("gkd", "GKD: the student learns from its teacher, on solutions of its own", _train_gkd),
+    Stage("kdrl", "KDRL: rewards for correct answers and distillation, in one objective", _train_kdrl),
 ]
 """All stages in order; later methods append theirs."""
 

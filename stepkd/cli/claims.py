@@ -65,7 +65,7 @@ def run(config: ListClaimsConfig | QuickConfig) -> int:
     if isinstance(config, ListClaimsConfig):
         return _list()
     quick = not isinstance(config, RunConfig)
-    claims = [load_claim(find_claim(name), quick=quick) for name in dict.fromkeys(config.names)]
+    claims = [load_claim(_find_claim(name), quick=quick) for name in dict.fromkeys(config.names)]
     check_alone("stepkd claims")
 
     from stepkd.claims.results import print_results, save_results, summarise_claim
@@ -113,7 +113,7 @@ def all_claims() -> dict[str, Path]:
     return {path.stem: path for path in sorted((recipes_folder() / "claims").glob("*.yaml"))}
 
 
-def find_claim(name: str) -> Path:
+def _find_claim(name: str) -> Path:
     """A claim's file, by its path or its name; ConfigError with the nearest name when there is none."""
     from stepkd.yaml_files import find_recipe
 

@@ -28,14 +28,14 @@ def run(config: EvaluatePRMConfig) -> int:
     summary = evaluate_process(config, options=job)
     if not summary:
         return job.share_is_done("results")
-    print_process(job.console, summary)
+    _print_process(job.console, summary)
     if config.figures:
-        job.say(*(f"figure: {path}" for path in write_figures(summary, Path(config.out))))
+        job.say(*(f"figure: {path}" for path in _write_figures(summary, Path(config.out))))
     job.say(f"\nper-solution scores, settings and summary: {config.out}")
     return 0
 
 
-def write_figures(summary: dict[str, Any], out: Path) -> Iterator[Path]:
+def _write_figures(summary: dict[str, Any], out: Path) -> Iterator[Path]:
     """Reliability and argmin figures of every set, each drawn when its path is asked for."""
     from stepkd.evaluation.figures import argmin_histogram, reliability_diagram
     from stepkd.evaluation.score_rows import figure_names
@@ -47,7 +47,7 @@ def write_figures(summary: dict[str, Any], out: Path) -> Iterator[Path]:
             yield argmin_histogram(section["argmin"], out / argmin)
 
 
-def print_process(console: Any, summary: dict[str, Any]) -> None:
+def _print_process(console: Any, summary: dict[str, Any]) -> None:
     """One table of F1 with baselines per set, one of step metrics."""
     from rich.table import Table
 

@@ -138,7 +138,7 @@ def two_steps(words: list[str], device: str) -> int:
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            callbacks=[LargestBatch()],
+            callbacks=[_LargestBatch()],
         )
         try:
             trainer.fit(module, data)
@@ -147,7 +147,7 @@ def two_steps(words: list[str], device: str) -> int:
     return torch.cuda.max_memory_reserved() if device == "cuda" else memory_peak() or 0
 
 
-class LargestBatch(Callback):
+class _LargestBatch(Callback):
     """Leaves the data module one training batch: the one with most tokens in the first epoch."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -57,7 +57,7 @@ def run(config: ListRecipesConfig | ShowConfig | CopyConfig) -> int:
     if isinstance(config, ListRecipesConfig):
         width = max(len(name) for name in found)
         for name, path in found.items():
-            print(f"{name:<{width}}  {headline(path)}")
+            print(f"{name:<{width}}  {_headline(path)}")
         return 0
     path = find_recipe(config.name, found)
     if isinstance(config, ShowConfig):
@@ -75,7 +75,7 @@ def run(config: ListRecipesConfig | ShowConfig | CopyConfig) -> int:
     return 0
 
 
-def headline(path: Path) -> str:
+def _headline(path: Path) -> str:
     """First sentence of a recipe's comment, over as many lines as it takes."""
     words: list[str] = []
     for line in path.read_text(encoding="utf-8").splitlines():

@@ -28,11 +28,11 @@ def run(config: ScoreConfig) -> int:
     summary = score_file(config, options=job)
     if not summary:
         return job.share_is_done("scored rows")
-    job.say(*summary_lines(summary), f"\nscored rows: {Path(config.out) / RESULTS_NAME}")
+    job.say(*_summary_lines(summary), f"\nscored rows: {Path(config.out) / RESULTS_NAME}")
     return 0
 
 
-def summary_lines(summary: dict[str, Any]) -> Iterator[str]:
+def _summary_lines(summary: dict[str, Any]) -> Iterator[str]:
     """What was scored, and what was not."""
     yield f"{summary['rows']} solutions of {summary['problems']} problems, {summary['steps']} steps"
     yield f"mean score ({summary['reduction']}): {_number(summary['mean_score'])}"

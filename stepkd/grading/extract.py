@@ -90,7 +90,7 @@ _NUMBER = re.compile(
 )
 
 
-def tidy_ends(text: str) -> str:
+def _tidy_ends(text: str) -> str:
     """Strip blanks, Markdown emphasis, quotes and closing punctuation around an extracted answer.
 
     Args:
@@ -116,10 +116,10 @@ def _hash_line(line: str) -> str:
     if _HEADING.match(line) or line.endswith((":", ":**")):
         return ""
     lead = _ANSWER_LEAD.search(line)
-    return tidy_ends(_first_sentence(line[lead.end() :] if lead and lead.end() < len(line) else line))
+    return _tidy_ends(_first_sentence(line[lead.end() :] if lead and lead.end() < len(line) else line))
 
 
-def extract_hash(text: str) -> str | None:
+def _extract_hash(text: str) -> str | None:
     """The answer on the first ``####`` line (GSM8K's mark).
 
     A line counts if it starts like a number or a formula. Words count on the last line only: elsewhere ``####`` before
@@ -159,7 +159,7 @@ def _boxes(text: str) -> tuple[list[tuple[int, int, str]], bool]:
     return inner, is_open or any(start >= 0 for start, _ in stack)
 
 
-def extract_boxed(text: str) -> str | None:
+def _extract_boxed(text: str) -> str | None:
     r"""The content of the last balanced ``\boxed{...}`` or ``\fbox{...}`` (innermost when nested), or of ``\boxed 5``.
 
     Empty where the last box stays open. Boxes joined by "and", "or" or a comma are one list.
@@ -173,7 +173,7 @@ def _joined(text: str, spans: Sequence[tuple[int, int, str]]) -> str | None:
     joined, begin, parts = "", 0, 0
     for start, end, content in reversed(spans):
         joint = _JOINT.fullmatch(text[end:begin]) if joined and begin - end < 60 else None
-        answer = tidy_ends(content)
+        answer = _tidy_ends(content)
         if (joined and joint is None) or parts == _MOST_JOINED:
             break
         if answer:
@@ -182,7 +182,7 @@ def _joined(text: str, spans: Sequence[tuple[int, int, str]]) -> str | None:
     return joined or None
 
 
-def extract_latex(text: str) -> str | None:
+def _extract_latex(text: str) -> str | None:
     r"""The last formula (``$...$``, ``\(...\)``, ``\[...\]``), or a text that is nothing but one answer.
 
     Empty where the text ends inside a formula.
@@ -200,7 +200,7 @@ def extract_latex(text: str) -> str | None:
         return ""
     whole = text.strip()
     if not spans and len(whole) <= 300 and (_ONE_WORD.fullmatch(whole) or _BARE.fullmatch(whole)):
-        return tidy_ends(whole) or None
+        return _tidy_ends(whole) or None
     return _joined(text, spans)
 
 
@@ -212,7 +212,7 @@ def _may_close(text: str, token: str, begin: int, end: int) -> bool:
     return not blank and not text[end + 1 : end + 2].isdigit() and "\n" not in text[begin:end]
 
 
-def extract_answer_phrase(text: str) -> str | None:
+def _extract_answer_phrase(text: str) -> str | None:
     """What follows the last "the (final) answer is ..." or "Answer: ...", up to the end of the sentence."""
     newest_first = reversed(deque(_PHRASE.finditer(text), maxlen=256))
     payloads = (_phrase_payload(match.group(1)) for match in newest_first)  # only those looked at are cut out
@@ -220,19 +220,19 @@ def extract_answer_phrase(text: str) -> str | None:
 
 
 def _phrase_payload(payload: str) -> str:
-    boxed = extract_boxed(payload)
+    boxed = _extract_boxed(payload)
     if boxed:
         return boxed
     payload = payload.lstrip("*_ \t")
     math = _INLINE_MATH.match(payload)
     if math:
-        return tidy_ends(math.group(1) or math.group(2))
+        return _tidy_ends(math.group(1) or math.group(2))
     payload = _first_sentence(payload)
     end = _PHRASE_END.search(payload)
-    return tidy_ends(payload[: end.start()] if end else payload)
+    return _tidy_ends(payload[: end.start()] if end else payload)
 
 
-def extract_last_number(text: str) -> str | None:
+def _extract_last_number(text: str) -> str | None:
     """The last number, with its sign, currency, thousands separators, decimals, fraction and percent sign.
 
     Exponents of units (``m^2``), subscripts and digits inside words (``H2O``) are not numbers of their own. Empty where
@@ -245,7 +245,7 @@ def extract_last_number(text: str) -> str | None:
 
 
 def numbers_in(text: str) -> list[str]:
-    """All numbers of a short text, as :func:`extract_last_number` reads them."""
+    """All numbers of a short text, as :func:`_extract_last_number` reads them."""
     return [match.group().strip() for match in _NUMBER.finditer(text)]
 
 
@@ -260,11 +260,11 @@ def _in_expression(text: str, start: int, end: int) -> bool:
 
 
 EXTRACTORS: dict[str, Callable[[str], str | None]] = {
-    "hash": extract_hash,
-    "boxed": extract_boxed,
-    "answer_phrase": extract_answer_phrase,
-    "latex": extract_latex,
-    "last_number": extract_last_number,
+    "hash": _extract_hash,
+    "boxed": _extract_boxed,
+    "answer_phrase": _extract_answer_phrase,
+    "latex": _extract_latex,
+    "last_number": _extract_last_number,
 }
 """Built-in extractors by name."""
 

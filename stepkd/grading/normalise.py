@@ -205,7 +205,7 @@ def _may_touch(tail: str) -> bool:
     return len(word) > 3 or (len(word) > 1 and word in _SHORT_UNITS)
 
 
-def same_number(candidate: PlainNumber, gold: PlainNumber) -> bool:
+def _same_number(candidate: PlainNumber, gold: PlainNumber) -> bool:
     """Whether two plain numbers are the same answer (percent rule in the module docstring)."""
     if candidate.value == gold.value:
         return True
@@ -278,7 +278,7 @@ def quick_verdict(candidate: str, gold: str) -> bool | None:
             return None
     number_c, number_g = read_number(plain_candidate), read_number(plain_gold)
     if number_c is not None and number_g is not None:
-        equal = same_number(number_c, number_g)
+        equal = _same_number(number_c, number_g)
         return None if not equal and _may_be_rounded(plain_candidate, plain_gold) else equal
     if is_words(gold) and (words_key(candidate) == words_key(gold) or is_words(candidate)):
         return words_key(candidate) == words_key(gold)

@@ -78,7 +78,7 @@ def convert_rows(rows: Sequence[Row], to: ConverterConfig) -> Converted:
     return converted
 
 
-def solution_text(row: Row) -> str:
+def _solution_text(row: Row) -> str:
     """The whole solution of a completion row or a stepwise row.
 
     Raises:
@@ -92,15 +92,15 @@ def solution_text(row: Row) -> str:
     return str(row["completion"])
 
 
-def drop_repeated(rows: Sequence[Row]) -> list[Row]:
+def _drop_repeated(rows: Sequence[Row]) -> list[Row]:
     """Keep the first of several solutions of a problem with the same text, outcome and end."""
     first: dict[tuple[Any, ...], Row] = {}
     for row in rows:
-        first.setdefault((problem_key(row), solution_text(row), row.get("finish") == "length", outcome_of(row)), row)
+        first.setdefault((problem_key(row), _solution_text(row), row.get("finish") == "length", outcome_of(row)), row)
     return list(first.values())
 
 
-def holds_incorrect_step(row: Row) -> bool:
+def _holds_incorrect_step(row: Row) -> bool:
     """Whether a row's labels call one of its steps incorrect; a row without labels holds none."""
     return False in verdicts(row.get(label_column(row)) or ())
 
@@ -218,11 +218,11 @@ class Unpaired(ConverterConfig):
 
     def convert(self, rows: Sequence[Row]) -> Converted:
         """See :class:`ConverterConfig`."""
-        kept = drop_repeated(rows)
+        kept = _drop_repeated(rows)
         counts = Counter({"duplicates": len(rows) - len(kept)})
         done = []
         for row in kept:
-            outcome, text = outcome_of(row), solution_text(row)
+            outcome, text = outcome_of(row), _solution_text(row)
             if outcome is None or not text.strip():
                 counts["rows_without_outcome" if outcome is None else "empty_completions"] += 1
                 continue
@@ -276,20 +276,20 @@ class Preference(ConverterConfig):
 
     def _pairs(self, name: str, solutions: Sequence[Row], counts: Counter[str]) -> list[tuple[Row, Row]]:
         """The pairs of one problem; counts why there are none, and the solutions left out."""
-        graded = [row for row in solutions if outcome_of(row) is not None and solution_text(row).strip()]
+        graded = [row for row in solutions if outcome_of(row) is not None and _solution_text(row).strip()]
         counts["ungraded_or_empty"] += len(solutions) - len(graded)
         outcomes = {outcome_of(row) for row in graded}
         if len(outcomes) < 2:
             same = "problems_all_correct" if True in outcomes else "problems_all_incorrect"
             counts[same if outcomes else "problems_ungraded"] += 1
             return []
-        distinct = drop_repeated(graded)
+        distinct = _drop_repeated(graded)
         counts["duplicates"] += len(graded) - len(distinct)
         correct: list[Row] = []
         for row in filter(outcome_of, distinct):
             if row.get("finish") == "length":
                 counts["correct_but_cut_off"] += 1
-            elif self.chosen_steps == "clean" and holds_incorrect_step(row):
+            elif self.chosen_steps == "clean" and _holds_incorrect_step(row):
                 counts["correct_but_an_incorrect_step"] += 1
             else:
                 correct.append(row)
@@ -297,7 +297,7 @@ class Preference(ConverterConfig):
         incorrect = [row for row in distinct if not outcome_of(row)]
         correct, incorrect = ([side[i] for i in draw.permutation(len(side))] for side in (correct, incorrect))
         # An answer can be graded both ways (a grader that ran out of time); text against itself teaches nothing.
-        differing = (pair for pair in even_pairs(correct, incorrect) if len({*map(solution_text, pair)}) == 2)
+        differing = (pair for pair in even_pairs(correct, incorrect) if len({*map(_solution_text, pair)}) == 2)
         pairs = list(islice(differing, self.max_pairs))
         if not pairs:
             counts["problems_identical_sides" if correct else "problems_without_a_correct_one_to_choose"] += 1
@@ -307,7 +307,7 @@ class Preference(ConverterConfig):
         settings = {name: getattr(self, name) for name in ("seed", "max_pairs", "chosen_steps")}
         row = {"id": f"{chosen.get('problem_id') or chosen.get('id', '?')}/pair-{number}"}
         row |= passed_on(chosen, "problem_id")
-        row |= {"prompt": chosen["prompt"], "chosen": solution_text(chosen), "rejected": solution_text(rejected)}
+        row |= {"prompt": chosen["prompt"], "chosen": _solution_text(chosen), "rejected": _solution_text(rejected)}
         row |= {
             f"{side}_ids": each["token_ids"]
             for side, each in (("chosen", chosen), ("rejected", rejected))
@@ -340,12 +340,12 @@ class Demonstrations(ConverterConfig):
                 "ungraded": correct is None,
                 "incorrect_answer": not correct,
                 "cut_off": row.get("finish") == "length",  # there is no end: it would teach to go on for ever
-                "incorrect_step": self.clean and holds_incorrect_step(row),
+                "incorrect_step": self.clean and _holds_incorrect_step(row),
             }
             if True in refused.values():
                 counts[next(reason for reason, holds in refused.items() if holds)] += 1
                 continue
-            done = {"prompt": row["prompt"], "solution": solution_text(row)}
+            done = {"prompt": row["prompt"], "solution": _solution_text(row)}
             kept.append(done | passed_on(row, "id", "answer", "problem_id", "task", "meta", "labelling"))
         return Converted(kept, {"rows": len(kept)} | dict(sorted(counts.items())))
 

@@ -279,13 +279,13 @@ def run_pair_job(config: PairJobConfig, *, options: JobOptions = ALONE, **made: 
         found = job.rows(PAIRS, units)
     if found is None:
         return None
-    records = drop_repeated_pairs(found)
-    summary = summarise_pairs(records)
+    records = _drop_repeated_pairs(found)
+    summary = _summarise_pairs(records)
     rows = [row for record in records for row in record["rows"]]
     return _finish(job, PAIRS_NAME, rows, summary, nothing=f"no pair could be made from {summary['items']} items")
 
 
-def drop_repeated_pairs(records: Sequence[Row]) -> list[dict[str, Any]]:
+def _drop_repeated_pairs(records: Sequence[Row]) -> list[dict[str, Any]]:
     """Keep the first of equal pairs of one problem, and count the others as ``repeated_pair``.
 
     Several solutions of a problem may make the same mistake at the same place; its pair should not count twice.
@@ -303,7 +303,7 @@ def drop_repeated_pairs(records: Sequence[Row]) -> list[dict[str, Any]]:
     return kept
 
 
-def summarise_pairs(records: Sequence[Row]) -> dict[str, Any]:
+def _summarise_pairs(records: Sequence[Row]) -> dict[str, Any]:
     """Summary of a finished pair job; depends on nothing but the records.
 
     Returns:

@@ -178,7 +178,7 @@ def grade_continuations(
     ]
     grades = iter(
         grader.grade(
-            [until_stop(ids, end, policy, sampling) for _, ids, end, _ in flat],
+            [_until_stop(ids, end, policy, sampling) for _, ids, end, _ in flat],
             [str(solution.row["answer"]) for solution, _, _, _ in flat],
             cut_off=[each.finish == "length" for _, _, _, each in flat],
         )
@@ -186,7 +186,7 @@ def grade_continuations(
     return [[next(grades).verdict == "correct" for _ in continuations] for _, _, continuations in drawn]
 
 
-def until_stop(ids: Sequence[int], known: int, policy: Any, sampling: SamplingConfig) -> str:
+def _until_stop(ids: Sequence[int], known: int, policy: Any, sampling: SamplingConfig) -> str:
     """Text of all ids, decoded together, up to a stop string that comes after the first ``known`` ids."""
     text = decode_text(policy.tokenizer, ids)
     if not sampling.stop:

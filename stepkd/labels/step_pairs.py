@@ -45,7 +45,7 @@ NEEDS: tuple[Need, ...] = (
 _LIGHT = 256  # rows per group where nothing is drawn
 
 
-class Flawed(NamedTuple):
+class _Flawed(NamedTuple):
     """A solution and the number of its first incorrect step."""
 
     solution: Solution
@@ -197,13 +197,13 @@ class StepPairBuilder:
     def work(self, items: Sequence[int]) -> list[dict[str, Any]]:
         """One record per item (:func:`~stepkd.labels.workbench.pair_record`), which does not depend on the others."""
         plans = {item: self._plan(item) for item in items}
-        made = {each["index"]: each for each in self._pair([p for p in plans.values() if isinstance(p, Flawed)])}
+        made = {each["index"]: each for each in self._pair([p for p in plans.values() if isinstance(p, _Flawed)])}
         for item, plan in plans.items():
             if isinstance(plan, str):
                 made[item] = pair_record(str(self.bench.rows[item]["id"]), item, dropped={plan: 1})
         return [made[item] for item in items]
 
-    def _plan(self, item: int) -> Flawed | str:
+    def _plan(self, item: int) -> _Flawed | str:
         """The incorrect step of an item, or why it is left out."""
         found, row = self._found[item], self.bench.rows[item]
         if isinstance(found, str):
@@ -222,10 +222,10 @@ class StepPairBuilder:
             return whole
         if any(not text.strip() for text in whole.steps[: found + 1]):
             return "step_without_text"
-        flawed, context = Flawed(whole, found), self.policy.max_length
+        flawed, context = _Flawed(whole, found), self.policy.max_length
         return "too_long" if context is not None and len(whole.prompt_ids) + flawed.known >= context else flawed
 
-    def _pair(self, flawed_ones: Sequence[Flawed]) -> list[dict[str, Any]]:
+    def _pair(self, flawed_ones: Sequence[_Flawed]) -> list[dict[str, Any]]:
         if not flawed_ones:
             return []
         branches = [continued(flawed.solution, [flawed.known]) for flawed in flawed_ones]
@@ -256,7 +256,7 @@ class StepPairBuilder:
             good = iter([each.labels[-1] is True for each in self.check.label(to_check)])
         return [self._record(*each, passed=[step for step in each[1] if next(good)]) for each in found]
 
-    def _better_steps(self, flawed: Flawed, correct: Sequence[Completion], facts: Counter[str]) -> list[Better]:
+    def _better_steps(self, flawed: _Flawed, correct: Sequence[Completion], facts: Counter[str]) -> list[Better]:
         """Distinct first steps of continuations that end correctly; counts in the facts what is left out."""
         steps: dict[str, Better] = {}
         segmenter = segmenter_of(flawed.solution.columns)
@@ -274,7 +274,7 @@ class StepPairBuilder:
         return list(steps.values())
 
     def _record(
-        self, flawed: Flawed, steps: Sequence[Better], facts: Counter[str], *, passed: Sequence[Better]
+        self, flawed: _Flawed, steps: Sequence[Better], facts: Counter[str], *, passed: Sequence[Better]
     ) -> dict[str, Any]:
         kept = passed[: self.config.max_pairs]
         facts.update(
@@ -290,7 +290,7 @@ class StepPairBuilder:
         rows = [self._row(flawed, number, step, facts) for number, step in enumerate(kept)]
         return pair_record(flawed.solution.id, flawed.solution.index, rows, dropped=dropped, facts=facts)
 
-    def _row(self, flawed: Flawed, number: int, step: Better, facts: Mapping[str, int]) -> dict[str, Any]:
+    def _row(self, flawed: _Flawed, number: int, step: Better, facts: Mapping[str, int]) -> dict[str, Any]:
         solution, row = flawed.solution, flawed.solution.columns
         ids = solution.token_ids.tolist()
         out = {

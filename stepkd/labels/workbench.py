@@ -68,7 +68,7 @@ class Workbench:
         self.device = pick_device(config.device)  # an impossible one is refused before the model is loaded
         self.benchmark = asking(data.source, is_task=all(map(is_task_row, self.rows)))
         """What the data's prompts, answers and longest completion are like where the settings do not say."""
-        self.model = model or named_model(self.rows)
+        self.model = model or _named_model(self.rows)
         template = None if config.template is None else get_template(config.template)
         self.policy = policy or load_trained(self.model, dtype=config.dtype)
         """Samples, continues and tokenises; still on the CPU."""
@@ -149,7 +149,7 @@ def _check_solutions(rows: Sequence[Row], place: str) -> None:
             )
 
 
-def named_model(rows: Sequence[Row]) -> str:
+def _named_model(rows: Sequence[Row]) -> str:
     """The one model that completion rows name.
 
     Raises:

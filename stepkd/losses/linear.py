@@ -81,7 +81,7 @@ def chunked_head(
     Raises:
         ValueError: tensors of different length.
     """
-    check_lengths(hidden_NH, *per_position)
+    _check_lengths(hidden_NH, *per_position)
 
     def run(hidden_CH: Tensor, *chunk: Tensor) -> Tensor:
         return fn(head(hidden_CH), *chunk)
@@ -96,7 +96,7 @@ def chunked_head(
     return torch.cat(pieces)
 
 
-def check_lengths(hidden_NH: Tensor, *per_position: Tensor) -> None:
+def _check_lengths(hidden_NH: Tensor, *per_position: Tensor) -> None:
     """Refuse what would silently be cut or repeated.
 
     Raises:
@@ -213,7 +213,7 @@ def fused_sum(
     Raises:
         ValueError: tensors of different length.
     """
-    check_lengths(hidden_NH, weights_N, *per_position)
+    _check_lengths(hidden_NH, weights_N, *per_position)
     trained = head_parameters(head)
     if any(hasattr(parameter, "full_tensor") for parameter in trained):
         raise RuntimeError("the head is sharded and not gathered: compute the loss in the policy's forward pass")

@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from stepkd.models.head import backbone_of, evaluation_mode, positions_from_mask, reads_alike
 
 
-def has_windows(config: Any) -> bool:
+def _has_windows(config: Any) -> bool:
     """Whether a layer sees the last so many positions of its row only; the probe is shorter than most windows."""
     if getattr(config, "layer_types", None):
         return set(config.layer_types) != {"full_attention"}
@@ -172,7 +172,7 @@ def check_unpadded(causal_lm: Any) -> bool:
     False for attention other than sdpa, for sliding windows, and where a probe of two short rows says so: recurrent
     layers, biases by distance, or layers that keep from attention what they are given.
     """
-    if causal_lm.config._attn_implementation != "sdpa" or has_windows(causal_lm.config.get_text_config()):
+    if causal_lm.config._attn_implementation != "sdpa" or _has_windows(causal_lm.config.get_text_config()):
         return False
     _install()
     weight = causal_lm.get_input_embeddings().weight

@@ -31,7 +31,7 @@ _DEFAULTS = {
 }
 
 
-def is_distributed() -> bool:
+def _is_distributed() -> bool:
     """Whether there are other ranks."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
@@ -48,7 +48,7 @@ def all_reduce(values: Mapping[str, float | Tensor], device: torch.device, op: s
         The reduced numbers; without other ranks, the numbers themselves.
     """
     numbers = {name: float(value) for name, value in values.items()}
-    if not numbers or not is_distributed():
+    if not numbers or not _is_distributed():
         return numbers
     stacked = torch.tensor(list(numbers.values()), dtype=torch.float64, device=device)
     dist.all_reduce(stacked, op=dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX)
@@ -58,7 +58,7 @@ def all_reduce(values: Mapping[str, float | Tensor], device: torch.device, op: s
 def union(names: Iterable[str]) -> list[str]:
     """All names that any rank has, sorted; every rank must call it."""
     parts = [set(names)]
-    if is_distributed():
+    if _is_distributed():
         mine, parts = parts[0], [set()] * dist.get_world_size()
         dist.all_gather_object(parts, mine)
     return sorted(set.union(*parts))

@@ -37,7 +37,7 @@ MISMATCH_ALARM = 0.05
 """Mean distance in nats beyond which something is wrong."""
 
 
-class TokenTerms(NamedTuple):
+class _TokenTerms(NamedTuple):
     """What the objective gives for every token; only ``total_N`` carries a gradient."""
 
     total_N: Tensor
@@ -144,7 +144,7 @@ class PolicyGradient(Component):
             pg_C, low_C, high_C = self._clipped(logps_C, advantages_C, old_C, sampled_C, weights_C)
             total_C = scales["pg"] * self.weight * pg_C + scales["kd"] * kd_C
             entropy_C = entropy(log_CV.detach())
-            columns = TokenTerms(total_C, self.weight * pg_C, kd_C, logps_C, entropy_C, teacher_C, low_C, high_C)
+            columns = _TokenTerms(total_C, self.weight * pg_C, kd_C, logps_C, entropy_C, teacher_C, low_C, high_C)
             return torch.stack([column.double() for column in columns], dim=-1)
 
         constants = self._constants(batch, rollouts)
@@ -158,7 +158,7 @@ class PolicyGradient(Component):
             *(() if signals is None else signals.tensors),
             chunk_size=forward.chunk_size,
         )
-        found = TokenTerms(*columns_NM.unbind(-1))
+        found = _TokenTerms(*columns_NM.unbind(-1))
         _, old_N, sampled_N, *_ = constants
         gap_N = sampled_N - torch.where(old_N.isnan(), found.logps_N, old_N)
         if not batch.is_dummy:
@@ -200,7 +200,7 @@ class PolicyGradient(Component):
         return pg_C, clipped.low_N, clipped.high_N
 
     def _metrics(
-        self, rollouts: Sequence[Rollout], found: TokenTerms, gap_N: Tensor, *, distils: bool
+        self, rollouts: Sequence[Rollout], found: _TokenTerms, gap_N: Tensor, *, distils: bool
     ) -> dict[str, tuple[Tensor, Tensor]]:
         number = gap_N.new_tensor(float(len(gap_N)))
 

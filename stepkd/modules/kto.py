@@ -84,7 +84,7 @@ class Points:
         return table[index_S.clamp(max=len(self.by_index))].to(like)
 
 
-class PointEstimator:
+class _PointEstimator:
     """Keeps the running averages and turns log-ratios into points.
 
     Args:
@@ -221,7 +221,7 @@ class KTOModule(PreferenceModule):
         super().__init__(policy, reference, **settings)
         self.point_spec = reference_point or ReferencePointConfig()
         self.prepares_with_model |= bool(self.point_spec.reads)
-        self._estimator = PointEstimator(self.point_spec)
+        self._estimator = _PointEstimator(self.point_spec)
         self.values = ValueTerms(beta, class_weights)
         """The component that the points and class weights are for."""
         self.components = (self.values,)

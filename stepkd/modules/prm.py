@@ -175,7 +175,7 @@ class PRMModule(StepModule):
                 raise ConfigError(f"class_weights={weights}: {head.num_classes} positive numbers, worst first")
 
     @cached_property
-    def step_head_ids(self) -> StepHeadIds:
+    def _step_head_ids(self) -> StepHeadIds:
         """Marker and label ids in the policy's tokenizer; available before the weights are loaded."""
         return resolve_ids(self.head_spec, self.tokenizer)
 
@@ -198,7 +198,7 @@ class PRMModule(StepModule):
             self.tokenizer,
             data.template,
             format=self.head_spec.format,
-            marker_id=self.step_head_ids.marker,
+            marker_id=self._step_head_ids.marker,
             max_length=data.max_length,
             num_classes=self.head_spec.num_classes,
             labels=labels,
@@ -208,7 +208,7 @@ class PRMModule(StepModule):
     def complete_model(self) -> None:
         """Put the step head on the policy."""
         self.model.attach_step_head(self.head_spec, seed=self.policy_spec.init_seed)
-        self.components = [loss.bound(self.step_head_ids) for loss in self.losses]
+        self.components = [loss.bound(self._step_head_ids) for loss in self.losses]
 
     def predict_step(self, batch: StepBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """A reward model samples nothing."""

@@ -56,7 +56,7 @@ class RewardConfig:
         if not math.isfinite(self.weight):
             raise ConfigError(f"rewards: weight={self.weight} of {self.name!r}: must be a number")
         if callable(self.name):
-            object.__setattr__(self, "own", OwnFunction(self.name, self.options))
+            object.__setattr__(self, "own", _OwnFunction(self.name, self.options))
             object.__setattr__(self, "name", getattr(self.name, "__name__", type(self.name).__name__))
             if self.name in BUILT_IN:
                 raise ConfigError(f"rewards: a function named {self.name!r}, like a built-in reward: rename it")
@@ -74,7 +74,7 @@ class RewardConfig:
             )
 
     @cached_property
-    def own(self) -> OwnFunction | None:
+    def own(self) -> _OwnFunction | None:
         """The function that the name stands for, imported once; None for a built-in reward.
 
         Raises:
@@ -209,7 +209,7 @@ class Rewards:
         return lambda rows, steps, **_: [reduced(scores) for scores in step_scores(scorer, rows, steps)]
 
 
-class OwnFunction:
+class _OwnFunction:
     """A function in TRL's signature, called as TRL calls it, with no more arguments than it takes.
 
     Args:
@@ -247,7 +247,7 @@ def _event_loop() -> asyncio.AbstractEventLoop:
     return loop
 
 
-def _failing_line(error: BaseException, own: OwnFunction | None) -> str:
+def _failing_line(error: BaseException, own: _OwnFunction | None) -> str:
     """`` (file, line 7)``: the innermost line of the function's own file, else of all; empty for a built-in reward."""
     function = getattr(own, "function", None)
     code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
@@ -256,7 +256,7 @@ def _failing_line(error: BaseException, own: OwnFunction | None) -> str:
     return f" ({theirs[-1].filename}, line {theirs[-1].lineno})" if own is not None and theirs else ""
 
 
-def _imported(spec: RewardConfig) -> OwnFunction:
+def _imported(spec: RewardConfig) -> _OwnFunction:
     path, _, attribute = spec.name.rpartition(":" if ":" in spec.name else ".")
     check_import(path, "rewards: name")
     try:
@@ -264,9 +264,9 @@ def _imported(spec: RewardConfig) -> OwnFunction:
     except Exception as error:
         raise ConfigError(f"rewards: {spec.name!r} cannot be imported: {type(error).__name__}: {error}") from error
     try:
-        own, options = OwnFunction(function, spec.options), spec.options
+        own, options = _OwnFunction(function, spec.options), spec.options
         if not own.takes_all and not own.names & {"prompts", "completions", "completion_ids", "steps", "rows"}:
-            own, options = OwnFunction(function(**options), {}), {}  # a factory
+            own, options = _OwnFunction(function(**options), {}), {}  # a factory
         inspect.signature(own.function).bind_partial(**options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"rewards: {spec.name!r} does not take its options: {error}") from error

@@ -346,11 +346,11 @@ def find_last_checkpoint(folder: Path) -> Path | None:
         ``last.ckpt`` when it is whole, else the whole one that was written last, else None. Torn files, temporary names
         and empty folders are passed over.
     """
-    names = [each for each in folder.glob("*") if each.name[0] != "." and is_whole(each)]
+    names = [each for each in folder.glob("*") if each.name[0] != "." and _is_whole(each)]
     return max(names, key=lambda each: (each.stem == "last", each.stat().st_mtime, each.name), default=None)
 
 
-def is_whole(checkpoint: Path) -> bool:
+def _is_whole(checkpoint: Path) -> bool:
     """Whether a checkpoint was written to its end, as far as its form tells.
 
     A file must be in torch's zip format, whose directory is written last; a folder (of DeepSpeed) must hold something.

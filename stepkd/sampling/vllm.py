@@ -53,7 +53,7 @@ def connect(address: str, *, group_port: int = 51216, timeout_s: float = 240.0) 
         ) from error
 
 
-def to_completion(
+def _to_completion(
     policy: Policy,
     spec: SamplingConfig,
     place: tuple[int, int],
@@ -171,7 +171,7 @@ class VLLMSampler(Sampler):
             )
         logprobs = answer["logprobs"]
         return [
-            to_completion(self.policy, spec, (number, j), prompt, ids, logprobs[j], limit)
+            _to_completion(self.policy, spec, (number, j), prompt, ids, logprobs[j], limit)
             for j, ids in enumerate(found)
         ]
 
@@ -240,7 +240,7 @@ class ColocatedSampler(Sampler):
         if on_progress is not None:
             on_progress(len(found))
         drawn = [
-            to_completion(self.policy, spec, divmod(i, spec.n), prompt, ids[:limit], logps[:limit], limit)
+            _to_completion(self.policy, spec, divmod(i, spec.n), prompt, ids[:limit], logps[:limit], limit)
             for i, ((prompt, limit, _), ids, logps) in enumerate(zip(repeated, found, logprobs, strict=True))
         ]
         return [drawn[start : start + spec.n] for start in range(0, len(drawn), spec.n)]

@@ -65,7 +65,7 @@ def segment(segmenter: Segmenter, completion: TokenizedText) -> list[Span]:
     return spans_from_ends(segmenter.ends(completion), len(completion))
 
 
-def ends_at(completion: TokenizedText, boundaries: Iterable[int]) -> list[int]:
+def _ends_at(completion: TokenizedText, boundaries: Iterable[int]) -> list[int]:
     """Map boundaries in the text to token ends, leaving out those that would make a step of white space alone.
 
     Args:
@@ -116,7 +116,7 @@ class RegexSegmenter:
     def ends(self, completion: TokenizedText) -> list[int]:
         """See :class:`Segmenter`."""
         matches = re.finditer(self.pattern, completion.text, re.MULTILINE)
-        return ends_at(completion, (each.end() if self.cut == "after" else each.start() for each in matches))
+        return _ends_at(completion, (each.end() if self.cut == "after" else each.start() for each in matches))
 
 
 _ABBREVIATIONS = ("mr", "mrs", "ms", "dr", "prof", "st", "vs", "etc", "e.g", "i.e", "cf", "eq", "fig", "no", "approx")
@@ -135,7 +135,7 @@ class SentenceSegmenter:
 
     def ends(self, completion: TokenizedText) -> list[int]:
         """See :class:`Segmenter`."""
-        return ends_at(completion, self._boundaries(completion.text))
+        return _ends_at(completion, self._boundaries(completion.text))
 
     def _boundaries(self, text: str) -> Iterator[int]:
         last = 0

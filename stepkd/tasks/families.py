@@ -27,7 +27,7 @@ class EquationTask(Task):
     """What a line looks like; group 1 is the result."""
 
     @abstractmethod
-    def incorrect_results(self, result: int) -> list[int]:
+    def _incorrect_results(self, result: int) -> list[int]:
         """List the results a slip may put in place of `result`."""
 
     def claimed(self, step: str) -> int | None:
@@ -36,9 +36,9 @@ class EquationTask(Task):
         return None if match is None else int(match[1])
 
     def slips(self, problem: TaskProblem, previous_steps: Sequence[str], step: str) -> list[str]:
-        """The same equation with the results of `incorrect_results`."""
+        """The same equation with the results of `_incorrect_results`."""
         result = self.claimed(step)
-        results = [] if result is None else self.incorrect_results(result)
+        results = [] if result is None else self._incorrect_results(result)
         return [f"{step.split('=')[0]}={incorrect}\n" for incorrect in results]
 
     def operands(self, problem: TaskProblem, previous_steps: Sequence[str], step: str) -> str:
@@ -91,7 +91,7 @@ class ChainTask(EquationTask):
         return f"{value}{op}{number}={self.reduce(OPERATIONS[op](value, number))}\n"
 
 
-def check_operators(task: str, operators: str) -> None:
+def _check_operators(task: str, operators: str) -> None:
     """Raise a ConfigError unless `operators` is a non-empty choice of ``+-*`` without repeats."""
     if not operators or set(operators) - set(OPERATIONS) or len(set(operators)) < len(operators):
         raise ConfigError(f"{task}: operators={operators!r} must be one or more of {''.join(OPERATIONS)}, once each")
@@ -116,7 +116,7 @@ class ArithmeticChain(ChainTask):
     def __post_init__(self) -> None:
         self._store_range("terms", minimum=2, maximum=100)
         check_bounds("arithmetic: ", self, maximum="[1, 999]")
-        check_operators(self.name, self.operators)
+        _check_operators(self.name, self.operators)
 
     def problem(self, rng: random.Random) -> TaskProblem:
         return self.draw(rng, self.terms, self.operators, lambda: rng.randint(0, self.maximum))
@@ -124,7 +124,7 @@ class ArithmeticChain(ChainTask):
     def reduce(self, value: int) -> int:
         return value
 
-    def incorrect_results(self, result: int) -> list[int]:
+    def _incorrect_results(self, result: int) -> list[int]:
         """Off by one to ten either way: the sizes of a miscounted unit and of a lost carry."""
         return [result + offset for offset in range(-10, 11) if offset != 0]
 
@@ -149,7 +149,7 @@ class ModularChain(ChainTask):
     def __post_init__(self) -> None:
         self._store_range("terms", minimum=2, maximum=100)
         check_bounds("modular: ", self, modulus="[2, 1000]")
-        check_operators(self.name, self.operators)
+        _check_operators(self.name, self.operators)
 
     def problem(self, rng: random.Random) -> TaskProblem:
         number = functools.partial(rng.randrange, self.modulus)
@@ -158,7 +158,7 @@ class ModularChain(ChainTask):
     def reduce(self, value: int) -> int:
         return value % self.modulus
 
-    def incorrect_results(self, result: int) -> list[int]:
+    def _incorrect_results(self, result: int) -> list[int]:
         """Every other residue."""
         return [value for value in range(self.modulus) if value != result]
 
@@ -208,7 +208,7 @@ class LongAddition(EquationTask):
         left, right = columns[index]
         return f"{left}+{right}+{carry}={left + right + carry}\n"
 
-    def incorrect_results(self, result: int) -> list[int]:
+    def _incorrect_results(self, result: int) -> list[int]:
         """Every other column sum that two digits and a carry can have."""
         return [total for total in range(20) if total != result]
 

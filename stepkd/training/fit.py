@@ -203,7 +203,7 @@ class RunOptions:
     """Delete the earlier run in ``out``, whatever it holds, and start again."""
 
 
-class RecipeParser(OneLineErrors, LightningArgumentParser):
+class _RecipeParser(OneLineErrors, LightningArgumentParser):
     """Lightning's parser, with our errors, and a help that shows what is stepkd's own."""
 
     elsewhere = ("trainer",)
@@ -259,7 +259,7 @@ class StepkdCLI(LightningCLI):
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             save_config_callback=None,
-            parser_class=RecipeParser,
+            parser_class=_RecipeParser,
             seed_everything_default=0,
             trainer_defaults=dict(DEFAULTS),
             args=list(words),

@@ -108,12 +108,12 @@ class StepProgress(ProgressBar):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._batch = (0, evaluation_batches(trainer))
+        self._batch = (0, _evaluation_batches(trainer))
         self._draw(urgent=True)
 
     @override
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        done, total = self._batch or (0, evaluation_batches(trainer))
+        done, total = self._batch or (0, _evaluation_batches(trainer))
         self._batch = (done + 1, total)
         self._draw()
 
@@ -175,7 +175,7 @@ class StepProgress(ProgressBar):
             self._display.keep(kwargs.get("sep", " ").join(map(str, args)) + kwargs.get("end", "\n"))
 
 
-def evaluation_batches(trainer: Trainer) -> float:
+def _evaluation_batches(trainer: Trainer) -> float:
     """Batches of the evaluation that runs now, over all its loaders; may be infinite."""
     stage = "" if trainer.state.stage is None else trainer.state.stage.value
     of_stage: dict[str, Any] = {"test": trainer.num_test_batches, "predict": trainer.num_predict_batches}
