@@ -46,7 +46,7 @@ _TWO_LEVEL_KEY = 0xA7E3343419947C6471CC11BFFD4DCEF1
 
 
 class Resampling(TypedDict, total=False):
-    """Settings of an interval; each has the default that :func:`cluster_bootstrap` gives it."""
+    """Settings of an interval, passed on as keywords; each has the default that :func:`cluster_bootstrap` gives it."""
 
     n_resamples: int
     """Number of resamples, at least 1."""
@@ -56,7 +56,10 @@ class Resampling(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with its 95% confidence interval."""
+    """An estimate with its 95% confidence interval, in the unit of the estimate (shares lie in [0, 1], not in percent).
+
+    ``str()`` of it is ``0.930 [0.886, 0.958]``; without bounds, which are NaN then, ``0.930 [no interval]``.
+    """
 
     value: float
     """Point estimate."""
@@ -68,7 +71,11 @@ class Interval:
     """How it was computed: ``wilson``, ``bootstrap``, ``t``, ``fieller``, ``log t``, ``newcombe``, or two of them."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dict for JSON: NaN becomes None."""
+        """Plain dict for JSON.
+
+        Returns:
+            ``value``, ``low`` and ``high`` as numbers, None in place of NaN, and ``method``.
+        """
         numbers = {"value": self.value, "low": self.low, "high": self.high}
         return {key: (None if math.isnan(x) else float(x)) for key, x in numbers.items()} | {"method": self.method}
 
@@ -76,7 +83,14 @@ class Interval:
         return self.text(".3f")
 
     def text(self, number: str) -> str:
-        """``value [low, high]`` with a format such as ``.3f``; ``[no interval]`` when it is undefined."""
+        """The interval as text.
+
+        Args:
+            number: format of the numbers, such as ``.3f``, or ``+.3f`` for a difference.
+
+        Returns:
+            ``value [low, high]``; ``value [no interval]`` when it is undefined.
+        """
         if math.isnan(self.low):
             return f"{self.value:{number}} [no interval]"
         return f"{self.value:{number}} [{self.low:{number}}, {self.high:{number}}]"
@@ -108,6 +122,9 @@ def shown(
         number: format of the numbers.
         scale: factor on them.
         gap: what stands before the interval; None leaves it out, as where its bounds are equal.
+
+    Returns:
+        The text; the number alone where a bound is missing.
     """
     interval = figure if isinstance(figure, Mapping) else {"value": figure, "low": None, "high": None}
     if interval["value"] is None:
@@ -119,7 +136,12 @@ def shown(
 
 
 def percent(figure: Mapping[str, Any] | float | None, gap: str | None = " ") -> str:
-    """A share in percent, as :func:`shown` gives it."""
+    """A share in percent with one decimal: ``93.0 (88.6 to 95.8)``, without a percent sign.
+
+    Args:
+        figure: a share in [0, 1], or :meth:`Interval.to_dict` of one; without a value it is a dash.
+        gap: what stands before the interval; None leaves it out.
+    """
     return shown(figure, ".1f", scale=100.0, gap=gap)
 
 
@@ -154,14 +176,28 @@ def wilson_interval(successes: float, n: int) -> Interval:
 
 
 def ratio_of_sums(resampled: FloatArray) -> FloatArray:
-    """Sum of column 0 over sum of column 1: (resamples, problems, 2) -> (resamples,); NaN where the latter is 0."""
+    """Sum of column 0 over sum of column 1, as a statistic of :func:`cluster_bootstrap`.
+
+    Args:
+        resampled: (resamples, problems, 2) numbers: parts and wholes of each problem.
+
+    Returns:
+        (resamples,) ratios; NaN where the sum of column 1 is 0.
+    """
     top, bottom = resampled.sum(axis=1).T
     return _divide(top, bottom)
 
 
 def balanced_accuracy(resampled: FloatArray) -> FloatArray:
-    """The mean of two shares as a statistic of :func:`cluster_bootstrap`; its columns are hits among correct steps,
-    correct steps, hits among incorrect steps, incorrect steps."""
+    """The mean of two shares, as a statistic of :func:`cluster_bootstrap`.
+
+    Args:
+        resampled: (resamples, problems, 4) counts of each problem: hits among correct steps, correct steps, hits among
+            incorrect steps, incorrect steps.
+
+    Returns:
+        (resamples,) means of both hit rates, in [0, 1]; NaN where there are no correct or no incorrect steps.
+    """
     hits, correct, hits_too, incorrect = resampled.sum(axis=1).T
     return (_divide(hits, correct) + _divide(hits_too, incorrect)) / 2
 
@@ -220,7 +256,14 @@ def _percentiles(value: float, drawn_R: FloatArray) -> Interval:
 
 
 def proper_width(interval: Interval) -> Interval:
-    """The interval, without bounds when every resample gave the same value: that is no certainty."""
+    """The interval, without bounds when every resample gave the same value: that is no certainty.
+
+    Args:
+        interval: from :func:`cluster_bootstrap`, or any other.
+
+    Returns:
+        The interval itself where ``low < high``; else one with the same value and method, and NaN bounds.
+    """
     if interval.low < interval.high:
         return interval
     return Interval(interval.value, math.nan, math.nan, interval.method)
@@ -235,6 +278,9 @@ def mean_interval(per_problem: ArrayLike, **settings: Unpack[Resampling]) -> Int
     Args:
         per_problem: (problems,) rates in [0, 1].
         **settings: see :class:`Resampling`.
+
+    Returns:
+        Interval within [0, 1].
 
     Raises:
         ConfigError: no problems, or a value outside [0, 1].
@@ -278,7 +324,15 @@ def _one_share(pairs: FloatArray) -> tuple[float, int] | None:
 
 
 def cluster_sums(columns: ArrayLike, problems: Sequence[Hashable] | IntArray) -> FloatArray:
-    """Sum rows by problem: (rows, columns) numbers and (rows,) ids -> (problems, columns), as the ids first occur."""
+    """Sum rows by problem, for a statistic whose unit is the problem.
+
+    Args:
+        columns: (rows, columns) numbers.
+        problems: (rows,) ids of the problem that each row belongs to; at least one.
+
+    Returns:
+        (problems, columns) sums, problems in the order in which their ids first occur.
+    """
     values, owners = np.asarray(columns, dtype=np.float64), numbered(problems)
     sums = np.zeros((int(owners.max()) + 1, values.shape[1]))
     np.add.at(sums, owners, values)
@@ -286,7 +340,14 @@ def cluster_sums(columns: ArrayLike, problems: Sequence[Hashable] | IntArray) ->
 
 
 def numbered(problems: Sequence[Hashable] | IntArray) -> IntArray:
-    """Ids of problems as numbers from 0, in the order in which the ids first occur."""
+    """Ids of problems as numbers from 0, in the order in which the ids first occur.
+
+    Args:
+        problems: (rows,) ids; equal ids get equal numbers.
+
+    Returns:
+        (rows,) int64 numbers; ``["b", "a", "b"]`` gives 0, 1, 0.
+    """
     number: dict[Hashable, int] = {}
     return np.array([number.setdefault(owner, len(number)) for owner in problems], dtype=np.int64)
 
@@ -319,7 +380,7 @@ def mcnemar_exact(b: int, c: int, *, mid_p: bool = False) -> float:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its intervals."""
+    """A number over several seeds with its intervals; ``decides`` is the one that a verdict reads."""
 
     per_seed: tuple[float, ...]
     """Value of each seed, in the seeds' order; NaN where it is undefined (a ratio without wholes)."""
@@ -332,12 +393,20 @@ class Estimate:
 
     @property
     def value(self) -> float:
-        """Mean over seeds; for two arms their ratio of means, or the geometric mean of the seeds' ratios."""
+        """Mean over seeds; for two arms their difference, their ratio of means, or the geometric mean of the seeds'
+        ratios."""
         return self.decides.value
 
 
 def t_interval(values_S: Sequence[float] | FloatArray) -> Interval:
-    """Mean over seeds with Student's t interval; NaN bounds for a single seed or an undefined value."""
+    """Mean over seeds with Student's t interval (n - 1 degrees of freedom).
+
+    Args:
+        values_S: value of every seed, at least one.
+
+    Returns:
+        Interval; NaN bounds for a single seed or an undefined value.
+    """
     values = np.asarray(values_S, dtype=np.float64)
     mean, half = float(values.mean()), math.nan
     if len(values) > 1 and not math.isnan(mean):
@@ -390,6 +459,10 @@ def estimate_mean(arrays: Sequence[FloatArray], *, n_resamples: int = RESAMPLES)
     Args:
         arrays: per seed (P, K, 2), see :func:`stepkd.claims.runner.value_array`.
         n_resamples: resamples of the bootstrap.
+
+    Returns:
+        The metric of every seed, Student's t interval over seeds, the two-level bootstrap, and what decides: from the
+        lower of their low ends to the higher of their high ends.
     """
     values_S, values_RS = map(_values, _sums_and_resamples(arrays, n_resamples))
     return _estimate(values_S, t_interval(values_S), values_RS.mean(axis=1), _constant_share(arrays))
@@ -398,9 +471,20 @@ def estimate_mean(arrays: Sequence[FloatArray], *, n_resamples: int = RESAMPLES)
 def estimate_difference(
     better: Sequence[FloatArray], worse: Sequence[FloatArray], *, n_resamples: int = RESAMPLES
 ) -> Estimate:
-    """``better - worse``, paired by seed and problem; arguments as in :func:`estimate_mean`, seed by seed.
+    """``better - worse``, paired by seed and problem.
 
     When every problem has the same share in either arm (all correct against all correct), Newcombe's interval decides.
+
+    Args:
+        better, worse: the two arms, per seed (P, K, 2) as in :func:`estimate_mean`; the same seeds and problems in
+            both.
+        n_resamples: resamples of the bootstrap, in which both arms have the same problems.
+
+    Returns:
+        The difference of every seed with its intervals, as in :func:`estimate_mean`.
+
+    Raises:
+        ConfigError: arms with different numbers of problems in a seed.
     """
     first_S, second_S, first_RS, second_RS = _pair(better, worse, n_resamples)
     first, second = _constant_share(better), _constant_share(worse)
@@ -412,7 +496,17 @@ def estimate_difference(
 def estimate_ratio(
     better: Sequence[FloatArray], worse: Sequence[FloatArray], *, n_resamples: int = RESAMPLES
 ) -> Estimate:
-    """``better / worse``, the ratio of the means over seeds; arguments as in :func:`estimate_difference`."""
+    """``better / worse``, the ratio of the means over seeds, with Fieller's interval in place of Student's t.
+
+    Args:
+        better, worse, n_resamples: as in :func:`estimate_difference`.
+
+    Returns:
+        The ratio in every seed (NaN where ``worse`` is 0) with its intervals, as in :func:`estimate_mean`.
+
+    Raises:
+        ConfigError: arms with different numbers of problems in a seed.
+    """
     top_S, bottom_S, top_RS, bottom_RS = _pair(better, worse, n_resamples)
     resampled_R = _divide(top_RS.mean(axis=1), bottom_RS.mean(axis=1))
     return _estimate(_divide(top_S, bottom_S), fieller_interval(top_S, bottom_S), resampled_R)
@@ -421,10 +515,19 @@ def estimate_ratio(
 def estimate_seed_ratio(
     better: Sequence[FloatArray], worse: Sequence[FloatArray], *, n_resamples: int = RESAMPLES
 ) -> Estimate:
-    """Geometric mean over seeds of ``better / worse`` in that seed; arguments as in :func:`estimate_difference`.
+    """Geometric mean over seeds of ``better / worse`` in that seed.
 
     Every seed weighs the same however large its shares are, which suits seeds of very different difficulty. Student's t
     is taken over the logarithms; where a seed's share is 0 there is none, and the interval is undefined.
+
+    Args:
+        better, worse, n_resamples: as in :func:`estimate_difference`.
+
+    Returns:
+        The ratio in every seed with its intervals, as in :func:`estimate_mean`.
+
+    Raises:
+        ConfigError: arms with different numbers of problems in a seed.
     """
     top_S, bottom_S, top_RS, bottom_RS = _pair(better, worse, n_resamples)
     ratio_S = _divide(top_S, bottom_S)

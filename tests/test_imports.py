@@ -122,7 +122,7 @@ def test_no_import_circles() -> None:
 LONG_FILES = {
     "runs/job.py": 600,  # the one job mechanism, with what a kill at any moment leaves
     "data/rows.py": 500,  # the row contracts, one page
-    "statistics.py": 520,  # every interval and paired test
+    "statistics.py": 620,  # every interval and paired test, a third of it docstrings
     "training/fit.py": 490,
     "quickstart.py": 460,
     "settings.py": 460,

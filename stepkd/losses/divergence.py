@@ -25,12 +25,34 @@ from stepkd.errors import check_choice
 
 
 def forward_kl(log_student_CV: Tensor, log_teacher_CV: Tensor) -> Tensor:
-    """KL(T || S): the sum over tokens of T (log T - log S)."""
+    """KL(T || S): the sum over tokens of T (log T - log S).
+
+    A student that lowers it covers every mode of the teacher: a token that the teacher finds likely and the student
+    does not is what costs most (Hinton et al. 2015, arXiv 1503.02531, up to the teacher's entropy).
+
+    Args:
+        log_student_CV: log-probabilities of the student, nats; gradients flow through them.
+        log_teacher_CV: those of the teacher, of the same shape; a teacher that needs gradients gets them.
+
+    Returns:
+        (C,) values >= 0 up to rounding; infinite where the student has probability 0 and the teacher has not.
+    """
     return _expectation(log_teacher_CV, log_teacher_CV - log_student_CV)
 
 
 def reverse_kl(log_student_CV: Tensor, log_teacher_CV: Tensor) -> Tensor:
-    """KL(S || T): the sum over tokens of S (log S - log T)."""
+    """KL(S || T): the sum over tokens of S (log S - log T).
+
+    A student that lowers it seeks modes of the teacher: a token that the student finds likely and the teacher does not
+    is what costs most (MiniLLM, arXiv 2306.08543).
+
+    Args:
+        log_student_CV: log-probabilities of the student, nats; gradients flow through them.
+        log_teacher_CV: those of the teacher, of the same shape; a teacher that needs gradients gets them.
+
+    Returns:
+        (C,) values >= 0 up to rounding; infinite where the teacher has probability 0 and the student has not.
+    """
     return _expectation(log_student_CV, log_student_CV - log_teacher_CV)
 
 
@@ -47,6 +69,9 @@ def generalized_jsd(
         log_student_CV, log_teacher_CV: log-probabilities; between the ends no gradient flows to the teacher's.
         beta: in [0, 1]; towards 0 it acts like the forward KL, towards 1 like the reverse KL.
         scaled: divide by beta (1 - beta); continuous on [0, 1], with the KLs as its ends.
+
+    Returns:
+        (C,) values >= 0, up to rounding; for beta 0.5, not scaled, at most log 2.
     """
     if beta == 0.0:
         return forward_kl(log_student_CV, log_teacher_CV)
@@ -89,6 +114,9 @@ def skew_forward_kl(log_student_CV: Tensor, log_teacher_CV: Tensor, *, skew: flo
     Args:
         log_student_CV, log_teacher_CV: log-probabilities.
         skew: in [0, 1]; 0 is the forward KL.
+
+    Returns:
+        (C,) values in [0, -log(skew)], up to rounding; at ``skew=1`` all 0, and the student gets no gradient.
     """
     return forward_kl(_mixture(log_teacher_CV, log_student_CV, skew), log_teacher_CV)
 
@@ -99,6 +127,9 @@ def skew_reverse_kl(log_student_CV: Tensor, log_teacher_CV: Tensor, *, skew: flo
     Args:
         log_student_CV, log_teacher_CV: log-probabilities.
         skew: in [0, 1]; 0 is the reverse KL.
+
+    Returns:
+        (C,) values in [0, -log(skew)], up to rounding; at ``skew=1`` all 0.
     """
     return reverse_kl(log_student_CV, _mixture(log_student_CV, log_teacher_CV, skew))
 
@@ -113,6 +144,9 @@ def balanced_kl(log_student_CV: Tensor, log_teacher_CV: Tensor, *, delta: float 
     Args:
         log_student_CV, log_teacher_CV: log-probabilities.
         delta: at least 1; 1 is the plain sum.
+
+    Returns:
+        (C,) values >= 0, up to rounding.
     """
     with torch.no_grad():
         surer_C = entropy(log_student_CV) < entropy(log_teacher_CV)
@@ -151,12 +185,27 @@ def nkd(
 
 
 def entropy(log_CV: Tensor) -> Tensor:
-    """Entropy of every row, nats."""
+    """Entropy of every row.
+
+    Args:
+        log_CV: log-probabilities, nats, each row normalised.
+
+    Returns:
+        (C,) entropies in nats, from 0 (one sure token) to log V (all equally likely). Differentiable.
+    """
     return -_expectation(log_CV, log_CV)
 
 
 def tempered(logits_CV: Tensor, temperature: float = 1.0) -> Tensor:
-    """Log-probabilities of logits divided by a temperature, > 0: float32 or float64."""
+    """Log-probabilities of logits divided by a temperature.
+
+    Args:
+        logits_CV: logits of any floating type; float16 and bfloat16 are raised to float32 first.
+        temperature: > 0; above 1 the distribution is flatter.
+
+    Returns:
+        (C, V) log-probabilities in nats, float32 or float64. Differentiable.
+    """
     logits_CV = logits_CV.float() if logits_CV.dtype in (torch.float16, torch.bfloat16) else logits_CV
     return torch.log_softmax(logits_CV if temperature == 1.0 else logits_CV / temperature, dim=-1)
 
@@ -211,6 +260,9 @@ def kl_estimate(kind: Estimator, logps_N: Tensor, other_logps_N: Tensor) -> Tens
         kind: which estimator the values are of.
         logps_N: of the sampled tokens under the policy; gradients flow through them.
         other_logps_N: under the other model (teacher, reference), detached.
+
+    Returns:
+        (N,) values in nats; those of ``k2`` and ``k3`` are never below 0, save by rounding.
 
     Raises:
         ConfigError: another kind.

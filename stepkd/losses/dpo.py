@@ -91,6 +91,9 @@ def visit_smoothing(better_visits_P: Tensor, worse_visits_P: Tensor) -> Tensor:
     Returns:
         (P,) smoothing in [0, 0.5], float64.
 
+    Raises:
+        ValueError: a negative count.
+
     Source: Xie et al. 2024 (arXiv 2405.00451); its code has ``1 - 1 / (1 + N_w / max(1, N_b))``, the same for N_b >= 1.
     """
     better_P, worse_P = better_visits_P.double(), worse_visits_P.double()

@@ -33,6 +33,9 @@ def reference_point(total: float, count: float) -> float:
         total: sum of the log-ratios over the global batch (all ranks).
         count: how many there are; 0 (a batch of one, or of one prompt only) gives 0.
 
+    Returns:
+        The mean log-ratio in nats, or 0 where it is negative.
+
     Source: KTO (arXiv 2402.01306), section 4.1.
     """
     return max(0.0, total / count) if count else 0.0
@@ -47,8 +50,13 @@ def kto_values(logratios: Tensor, labels: Tensor, *, reference: float | Tensor =
         reference: reference point z, one number or one per item; no gradient flows through it.
         beta: risk aversion, > 0.
 
+    Returns:
+        Values of the shape and dtype of the log-ratios: the higher, the better the policy treats the item.
+
     Raises:
         ValueError: shapes that differ (they would broadcast).
+
+    Source: KTO (Ethayarajh et al. 2024, arXiv 2402.01306), equation 8.
     """
     if labels.shape != logratios.shape:
         raise ValueError(f"log-ratios {tuple(logratios.shape)} and labels {tuple(labels.shape)}")
@@ -145,7 +153,16 @@ def step_kto(
 
 
 def step_kto_counts(step_labels_S: Tensor, completion_S: Tensor, labels_R: Tensor) -> dict[str, float]:
-    """Denominators of :func:`step_kto`: completions with an outcome, and completions with a labelled step."""
+    """Denominators of :func:`step_kto` for a batch; those of several batches and ranks add up.
+
+    Args:
+        step_labels_S: 1 correct, 0 incorrect, -1 without a label.
+        completion_S: int64 completion of every step, in [0, R).
+        labels_R: outcomes: 1 correct, 0 incorrect, -1 not known.
+
+    Returns:
+        ``outcome``: completions whose outcome is known; ``step``: completions with at least one labelled step.
+    """
     labelled_R = segment_sum((step_labels_S >= 0).double(), completion_S, len(labels_R)) > 0
     return {"outcome": float((labels_R >= 0).sum()), "step": float(labelled_R.sum())}
 
@@ -155,6 +172,10 @@ def ratio_rule(desirable: int, undesirable: int) -> ClassWeights:
 
     Args:
         desirable, undesirable: how many items there are of each; where one is 0 the weights are 1.
+
+    Returns:
+        (lambda_D, lambda_U), each at least 1 and one of them exactly 1; 10 desirable and 30 undesirable items give (3,
+        1).
 
     Source: KTO, equation 9 in v1: the ratio of the two sides should lie in [1, 4/3]; this takes its lower end.
     """

@@ -108,7 +108,15 @@ def _check_lengths(hidden_NH: Tensor, *per_position: Tensor) -> None:
 
 
 def target_logps(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
-    """Log-probability of each target under ``softmax(logits)``: (C,), nats, <= 0."""
+    """Log-probability of each target under ``softmax(logits)``.
+
+    Args:
+        logits_CV: float32 or float64 logits.
+        targets_C: int64 target ids in ``[0, V)``.
+
+    Returns:
+        (C,) log-probabilities in nats, <= 0, in the dtype of the logits. Differentiable.
+    """
     picked_C = logits_CV.gather(-1, targets_C.unsqueeze(-1)).squeeze(-1)
     return picked_C - logits_CV.logsumexp(-1)
 
@@ -176,7 +184,14 @@ PositionFunction = Callable[..., Tensor]
 
 
 def head_parameters(head: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """Tensors of a head that are trained: those of the module behind a :class:`VocabHead`."""
+    """Tensors of a head that are trained, for :func:`fused_sum` to take gradients of.
+
+    Args:
+        head: a module, or a :class:`VocabHead` whose ``project`` is one; any other function has no parameters.
+
+    Returns:
+        The parameters of that module that require gradients, adapters included; empty where it is frozen.
+    """
     project = head.project if isinstance(head, VocabHead) else head
     if not isinstance(project, nn.Module):
         return []

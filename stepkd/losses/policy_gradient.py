@@ -63,7 +63,7 @@ def group_advantages(rewards_R: Tensor, group_R: Tensor, *, kind: Advantage = "g
 
 
 class Clipped(NamedTuple):
-    """Per-token values of the clipped objective."""
+    """Per-token values of the clipped objective, from :func:`clipped_loss`; the bool tensors are for metrics."""
 
     loss_N: Tensor
     """``-min(ratio A, clip(ratio) A)``."""
@@ -84,6 +84,10 @@ def clipped_loss(
             is 1 then, and carries the gradient only.
         advantages_N: of every token.
         clip_low, clip_high: bounds 1 - low and 1 + high, in [0, 1) and >= 0.
+
+    Returns:
+        (N,) losses, and for each token whether the lower or the upper bound took its gradient. Nothing is summed:
+        weights and denominators are those of :func:`token_normalisation`.
 
     Raises:
         ValueError: shapes that differ.

@@ -88,7 +88,18 @@ def step_cross_entropy(
 
 
 def step_weights(targets_SC: Tensor, class_weights: Sequence[float] | None = None) -> Tensor:
-    """Weight (S,) of every step, whose sum is the denominator of :func:`step_cross_entropy`."""
+    """Weight of every step in :func:`step_cross_entropy`, whose sum is that loss's denominator.
+
+    Args:
+        targets_SC: target probabilities, worst class first; each row sums to one.
+        class_weights: C weights, >= 0; None: all 1.
+
+    Returns:
+        (S,) ``sum_c targets[c] * weight[c]``, in the dtype of the targets; all 1 without class weights.
+
+    Raises:
+        ValueError: a weight count that is not C.
+    """
     return _weighted(targets_SC, class_weights).sum(-1)
 
 

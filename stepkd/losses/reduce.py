@@ -16,7 +16,15 @@ from torch import Tensor
 
 @dataclass
 class LossTerms:
-    """What a loss function returns for one micro-batch."""
+    """What a loss function returns for one micro-batch: sums that nothing has divided yet, and metrics.
+
+    A script that has the whole batch at hand divides by its own counts::
+
+        terms = stepkd.losses.dpo(chosen_logratios_P, rejected_logratios_P)
+        loss = terms.sums["dpo"] / len(chosen_logratios_P)
+
+    With several components, micro-batches or ranks, :func:`component_scales` says the factors.
+    """
 
     sums: dict[str, Tensor]
     """Component name -> scalar sum over the micro-batch's items (tokens, steps, sequences), differentiable."""
@@ -27,7 +35,18 @@ class LossTerms:
     gradients in the forward pass; the sums are detached then, for the log. None: :meth:`scaled` makes it of them."""
 
     def scaled(self, scales: Mapping[str, float]) -> Tensor:
-        """The loss: ``loss`` where the loss function made it, else the sums, each times its scale."""
+        """The loss of this micro-batch, ready for ``backward``.
+
+        Args:
+            scales: factor of every component's sum, from :func:`component_scales`; not read where ``loss`` is given,
+                which was made with them.
+
+        Returns:
+            A scalar: ``loss`` where the loss function made it, else the sums, each times its scale.
+
+        Raises:
+            KeyError: a component without a scale.
+        """
         if self.loss is not None:
             return self.loss
         first, *others = (value * scales[name] for name, value in self.sums.items())
@@ -50,6 +69,9 @@ def component_scales(
         weights: per component factor; missing ones are 1.
         world_size: number of data-parallel ranks whose gradients the strategy *averages* (DDP, FSDP); the loss is
             multiplied by it so that the averaged gradient is that of the global loss.
+
+    Returns:
+        For each name its factor, >= 0 where its weight is.
 
     Raises:
         KeyError: a component without denominator.

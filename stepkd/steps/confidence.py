@@ -179,7 +179,10 @@ _SEGMENTERS: dict[str, type[AdaptiveStepSegmenter | EntropySegmenter]] = {
 
 @dataclass(frozen=True)
 class SegmentThreshold:
-    """A threshold and where it came from."""
+    """A threshold and where it came from: what :meth:`to_dict` writes and :meth:`load` reads again.
+
+    ``SegmentThreshold.load(path).segmenter()`` cuts as the job did that fitted it.
+    """
 
     value: float
     """Confidence in (0, 1) below which, or entropy in nats (>= 0) above which, a token divides."""
@@ -199,7 +202,14 @@ class SegmentThreshold:
     """Sampling settings of the pool, its seed among them."""
 
     def segmenter(self) -> AdaptiveStepSegmenter | EntropySegmenter:
-        """The segmenter that cuts at this threshold."""
+        """The segmenter that cuts at this threshold.
+
+        Returns:
+            An :class:`AdaptiveStepSegmenter` for ``confidence``, an :class:`EntropySegmenter` for ``entropy``.
+
+        Raises:
+            ConfigError: a value outside the signal's range.
+        """
         return _SEGMENTERS[self.signal](self.value)
 
     def to_dict(self) -> dict[str, Any]:

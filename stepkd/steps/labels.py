@@ -45,7 +45,15 @@ def check_threshold(threshold: float, name: str = "threshold") -> None:
 
 
 def passes(score: float | None, threshold: float = THRESHOLD) -> bool | None:
-    """Whether a step score calls its step correct: at least the threshold; None where there is no score (None, NaN)."""
+    """Whether a step score calls its step correct.
+
+    Args:
+        score: a probability in [0, 1]; None or NaN: there is none.
+        threshold: the score is correct from here on (at least, not above).
+
+    Returns:
+        True or False; None where there is no score.
+    """
     return None if score is None or math.isnan(score) else bool(score >= threshold)
 
 
@@ -108,6 +116,9 @@ def reduce_values(values: Sequence[float], reduce: Reduce) -> tuple[bool | float
             2402.10963); ``mean``: v_i (Math-Shepherd's soft estimate); ``first_error``: true up to the first step with
             v_i = 0, false at it, None behind it (Qwen2.5-Math-PRM, arXiv 2501.07301); ``propagate``: true where any of
             v_i, v_i+1, ... > 0, because what can still be solved from a later step could be solved before it (GLoRe).
+
+    Returns:
+        One label per step: booleans and None, or for ``mean`` the values themselves.
     """
     if reduce == "mean":
         return tuple(map(float, values))
@@ -130,7 +141,10 @@ class Tally(NamedTuple):
 
     @property
     def share(self) -> float | None:
-        """Correct answers with an incorrect step among the labelled ones; None where none is labelled."""
+        """Correct answers with an incorrect step as a share in [0, 1] of those whose steps are all labelled.
+
+        None where none is labelled: nothing is known then, which is not the same as 0.
+        """
         return self.flawed / self.labelled if self.labelled else None
 
 
@@ -140,6 +154,12 @@ def tally(outcomes: Iterable[bool | None], marks: Iterable[Sequence[bool | None]
     Args:
         outcomes: (completions,) whether the answer is correct; None: not graded.
         marks: (completions,) what :func:`verdicts` says of the steps of each; None or empty: no labels.
+
+    Returns:
+        Correct answers, those of them whose steps are labelled, and those of these with an incorrect step.
+
+    Raises:
+        ValueError: more of one than of the other.
     """
     correct = [steps or () for outcome, steps in zip(outcomes, marks, strict=True) if outcome is True]
     labelled = [steps for steps in correct if is_settled(len(steps), steps.count(True), steps.count(False))]

@@ -43,21 +43,47 @@ def spans_from_ends(ends: Sequence[int], num_tokens: int) -> list[Span]:
 
 
 def step_ends(spans: Sequence[Span]) -> list[int]:
-    """Exclusive end of every step: the form in which completion rows store spans."""
+    """Exclusive end of every step: the form in which completion rows store spans.
+
+    Args:
+        spans: half-open token spans of one completion, in order.
+
+    Returns:
+        Token counts, increasing; :func:`spans_from_ends` makes spans of them again.
+    """
     return [end for _, end in spans]
 
 
 @runtime_checkable
 class Segmenter(Protocol):
-    """Anything that can cut a completion into steps."""
+    """Anything that can cut a completion into steps; :func:`segment` makes spans of its ends.
+
+    A class with ``ends`` is enough, no base is needed::
+
+        class Thirds:
+            def ends(self, completion):
+                return [len(completion) * part // 3 for part in (1, 2)]
+    """
 
     def ends(self, completion: TokenizedText) -> list[int]:
-        """Exclusive token ends of the steps; the end of the completion may be left out."""
+        """Say where the steps of a completion end.
+
+        Args:
+            completion: T tokens with their text; a segmenter that needs signals reads its log-probabilities or
+                entropies there.
+
+        Returns:
+            Exclusive token ends; the end of the completion may be left out.
+        """
         ...
 
 
 def segment(segmenter: Segmenter, completion: TokenizedText) -> list[Span]:
     """Cut ``completion`` into steps.
+
+    Args:
+        segmenter: what finds the ends of steps, such as ``get_segmenter("newline")``.
+        completion: the tokenised completion, see :func:`~stepkd.steps.text.tokenize_text`.
 
     Returns:
         Half-open token spans that partition the completion exactly; no tokens give no spans.
@@ -173,7 +199,14 @@ that need per-token signals are in :data:`~stepkd.steps.confidence.SIGNAL_SEGMEN
 
 
 def segmenter_settings(segmenter: Segmenter) -> dict[str, Any]:
-    """What a segmenter does, as JSON values: its settings where it has any, whatever file its threshold came from."""
+    """What a segmenter does, as JSON values, for a job to record and compare.
+
+    Args:
+        segmenter: any; one that is no dataclass has no settings.
+
+    Returns:
+        Its fields by name, whatever file its threshold came from; empty where it has none.
+    """
     return asdict(segmenter) if is_dataclass(segmenter) and not isinstance(segmenter, type) else {}
 
 

@@ -62,12 +62,32 @@ class TokenizedText:
         return last + (not blank)
 
     def span_text(self, start: int, end: int) -> str:
-        """Text of the tokens ``[start, end)``."""
+        """Text of the tokens ``[start, end)``.
+
+        Args:
+            start, end: token indices, 0 <= start <= end <= T.
+
+        Returns:
+            The characters that become complete within these tokens, so that the texts of spans that partition a
+            completion join to its text.
+        """
         return self.text[self.char_ends[start - 1] if start else 0 : self.char_ends[end - 1] if end else 0]
 
 
 def tokenize_text(tokenizer: Any, text: str) -> TokenizedText:
-    """Tokenise a completion once, as a whole, without special tokens; see :func:`tokenize_texts`."""
+    """Tokenise a completion once, as a whole, without special tokens.
+
+    Args:
+        tokenizer: a fast transformers tokenizer (offsets are needed).
+        text: the completion.
+
+    Returns:
+        Its ids and, for each, how many characters are complete behind it.
+
+    Raises:
+        ModelError: the tokenizer is a slow one and gives no offsets.
+        DataError: the text cannot be encoded as UTF-8.
+    """
     return tokenize_texts(tokenizer, [text])[0]
 
 
