@@ -21,7 +21,7 @@ from stepkd.randomness import generator
 
 @dataclass(frozen=True, eq=False)
 class BatchPlan:
-    """Order and grouping of examples, epoch by epoch."""
+    """Order and grouping of examples, epoch by epoch: the same on every rank and after a resume."""
 
     lengths: Sequence[int]
     """Tokens of every example, each >= 1."""
@@ -43,11 +43,18 @@ class BatchPlan:
 
     @property
     def num_batches(self) -> int:
-        """Batches per epoch."""
+        """Batches per epoch; the last one may be smaller than ``size``."""
         return -(-len(self.lengths) // self.size)
 
     def batches(self, epoch: int) -> list[list[int]]:
-        """Example numbers of every global batch of an epoch, every example exactly once."""
+        """Example numbers of every global batch of an epoch, every example exactly once.
+
+        Args:
+            epoch: number of the pass, from 0; with the seed it keys the shuffle.
+
+        Returns:
+            ``size`` numbers for each batch, fewer in the last one.
+        """
         order = list(range(len(self.lengths)))
         if self.shuffle:
             order = generator(self.seed, "shuffle", epoch).permutation(len(order)).tolist()
@@ -74,6 +81,15 @@ def rank_share(
     """This rank's part of a global batch: every ``world_size``-th example (or group of examples) in order of length.
 
     The union over ranks is the batch, without repeats; a rank can get nothing when the batch is smaller than the world.
+
+    Args:
+        indices: example numbers of the batch.
+        lengths: tokens of every example of the data.
+        rank, world_size: which share of how many.
+        groups: group of every example of the data; a group is not divided. None: each example alone.
+
+    Returns:
+        Example numbers, shortest first (groups by their sum).
     """
     ordered = sorted(indices, key=lambda i: (lengths[i], i))
     if groups is None:
@@ -92,6 +108,9 @@ def mismatched(prompts: Sequence[Hashable]) -> list[int | None]:
 
     Args:
         prompts: prompt of every example, in the order of the global batch.
+
+    Returns:
+        For each example the number of the one whose completion it meets, or None.
     """
     groups = _grouped(range(len(prompts)), prompts)
     order = [i for group in groups for i in group]
@@ -168,7 +187,11 @@ class StepLoader:
         return self.plan.num_batches
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the run stands; makes the loader resumable in Lightning's eyes."""
+        """Where the run stands; makes the loader resumable in Lightning's eyes.
+
+        Returns:
+            ``epoch`` and ``batch`` of the next batch to train on.
+        """
         return asdict(self.position())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

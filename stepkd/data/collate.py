@@ -26,7 +26,11 @@ from stepkd.steps.labels import correct_targets
 
 @dataclass(frozen=True)
 class Batch:
-    """A padded micro-batch. ``hidden.flatten(0, 1)[needed_N]`` are the states that predict ``targets_N``."""
+    """A padded micro-batch. ``hidden.flatten(0, 1)[needed_N]`` are the states that predict ``targets_N``.
+
+    Only positions in the flattened (B * T) axis depend on where the padding is, so a loss over N, S or L does not see
+    it.
+    """
 
     input_ids_BT: Tensor
     """int64 token ids, padded."""
@@ -68,7 +72,7 @@ class Batch:
 
     @property
     def num_completions(self) -> int:
-        """R."""
+        """R, the completions of the batch; a pair is two."""
         return len(self.outcome_R)
 
     @property
@@ -102,7 +106,11 @@ class Batch:
         return (there_S & self.correct_L[next_S])[self.step_N]
 
     def to(self, device: torch.device) -> Batch:
-        """Copy with its tensors on ``device``."""
+        """Copy with its tensors on a device; the examples are shared.
+
+        Args:
+            device: where to; copies from pinned memory do not block.
+        """
         moved: dict[str, Any] = {
             f.name: value.to(device, non_blocking=True)
             for f in fields(self)
@@ -129,6 +137,9 @@ def collate(
         padding_side: where the padding goes; does not change losses or gradients.
         pad_to: pad to at least this many tokens.
         is_dummy: see :class:`Batch`.
+
+    Returns:
+        A batch on the CPU, one row for each completion, in the order of the examples.
     """
     completions = [completion for example in examples for completion in example.completions]
     numbers_R = np.arange(len(completions))

@@ -69,12 +69,12 @@ class Completion:
 
     @property
     def spans(self) -> tuple[Span, ...]:
-        """``(start, end)`` of every step, in tokens."""
+        """``(start, end)`` of every step in tokens, half-open, counted from the completion's first token."""
         return tuple(pairwise([0, *self.step_ends.tolist()]))
 
     @property
     def length(self) -> int:
-        """Prompt plus completion, in tokens."""
+        """Prompt plus completion, in tokens: what a model's context must hold."""
         return len(self.prompt_ids) + len(self.token_ids)
 
     @property

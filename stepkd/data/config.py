@@ -99,14 +99,29 @@ def as_data_config(data: Rows | None) -> DataConfig | None:
 
 
 def split_of_file(path: Path, source: Source) -> str | None:
-    """The split that a file's name states (``test.jsonl``, ``train-00000-of-00002.parquet``), or None."""
+    """The split that a file's name states.
+
+    Args:
+        path: such as ``test.jsonl`` or ``train-00000-of-00002.parquet``.
+        source: whose splits are known.
+
+    Returns:
+        The split's name in the source; None where the name states none.
+    """
     name = stem(path).lower()
     return next((split for split in source.splits if split in (name, name.split("-0")[0])), None)
 
 
 def resolve_split(config: DataConfig) -> str:
-    """The split that a data setting means: the one that the file's name states, else that asked for, else the
-    source's default."""
+    """The split that a data setting means.
+
+    Args:
+        config: which rows to load.
+
+    Returns:
+        The one that the file's name states, else that asked for (a name of the hub becomes the source's own for it),
+        else the source's default.
+    """
     source = get_source(config.source)
     if config.path is not None and file_ending(config.path):
         stated = split_of_file(Path(config.path), source)

@@ -137,7 +137,17 @@ def _one_hot(index: int, num_classes: int) -> Target:
 
 
 def with_completion(example: Completion, ids: Iterable[int], tokenizer: Any, segmenter: Segmenter) -> Completion:
-    """A sampled completion of an example's prompt; one without a boundary is one step."""
+    """A sampled completion of an example's prompt, cut into steps.
+
+    Args:
+        example: has the prompt, and the row that asked for it.
+        ids: of the sampled tokens.
+        tokenizer: tells their text.
+        segmenter: cuts it; a completion without a boundary is one step.
+
+    Returns:
+        A completion with the example's prompt, id and row.
+    """
     text = text_from_ids(tokenizer, ids)
     ends = step_ends(segment(segmenter, text)) or [len(text)]
     return replace(example, token_ids=np.asarray(text.token_ids), step_ends=np.asarray(ends))

@@ -150,7 +150,15 @@ class FeedbackEncoder(Encoder):
 
 
 def feedback_counts(examples: Iterable[Completion]) -> dict[str, int]:
-    """Correct and incorrect outcomes and steps, and conflicts (:func:`~stepkd.steps.labels.tally`)."""
+    """Count what completions with outcomes and step labels give to learn from.
+
+    Args:
+        examples: encoded rows.
+
+    Returns:
+        ``correct_outcomes``, ``incorrect_outcomes``, ``correct_steps``, ``incorrect_steps``, and ``conflicts``: correct
+        answers with an incorrect step (:func:`~stepkd.steps.labels.tally`).
+    """
     found = [completion for example in examples for completion in example.completions]
     outcomes = Counter(example.outcome for example in found)
     steps = Counter(label for example in found for label in example.step_labels)

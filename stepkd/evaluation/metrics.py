@@ -42,7 +42,14 @@ from stepkd.steps.labels import tally
 
 
 def default_ks(samples: int) -> list[int]:
-    """The k of pass@k and maj@k that are reported: powers of two up to the number of samples, and that number."""
+    """The k of pass@k and maj@k that are reported.
+
+    Args:
+        samples: completions per problem, at least 1.
+
+    Returns:
+        Powers of two up to the number of samples, and that number, increasing: 6 gives 1, 2, 4, 6.
+    """
     return sorted({samples, *(2**i for i in range(samples.bit_length()))})
 
 
@@ -193,7 +200,7 @@ def summarise(
 
 
 class ProblemCounts(NamedTuple):
-    """One problem's samples, counted."""
+    """One problem's samples, counted by :func:`problem_counts`."""
 
     id: str
     votes: list[str | None]
@@ -202,7 +209,20 @@ class ProblemCounts(NamedTuple):
 
 
 def problem_counts(row: Mapping[str, Any]) -> ProblemCounts:
-    """What a problem's metrics are made of."""
+    """What a problem's metrics are made of.
+
+    Args:
+        row: a result row: ``id``, and ``samples`` with ``verdict``, ``finish``, ``tokens``, and perhaps ``vote`` and
+            ``step_labels``.
+
+    Returns:
+        For each sample its vote (None: unparsed) and whether it is correct; and counts over the samples: of every
+        verdict, ``samples``, ``truncated``, ``truncated_answered``, ``tokens``, ``labelled``, ``steps``,
+        ``correct_steps``, ``correct_labelled`` and ``correct_flawed``.
+
+    Raises:
+        DataError: no id, or no samples.
+    """
     samples = row.get("samples")
     if row.get("id") is None or not samples:
         raise DataError(f"result row with id {row.get('id')!r} has no id or no samples", column="samples")

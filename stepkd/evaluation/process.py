@@ -73,7 +73,14 @@ def predicted_first_error(scores: Sequence[float], threshold: float = 0.5) -> in
 
 
 def harmonic_mean(a: ArrayLike, b: ArrayLike) -> FloatArray:
-    """``2ab / (a + b)`` of numbers >= 0, and 0 when both are 0; NaN where one of them is."""
+    """``2ab / (a + b)``, as in F1.
+
+    Args:
+        a, b: numbers >= 0, of shapes that broadcast.
+
+    Returns:
+        float64 of the broadcast shape; 0 where both are 0, NaN where one of them is.
+    """
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     total = a + b
     return np.divide(2 * a * b, total, out=np.zeros(np.shape(total)), where=total != 0)

@@ -243,7 +243,14 @@ def labelled_scores(scorer: StepScorer, rows: Sequence[Mapping[str, Any]]) -> tu
 
 
 def figure_names(name: str) -> tuple[str, str]:
-    """File names of a set's figures: reliability, and where the lowest score falls."""
+    """File names of a set's figures in the output folder.
+
+    Args:
+        name: of the set.
+
+    Returns:
+        That of the reliability diagram, and that of where the lowest score falls.
+    """
     safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
     return f"reliability-{safe}.svg", f"argmin-{safe}.svg"
 

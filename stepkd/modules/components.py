@@ -41,12 +41,23 @@ class ForwardPass:
 
     @cached_property
     def hidden_BTH(self) -> Tensor:
-        """Last hidden states of all positions; those of padding are arbitrary."""
+        """Last hidden states of all positions; those of padding are arbitrary.
+
+        The one forward pass of the policy: the first component that needs it makes it, with its graph where gradients
+        are on.
+        """
         batch = self.batch
         return self.policy.hidden(batch.input_ids_BT, batch.attention_mask_BT, batch.shared_BT)
 
     def hidden_at(self, places: Tensor) -> Tensor:
-        """Hidden states (places, H) at positions of the flattened (B * T) axis."""
+        """Hidden states at some positions, for a head that reads steps or tokens there.
+
+        Args:
+            places: int64 positions of the flattened (B * T) axis, such as ``batch.read_L``.
+
+        Returns:
+            (places, H) states in that order; gradients flow through them.
+        """
         return self.hidden_BTH.flatten(0, 1)[places]
 
     @cached_property
@@ -56,18 +67,30 @@ class ForwardPass:
 
     @cached_property
     def logps_N(self) -> Tensor:
-        """Log-probability of every target, in float32 or float64."""
+        """Log-probability of every target in nats, float32 or float64, at temperature 1.
+
+        Computed ``chunk_size`` positions at a time (:func:`~stepkd.losses.linear.token_logps`), so that logits over the
+        vocabulary never exist for all targets at once.
+        """
         return token_logps(self.head, self.hidden_NH, self.batch.targets_N, chunk_size=self.chunk_size)
 
     @cached_property
     def logratios_N(self) -> Tensor:
-        """``log pi - log ref`` of every target; the batch has its log-probabilities under the reference."""
+        """``log pi - log ref`` of every target, nats; gradients flow through ``log pi`` alone.
+
+        The batch must have its log-probabilities under the reference (``reference_N``), which the module's ``prepare``
+        adds.
+        """
         assert self.batch.reference_N is not None, "prepare() adds the reference"
         return self.logps_N - self.batch.reference_N.to(self.logps_N)
 
     @cached_property
     def step_logps_LC(self) -> Tensor:
-        """Log-probabilities of the step head's classes at every labelled step."""
+        """Log-probabilities of the step head's classes at every labelled step, worst class first, nats.
+
+        Raises:
+            ModelError: the policy has no step head.
+        """
         hidden_LH = self.hidden_at(self.batch.read_L)
         return self.policy.require_step_head().logps(hidden_LH, self.head, chunk_size=self.chunk_size)
 
@@ -91,7 +114,15 @@ class Component(ABC):
 
     @abstractmethod
     def count(self, batch: Batch) -> dict[str, float]:
-        """How many items each sum is over in this micro-batch, >= 0: its part of the denominators, on the CPU."""
+        """How many items each sum is over in this micro-batch: its part of the denominators, on the CPU.
+
+        Args:
+            batch: a micro-batch; counted before its forward pass, and before it is moved to a device.
+
+        Returns:
+            For each of ``names`` a number >= 0; weights in place of a count are allowed. Added up over the
+            micro-batches of an optimiser step and all ranks, it is what the sum is divided by.
+        """
 
     @abstractmethod
     def terms(self, forward: ForwardPass) -> LossTerms:
@@ -99,6 +130,12 @@ class Component(ABC):
 
         A loss of several sums that takes its gradients in the forward pass gives ``LossTerms.loss`` too: the sums, each
         times its ``forward.scales``.
+
+        Args:
+            forward: the micro-batch under the policy; what it computes is shared with the other components.
+
+        Returns:
+            For each of ``names`` a scalar sum with its graph, and detached (sum, count) metrics.
         """
 
 
@@ -117,7 +154,16 @@ class CrossEntropy(Component):
 
 
 def terms_of(components: Sequence[Component], forward: ForwardPass) -> LossTerms:
-    """Sums and metrics of all components; with their loss, where one of them made its own."""
+    """Sums and metrics of all components of a method for one micro-batch.
+
+    Args:
+        components: with names that differ.
+        forward: the micro-batch under the policy, one forward pass for all of them.
+
+    Returns:
+        All of their sums and metrics; with ``loss`` where one of them made its own and the forward pass has ``scales``:
+        every component's part of it, added up.
+    """
     found = [component.terms(forward) for component in components]
     together = LossTerms({}, {})
     for terms in found:

@@ -52,6 +52,9 @@ def sampling_logprobs(logits_BV: Tensor, spec: SamplingConfig) -> Tensor:
     Args:
         logits_BV: float logits.
         spec: temperature must be positive.
+
+    Returns:
+        (B, V) log-probabilities in nats, each row renormalised over the tokens that are left; at least one is.
     """
     logprobs_BV = torch.log_softmax(logits_BV / spec.temperature, dim=-1)
     if 0 < spec.top_k < logits_BV.shape[-1]:
@@ -66,12 +69,16 @@ def sampling_logprobs(logits_BV: Tensor, spec: SamplingConfig) -> Tensor:
 
 
 def draw(logits_BV: Tensor, uniform_B: Tensor, spec: SamplingConfig) -> Draw:
-    """Draw one token per row.
+    """Draw one token per row, by the inverse of the cumulative distribution; greedy takes the argmax.
 
     Args:
         logits_BV: logits over the real vocabulary, at least float32.
         uniform_B: float64 numbers in [0, 1), one per row; unused when greedy.
         spec: how to draw.
+
+    Returns:
+        Tokens, with their log-probabilities under the sampling distribution and under the model. A token of probability
+        zero is never drawn; logits that are NaN give NaN log-probabilities.
     """
     raw_BV = torch.log_softmax(logits_BV, dim=-1)
     if spec.temperature == 0:
@@ -198,7 +205,16 @@ class Row:
 def padded(
     policy: Policy, sequences: Sequence[Sequence[int]], side: Literal["left", "right"] = "right"
 ) -> tuple[Tensor, Tensor]:
-    """Ids (B, T) of sequences, padded on one side, and their mask: 1 for tokens, 0 for padding."""
+    """Ids of sequences, padded on one side, and their mask.
+
+    Args:
+        policy: whose tokenizer says the padding's id (0 without one), and on whose device the tensors are.
+        sequences: ids of each, at least one.
+        side: where the padding goes.
+
+    Returns:
+        int64 ids (B, T) and mask (B, T): 1 for tokens, 0 for padding.
+    """
     width, pad = max(map(len, sequences)), int(policy.tokenizer.pad_token_id or 0)
 
     def rows(sequence: Sequence[int]) -> list[list[int]]:
@@ -332,7 +348,16 @@ class Decoder:
             position_B = position_B + 1
 
     def finished(self, rows: Sequence[Row], prompt: Ids, spec: SamplingConfig) -> tuple[Completion, ...]:
-        """The completions of a prompt, from rows that were decoded."""
+        """The completions of a prompt, from rows that were decoded.
+
+        Args:
+            rows: of this prompt.
+            prompt: its ids.
+            spec: how they were drawn; its stop strings are cut off the texts.
+
+        Returns:
+            One completion for each row, with ids, both kinds of log-probabilities, text and finish.
+        """
         return tuple(
             Completion(
                 prompt,

@@ -19,7 +19,11 @@ DEFAULT_NEW_TOKENS = 512
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How completions are drawn."""
+    """How completions are drawn: their number, distribution, length and seed, the same for every engine.
+
+    ``SamplingConfig(temperature=0)`` is greedy; ``SamplingConfig(n=8, temperature=0.7)`` draws eight completions a
+    prompt.
+    """
 
     n: int = 1
     """Completions per prompt, >= 1."""
@@ -50,6 +54,9 @@ class SamplingConfig:
     def check_unbiased(self, place: str) -> None:
         """Refuse settings of training samples that would draw from another distribution than the policy's.
 
+        Args:
+            place: where the settings stand, for the message (``rollout.sampling``).
+
         Raises:
             ConfigError: greedy, or with top_p or top_k.
         """
@@ -69,6 +76,9 @@ class SamplingConfig:
             tokens: its tokens.
             context: of the model, in tokens; None: unlimited.
 
+        Returns:
+            :attr:`longest`, or what the context leaves beside the prompt where that is less; at least 1.
+
         Raises:
             DataError: nothing to start from, or no room for a single token.
         """
@@ -83,7 +93,7 @@ class SamplingConfig:
 
     @property
     def longest(self) -> int:
-        """Longest completion in tokens."""
+        """Longest completion in tokens: ``max_new_tokens``, or 512 where that is null."""
         return DEFAULT_NEW_TOKENS if self.max_new_tokens is None else self.max_new_tokens
 
 
@@ -99,7 +109,11 @@ class Wanted(NamedTuple):
 
 
 class Sampler(ABC):
-    """Draws completions with a model."""
+    """Draws completions with a model, in this process or on a server.
+
+    The noise of a sample is keyed by seed, purpose, step and global number, so that it does not depend on batch or
+    rank; :class:`~stepkd.sampling.vllm.ColocatedSampler` alone does not key it. Subclasses define ``_draw``.
+    """
 
     policy: Any
     """The :class:`~stepkd.models.policy.Policy` that is sampled from."""
@@ -146,7 +160,10 @@ class Sampler(ABC):
         return self._draw(wanted, spec, on_progress)
 
     def refresh(self, version: int) -> None:
-        """Have it sample from the policy's weights as they are now, once for every version; all ranks call it.
+        """Have it sample from the policy's weights as they are now; all ranks call it.
+
+        Args:
+            version: of the weights; nothing is sent again for the version that was sent last.
 
         Raises:
             ConfigError: weights cannot be sent (a server without the setting, a policy on a CPU).
@@ -188,10 +205,26 @@ class BranchContinuations:
 
 
 def decode_text(tokenizer: Any, token_ids: Sequence[int]) -> str:
-    """The text of sampled ids, without special tokens."""
+    """The text of sampled ids, without special tokens.
+
+    Args:
+        tokenizer: any transformers tokenizer.
+        token_ids: of a completion, the end token included or not.
+
+    Returns:
+        The decoded text, white space as it was sampled.
+    """
     return str(tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def before_stop(text: str, stops: Sequence[str]) -> str:
-    """The text before the first stop string."""
+    """The text before the first stop string.
+
+    Args:
+        text: of a completion.
+        stops: strings, none of them empty.
+
+    Returns:
+        The text up to the earliest of them; all of it where none occurs.
+    """
     return text[: min((found for stop in stops if (found := text.find(stop)) >= 0), default=len(text))]

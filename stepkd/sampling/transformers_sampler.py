@@ -155,7 +155,17 @@ def encode_prompts(policy: Policy, template: PromptTemplate, rows: Sequence[dict
 
 
 def fixed_batches(prompts: Sequence[Completion], samples: int, max_rows: int) -> list[list[int]]:
-    """Problems grouped by prompt length; depends on nothing but the problems and the two numbers."""
+    """Problems grouped by prompt length; depends on nothing but the problems and the two numbers.
+
+    Args:
+        prompts: of the problems.
+        samples: completions of each.
+        max_rows: most rows decoded at once.
+
+    Returns:
+        Numbers of the problems of each batch, longest prompts first; a job that is resumed makes the same batches
+        again.
+    """
     size = max(1, max_rows // samples)
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i].prompt_ids), i))
     return [order[start : start + size] for start in range(0, len(order), size)]

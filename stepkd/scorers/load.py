@@ -190,7 +190,21 @@ def scorer_of(scorer: ScorerConfig | str) -> ScorerConfig:
 
 
 def load_scorer(scorer: ScorerConfig | str, *, device: str = "auto", max_rows: int = 32) -> StepScorer:
-    """:meth:`ScorerConfig.build` of settings or of a word (:func:`scorer_of`)."""
+    """Make a step scorer of settings or of a word; :meth:`ScorerConfig.build` and :func:`scorer_of` say more.
+
+    Args:
+        scorer: settings, such as ``PRM("runs/prm")``, or a word, such as ``checker``, ``judge:MODEL``, or a path or hub
+            id alone.
+        device: ``cpu``, ``cuda``, ``cuda:1``; ``auto`` takes a GPU when there is one.
+        max_rows: most rows in one forward pass, at least 1.
+
+    Returns:
+        The scorer, its model loaded.
+
+    Raises:
+        ConfigError: settings that the model cannot be used under, or an impossible device.
+        ModelError: nothing loadable there, or a model without a step head.
+    """
     return scorer_of(scorer).build(device=device, max_rows=max_rows)
 
 

@@ -38,7 +38,11 @@ class Solutions:
 
 
 class StepScorer(Protocol):
-    """Scores steps."""
+    """Scores steps: a trained or published PRM, a judge, or a rule. Any class with these three members is one::
+
+    scorer = load_scorer("runs/prm")
+    scorer.score([Solutions({"id": "7", "prompt": "2 + 3 * 4 = ?"}, [["3 * 4 = 12", "2 + 12 = 14"]])])
+    """
 
     meaning: Meaning
     """What the scores estimate; decides the default reduction."""
@@ -57,7 +61,11 @@ class StepScorer(Protocol):
         ...
 
     def provenance(self) -> dict[str, Any]:
-        """What the scores came from, as JSON values: model, format, settings."""
+        """What the scores came from: model, format, settings.
+
+        Returns:
+            JSON values, which a job writes beside its results and compares when it is resumed.
+        """
         ...
 
 
@@ -82,7 +90,17 @@ class ScorerConfig(ABC):
 
 
 def score_one(scorer: StepScorer, prompt: str, steps: Sequence[str]) -> list[float]:
-    """Scores of one solution's steps: the simplest use of a scorer."""
+    """Scores of one solution's steps: the simplest use of a scorer.
+
+    Args:
+        scorer: any step scorer; for one that needs more of a problem than its prompt (a checker) call
+            :meth:`StepScorer.score` with the problem's row.
+        prompt: the problem.
+        steps: step texts, at least one.
+
+    Returns:
+        One number in [0, 1] per step, NaN where there is none; see :meth:`StepScorer.score`.
+    """
     return scorer.score([Solutions({"id": "0", "prompt": prompt}, [steps])])[0][0]
 
 
@@ -90,14 +108,28 @@ def score_one(scorer: StepScorer, prompt: str, steps: Sequence[str]) -> list[flo
 
 
 def problem_key(row: Row) -> str:
-    """What rows of one problem have in common: their ``problem_id``, else their prompt."""
+    """What rows of one problem have in common.
+
+    Args:
+        row: a completion or a step-labelled row.
+
+    Returns:
+        Its ``problem_id`` as text, else its ``prompt`` as JSON.
+    """
     if row.get("problem_id") is not None:
         return str(row["problem_id"])
     return json.dumps(row.get("prompt"), sort_keys=True)
 
 
 def by_problem(rows: Sequence[Row]) -> list[list[int]]:
-    """Numbers of the rows of each problem (:func:`problem_key`), in the order in which the problems first occur."""
+    """Group rows by problem (:func:`problem_key`).
+
+    Args:
+        rows: in any order.
+
+    Returns:
+        Numbers of the rows of each problem, in the order in which the problems first occur.
+    """
     groups: dict[str, list[int]] = {}
     for number, row in enumerate(rows):
         groups.setdefault(problem_key(row), []).append(number)
@@ -143,6 +175,9 @@ def row_steps(row: Row, tokenizer: Any | None = None) -> list[str]:
             ``segmenter``, else at newlines) and must then have as many as there are ``step_ends``.
         tokenizer: tells the texts of ``token_ids``; None: they cannot be read.
 
+    Returns:
+        The texts, at least one where they are cut here, none of them then without words.
+
     Raises:
         DataError: none of these, or another number of steps than ``step_ends``.
     """
@@ -180,13 +215,27 @@ def _some(texts: list[str], name: str) -> list[str]:
 
 
 def declared_steps(row: Row) -> Sequence[Any] | None:
-    """Something for each step that a row says it has; None: the steps are still to be cut."""
+    """Something for each step that a row says it has; its length is the number of steps.
+
+    Args:
+        row: a completion or a step-labelled row.
+
+    Returns:
+        ``step_ends``, else ``completions``; None: the steps are still to be cut.
+    """
     steps: Sequence[Any] | None = row.get("completions") if row.get("step_ends") is None else row["step_ends"]
     return steps
 
 
 def step_scores(row: Row, scores: Sequence[float]) -> list[float | None]:
     """Scores as JSON: None for NaN, and for a last step of a completion that holds nothing but the end token.
+
+    Args:
+        row: the row that was scored.
+        scores: of its steps, from :func:`score_rows`.
+
+    Returns:
+        One number or None for each step that the row declares, else for each score.
 
     Raises:
         DataError: the row declares fewer steps than were scored.
@@ -209,7 +258,13 @@ def step_scores(row: Row, scores: Sequence[float]) -> list[float | None]:
 
 
 def default_reduction(meaning: Meaning) -> Reduction:
-    """The reduction that suits what the scores mean: ``product`` for correctness, ``last`` for value and outcome.
+    """The reduction that suits what the scores mean.
+
+    Args:
+        meaning: ``correctness``, ``value`` or ``outcome``.
+
+    Returns:
+        ``product`` for correctness (Lightman et al. 2023, arXiv 2305.20050), ``last`` for value and outcome.
 
     Raises:
         ConfigError: an unknown meaning.

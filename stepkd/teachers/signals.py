@@ -43,7 +43,7 @@ class Signals(Protocol):
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """By position, first axis N; chunks of them go to :meth:`compare`."""
+        """Tensors by position, first axis N; chunks of them, the same positions of each, go to :meth:`compare`."""
         ...
 
     def compare(self, log_student_CV: Tensor, *chunk: Tensor) -> Compared:
@@ -52,12 +52,20 @@ class Signals(Protocol):
         Args:
             log_student_CV: over the whole vocabulary, at the temperature the signals were made for.
             *chunk: the same positions of :attr:`tensors`.
+
+        Returns:
+            Both distributions over W buckets, each row normalised, and the teacher's argmax token. Every divergence of
+            :mod:`stepkd.losses.divergence` applies to them as they are.
         """
         ...
 
 
 class Teacher(ABC):
-    """Scores what a student wrote. It is no part of the student, neither of its state nor of its strategy."""
+    """Scores what a student wrote. It is no part of the student, neither of its state nor of its strategy.
+
+    A teacher of one's own defines :meth:`bind`, :meth:`identity` and :meth:`signals`; the methods after them are told
+    what happens in a run, and most teachers leave them alone.
+    """
 
     max_length: int | None = None
     """Its context in tokens, once it is bound; None: as long as the student's."""
@@ -81,14 +89,34 @@ class Teacher(ABC):
 
     @abstractmethod
     def identity(self) -> str:
-        """Fingerprint of what decides its distributions; a run is not resumed under another."""
+        """Fingerprint of what decides its distributions, such as a hash of its weights.
+
+        Returns:
+            A text that a checkpoint keeps; a run is not resumed under another.
+        """
 
     @abstractmethod
     def signals(self, batch: Batch, *, temperature: float) -> Signals:
-        """Its view of every target of a micro-batch, without gradients; its tensors may be on a device of its own."""
+        """Its view of every target of a micro-batch, without gradients.
+
+        Args:
+            batch: the student's micro-batch: what it wrote, or what the data holds.
+            temperature: divides the teacher's logits, > 0.
+
+        Returns:
+            Signals whose tensors may be on a device of its own.
+        """
 
     def prompts(self, examples: Sequence[Completion]) -> list[Ids]:
-        """Prompt ids under which it reads the examples' completions: the student's own."""
+        """Prompt ids under which it reads the examples' completions: the student's own here; a teacher with a
+        template of its own gives others.
+
+        Args:
+            examples: completions of the student.
+
+        Returns:
+            int64 ids for each example, in order.
+        """
         return [example.prompt_ids for example in examples]
 
     # ---- what a teacher does in the course of a run; most have nothing to do -----------------------------------------
@@ -129,7 +157,15 @@ class Teacher(ABC):
 
 
 def most_likely(log_student_CV: Tensor, log_teacher_CV: Tensor, top_k: TopK | None) -> tuple[Tensor, Tensor]:
-    """Both over the teacher's most likely tokens and a bucket for the others; None: over the whole vocabulary."""
+    """Both distributions over the teacher's most likely tokens and a bucket for the others.
+
+    Args:
+        log_student_CV, log_teacher_CV: log-probabilities over the same vocabulary.
+        top_k: how many tokens, and whether there is a bucket; None, or as many as there are tokens: nothing is changed.
+
+    Returns:
+        (C, W) log-probabilities of student and teacher: W is k + 1, k without the bucket, or V.
+    """
     if top_k is None or top_k.k >= log_teacher_CV.shape[-1]:
         return log_student_CV, log_teacher_CV
     ids_Ck = log_teacher_CV.topk(top_k.k, dim=-1).indices
