@@ -126,7 +126,7 @@ LONG_FILES = {
     "training/fit.py": 490,
     "quickstart.py": 460,
     "settings.py": 460,
-    "modules/base.py": 450,  # the optimiser step that every method shares
+    "modules/base.py": 500,  # the optimiser step that every method shares, and what a method may define
 }
 """Lines that these files may have in place of 420; near 300 is what we aim at."""
 

@@ -46,7 +46,7 @@ TIE = 1e-9
 
 @dataclass(frozen=True)
 class ProblemSamples:
-    """The samples of one problem."""
+    """The samples of one problem, as best-of-k and votes need them."""
 
     id: str
     """Its id; keys the drawn subsets."""

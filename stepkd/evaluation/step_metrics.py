@@ -51,7 +51,7 @@ COIN_BRIER = 0.25
 
 @dataclass(frozen=True)
 class LabelledSteps:
-    """Scores and labels of many steps, flattened."""
+    """Scores and labels of many steps, flattened; :func:`labelled_steps` makes one of solutions."""
 
     scores: FloatArray
     """(steps,) scores, none missing."""
@@ -95,6 +95,9 @@ def labelled_steps(
         labels: per solution its step labels: True/1 correct, False/0 incorrect, None unknown (left out).
         problems: per solution the id of its problem; None when every solution belongs to another problem.
         up_to_first_error: leave out the labelled steps after the first incorrect one of a solution.
+
+    Returns:
+        The labelled steps, solution after solution.
 
     Raises:
         DataError: a solution with another number of labels, another label, a labelled step without a score (NaN), or no

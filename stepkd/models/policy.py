@@ -66,7 +66,18 @@ class Policy(nn.Module):
 
     @classmethod
     def load(cls, spec: PolicyConfig) -> Policy:
-        """Load the policy a spec describes."""
+        """Load the policy a spec describes, with the step head that its folder holds.
+
+        Args:
+            spec: path or hub id, dtype, adapters and the rest.
+
+        Returns:
+            The policy, as it was saved; with fresh adapters where the spec asks for them.
+
+        Raises:
+            ModelError: nothing loadable there, or hidden states and head that do not reproduce the model's logits.
+            ConfigError: settings that do not fit the model or this machine.
+        """
         model, tokenizer = load_model(spec)
         policy = cls(model, tokenizer, spec)
         saved = saved_step_head(spec.path, spec.revision)
@@ -133,7 +144,17 @@ class Policy(nn.Module):
         return self.step_head
 
     def step_scores(self, hidden_SH: Tensor) -> Tensor:
-        """Chance in [0, 1] that each step is correct, from the hidden states at the steps' reading positions."""
+        """Chance that each step is correct, by the step head.
+
+        Args:
+            hidden_SH: last hidden states at the steps' reading positions.
+
+        Returns:
+            (S,) scores in [0, 1].
+
+        Raises:
+            ModelError: the model has no step head.
+        """
         return self.require_step_head().scores(hidden_SH, self.head)
 
     @property
@@ -148,7 +169,8 @@ class Policy(nn.Module):
 
     @property
     def head(self) -> VocabHead:
-        """Hidden states to logits over the real vocabulary."""
+        """Hidden states to logits over the real vocabulary, in float32 or float64: what the functions of ``losses``
+        take."""
         return vocab_head(self.causal_lm, self.vocab_size)
 
     @property
@@ -171,7 +193,11 @@ class Policy(nn.Module):
         return min((length for length in lengths if length is not None), default=None)
 
     def check_ids(self, ids: Tensor) -> None:
-        """Refuse ids that only the tokenizer knows; see :func:`~stepkd.models.head.check_rows`."""
+        """Refuse ids that only the tokenizer knows; see :func:`~stepkd.models.head.check_rows`.
+
+        Args:
+            ids: int64 token ids of any shape; nothing is read of them where the model has a row for every id.
+        """
         if self._has_spare_ids:
             check_rows(ids, self._rows, self.tokenizer)
 
@@ -217,7 +243,7 @@ class Policy(nn.Module):
         return check_unpadded(self.causal_lm)
 
     def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Names and parameters that require gradients."""
+        """Names and parameters that require gradients, in the model's order; a step head's are among them."""
         return [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
 
     def freeze_copy(self) -> None:
@@ -235,7 +261,13 @@ class Policy(nn.Module):
         return twin
 
     def set_reference(self, reference: Policy | None) -> None:
-        """Take another model as the reference, which is frozen; None drops the one there is."""
+        """Take another model as the reference.
+
+        Args:
+            reference: a model of the same vocabulary, which is frozen and put into evaluation mode here; it is no
+                submodule. None drops the one there is; a model with an adapter is its own reference then, with the
+                adapter off.
+        """
         if reference is not None:
             reference.requires_grad_(False).eval()
         self._frozen[:] = [] if reference is None else [reference]

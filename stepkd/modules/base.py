@@ -79,7 +79,14 @@ class StepModule(PolicyModule):
     # ---- what a method defines -------------------------------------------------------------------------------------
 
     def reads(self, split: str) -> dict[tuple[str, ...], str]:
-        """Columns beside the prompt of which a split's rows must have one, each with the reason."""
+        """Columns beside the prompt of which a split's rows must have one.
+
+        Args:
+            split: ``train``, ``validation``, ``test`` or ``predict``.
+
+        Returns:
+            Groups of columns, one of each group being enough, with the reason that an error gives.
+        """
         if split == "train":
             return {("solution",): f"{type(self).__name__} trains on solutions"}
         reason = f"{split} samples and grades answers (model.init_args.validation.sampling is not null)"
@@ -90,19 +97,48 @@ class StepModule(PolicyModule):
 
         Offline methods use this default: the batch's examples, cut into micro-batches. On-policy methods roll out,
         score and grade here, without gradients.
+
+        Args:
+            batch: this rank's share of the global batch; its ``peers`` are the whole of it.
+
+        Returns:
+            Micro-batches of each optimiser step, at least one step and as many on every rank; ranks may differ in the
+            number of micro-batches, and one without any computes dummies.
         """
         yield self.prepare_examples(batch.examples)
 
     def make_dummy(self, batch: StepBatch) -> Batch:
-        """What a rank computes, with weight zero, when others have more micro-batches than it."""
+        """What a rank computes, with weight zero, when others have more micro-batches than it.
+
+        Args:
+            batch: the loader batch; its ``dummy`` is the example to compute.
+
+        Returns:
+            A micro-batch with ``is_dummy``, for which the components give the same names as for any other.
+        """
         return self._collate([batch.dummy], is_dummy=True)
 
     def measured(self, batch: StepBatch) -> dict[str, tuple[float, float]]:
-        """Further metrics of an evaluation, each a sum and what it is a mean of; ranks may do different work in it."""
+        """Further metrics of an evaluation; ranks may do different work in it.
+
+        Args:
+            batch: a validation batch of this rank, with at least one example.
+
+        Returns:
+            For each metric a sum and what it is a mean of; both are added over batches and ranks before they are
+            divided.
+        """
         return {}
 
     def derived_metrics(self, values: dict[str, float]) -> dict[str, float]:
-        """What is logged of the means of the components' metrics: themselves, and differences of them, for example."""
+        """What is logged of the means of the components' metrics: themselves, and differences of them, for example.
+
+        Args:
+            values: mean of each metric over the optimiser step or the evaluation, and over all ranks.
+
+        Returns:
+            What is logged in their place, under the same prefix.
+        """
         return values
 
     def begin(self) -> None:
@@ -136,7 +172,7 @@ class StepModule(PolicyModule):
         return {name: n for component in self.components for name, n in component.count(micro_batch).items()}
 
     def count_all(self, micro_batches: Iterable[Batch]) -> dict[str, float]:
-        """:meth:`count` of micro-batches together."""
+        """:meth:`count` of micro-batches together: this rank's part of an optimiser step's denominators."""
         total = dict.fromkeys(self.loss_names, 0.0)
         for micro_batch in micro_batches:
             for name, count in self.count(micro_batch).items():
@@ -161,7 +197,15 @@ class StepModule(PolicyModule):
         return counts
 
     def loss_terms(self, micro_batch: Batch) -> LossTerms:
-        """Named sums and metrics of all components, from one forward pass of the policy."""
+        """Named sums and metrics of all components, from one forward pass of the policy.
+
+        Args:
+            micro_batch: on the policy's device, with what :meth:`prepare` adds (reference or sampled
+                log-probabilities).
+
+        Returns:
+            Sums that nothing has divided yet; ``loss_scales`` are their factors in the optimiser step being taken.
+        """
         return terms_of(self.components, self.forward_pass(micro_batch))
 
     def forward_pass(self, micro_batch: Batch) -> ForwardPass:
@@ -208,7 +252,14 @@ class StepModule(PolicyModule):
         return planned
 
     def prepare_examples(self, examples: Iterable[Completion]) -> list[Batch]:
-        """Cut examples into micro-batches, largest first."""
+        """Cut examples into micro-batches of at most ``micro_batch_tokens`` tokens, padding included, largest first.
+
+        Args:
+            examples: those of this rank, in any order; a pair is not split. None give no micro-batch.
+
+        Returns:
+            Padded micro-batches on the CPU.
+        """
         groups = plan(list(examples), self.micro_batch_tokens, share=self.shares_prompts)
         return [self._collate(group) for group in groups]
 
@@ -359,7 +410,14 @@ class StepModule(PolicyModule):
         return SampledAccuracy(self.model, self.validation_spec, self.seed)
 
     def prepare_evaluation(self, batch: StepBatch) -> list[Batch]:
-        """What validation measures the loss on; every rank calls it for every batch."""
+        """What validation measures the loss on; every rank calls it for every batch.
+
+        Args:
+            batch: a validation batch; this rank's share of it may be empty.
+
+        Returns:
+            Micro-batches of the examples that have a completion; problems alone have no loss.
+        """
         return self.prepare_examples([example for example in batch.examples if len(example.token_ids)])
 
     def on_validation_epoch_start(self) -> None:

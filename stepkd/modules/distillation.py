@@ -66,7 +66,15 @@ class Distillation(Component):
         self._divergence = partial(DIVERGENCES[type(self.divergence)], **own)
 
     def count(self, batch: Batch) -> dict[str, float]:
-        """Completion tokens (or their weights), or completions in which something counts."""
+        """The denominator of ``kd``.
+
+        Args:
+            batch: a micro-batch.
+
+        Returns:
+            For ``tokens`` the completion tokens (or the sum of their weights), for ``sequences`` the completions in
+            which something counts.
+        """
         weights_N = self._weights(batch)
         if self.average == "tokens":
             return {"kd": float(weights_N.sum())}
@@ -142,7 +150,7 @@ class DistillationModule(StepModule):
         return forward
 
     def distils(self, micro_batch: Batch) -> bool:
-        """Whether the loss of a micro-batch reads the teacher."""
+        """Whether the loss of a micro-batch reads the teacher; where it does not, the teacher is not run on it."""
         return True
 
     def complete_model(self) -> None:

@@ -28,7 +28,8 @@ class DivergenceConfig(ABC):
         return self.temperature if self.tempers else 1.0
 
     def needs(self) -> Needs:
-        """What it asks of a teacher."""
+        """What it asks of a teacher, for :meth:`~stepkd.teachers.config.TeacherConfig.require` to check before anything
+        is loaded."""
         whole: Needs = {"whole": f"divergence {type(self).__name__} reads the whole distribution"}
         tempered: Needs = {"tempered": "divergence.temperature divides the logits of both sides"}
         return (whole if self.whole else {}) | (tempered if self.logits_temperature != 1 else {})

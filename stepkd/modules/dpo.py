@@ -30,7 +30,14 @@ class PairLoss(ABC):
     kind: ClassVar[Literal["sigmoid", "ipo"]]
 
     def smoothing(self, pairs: Sequence[PairExample]) -> float | Tensor:
-        """Label smoothing of these pairs."""
+        """Label smoothing of these pairs.
+
+        Args:
+            pairs: of one micro-batch.
+
+        Returns:
+            Chance in [0, 0.5] that a pair is the wrong way round: one number, or one per pair.
+        """
         return 0.0
 
 
@@ -81,7 +88,8 @@ class IPO(PairLoss):
 
 @dataclass(eq=False)
 class Pairs(Component):
-    """DPO's loss on the log-ratios of both sides of every pair."""
+    """DPO's loss on the log-ratios of both sides of every pair (:func:`stepkd.losses.dpo`), which it makes of the
+    tokens'."""
 
     loss: PairLoss
     beta: float

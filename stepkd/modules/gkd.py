@@ -114,14 +114,28 @@ class GKDModule(DistillationModule):
         yield self.prepare_examples(examples)
 
     def draw_source(self) -> Literal["student", "teacher", "data"]:
-        """Where this optimiser step's completions come from: the same on every rank, and after a resume."""
+        """Where this optimiser step's completions come from: the same on every rank, and after a resume.
+
+        Returns:
+            ``student`` with probability ``lmbda`` (GKD, arXiv 2306.13649, algorithm 1); of the other batches
+            ``teacher`` with probability ``source.teacher``, else ``data``.
+        """
         draws = generator(self.seed, "gkd source", self.global_step).random(2)
         if draws[0] < self.source.lmbda:
             return "student"
         return "teacher" if draws[1] < self.source.teacher else "data"
 
     def sample(self, batch: StepBatch, source: Literal["student", "teacher"]) -> list[Completion]:
-        """Completions of the batch's prompts, keyed by step and problem whatever the rank."""
+        """Completions of the batch's prompts, keyed by step and problem whatever the rank.
+
+        Args:
+            batch: this rank's share; its examples give the prompts.
+            source: who samples. A teacher with a prompt template of its own is asked under that; the student learns the
+                completion behind its own prompt.
+
+        Returns:
+            ``sampling.n`` completions for each example, in order, cut into steps.
+        """
         prompts = (
             self.teacher.prompts(batch.examples) if source == "teacher" else [e.prompt_ids for e in batch.examples]
         )

@@ -184,7 +184,14 @@ class KDRLModule(DistillationModule):
             yield self.prepare_examples(rollouts)
 
     def sample(self, batch: StepBatch) -> list[Rollout]:
-        """Graded completions of the batch's prompts, group after group."""
+        """Graded completions of the batch's prompts, group after group.
+
+        Args:
+            batch: this rank's share; its examples give the prompts.
+
+        Returns:
+            Rollouts with rewards and steps, not credited yet.
+        """
         from transformers import TrainerState
 
         rewards, step, epoch = self.sampler.rewards, self.global_step, self.position.epoch
@@ -195,7 +202,20 @@ class KDRLModule(DistillationModule):
         return found
 
     def credit(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
-        """The rollouts, whole groups of them, with an advantage for every token, and their weights in both sums."""
+        """Give every token of rollouts its advantage, and every rollout its weights in both sums.
+
+        A token's advantage is that of its completion's reward within the group; where steps are credited, it is
+        ``outcome_weight`` times that plus ``weight`` times the advantage of its step. A rollout whose reward is NaN has
+        no advantage of it.
+
+        Args:
+            rollouts: whole groups, in any order.
+
+        Returns:
+            The same rollouts, with ``advantages``, ``step_scores``, and weight and count in ``pg`` and ``kd``: 0 for
+            those that are left out (truncated ones with ``mask``, groups without an advantage with ``drop``, correct
+            ones by ``kd.mask``).
+        """
         if not rollouts:
             return []
         group_R = torch.tensor([rollout.group for rollout in rollouts])

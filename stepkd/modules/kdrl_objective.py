@@ -85,7 +85,11 @@ class PolicyGradient(Component):
     names = ("pg", "kd")
 
     def at_step(self, step: int) -> None:
-        """Set both weights for an optimiser step, counted from 0."""
+        """Set both weights, of the policy gradient and of the distillation, as their schedule has them.
+
+        Args:
+            step: the optimiser step that comes next, counted from 0.
+        """
         self.weight = self.policy_loss.weight * self.kd.schedule.policy_share(step)
         self.beta = self.kd.schedule.coefficient(self.kd.beta, step)
 

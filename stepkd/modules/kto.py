@@ -70,11 +70,14 @@ class Points:
     """Of steps by their number, where that is asked for; later steps have ``z0_step``."""
 
     def of_steps(self, completion_S: Tensor, like: Tensor) -> float | Tensor:
-        """Point of every step.
+        """Point of every step, for :func:`stepkd.losses.step_kto`.
 
         Args:
             completion_S: completion of every step, in order.
             like: a tensor of the dtype that points are wanted in, and on their device.
+
+        Returns:
+            ``z0_step`` for all, or (S,) points by the step's number in its completion.
         """
         if not self.by_index:
             return self.z0_step

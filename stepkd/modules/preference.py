@@ -137,8 +137,13 @@ class PreferenceModule(StepModule):
             return replace(batch, reference_N=ForwardPass(view, batch, self.chunk_size).logps_N)
 
     def know_reference(self, completions: Sequence[Completion]) -> None:
-        """Compute the reference's log-probabilities of completions together, so that those of one prompt read it once;
-        those known before are let go. Nothing to do where all are known."""
+        """Compute the reference's log-probabilities of completions together, so that those of one prompt read it once.
+
+        Those known before are let go. Nothing to do where all are known (``reference.cache``).
+
+        Args:
+            completions: of this rank; found again by their :attr:`~stepkd.data.completion.Completion.key`.
+        """
         if not self._all_are_known:
             self._known = {}
             found = self._of_tokens(completions, lambda batch: cast(Tensor, batch.reference_N), "reference")
@@ -146,7 +151,14 @@ class PreferenceModule(StepModule):
 
     @torch.no_grad()
     def frozen_logratios(self, completions: Sequence[Completion]) -> list[Tensor]:
-        """Token log-ratios of completions without gradients, one tensor each, in order."""
+        """Token log-ratios ``log pi - log ref`` of completions, without gradients.
+
+        Args:
+            completions: of this rank, in any order.
+
+        Returns:
+            One tensor for each completion, in order, with a number for each of its tokens, in nats.
+        """
         return self._of_tokens(
             completions, lambda batch: self.forward_pass(batch.to(self.device)).logratios_N, "log-ratios"
         )

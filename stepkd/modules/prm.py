@@ -32,7 +32,8 @@ logger = logging.getLogger(__name__)
 
 
 class StepLoss(Component):
-    """A loss of a process reward model."""
+    """A loss of a process reward model: a component that reads the step head, or trains the backbone beside one that
+    does."""
 
     reads_head = True
     """Whether it trains the step head; one of a module's losses has to."""
@@ -44,7 +45,7 @@ class StepLoss(Component):
 
 @dataclass(frozen=True)
 class StepCrossEntropy(StepLoss):
-    """Cross-entropy on step labels."""
+    """Cross-entropy on step labels, hard or soft; see :func:`stepkd.losses.step_cross_entropy`."""
 
     class_weights: list[float] | None = None
     """Weight of each class, worst first, > 0, for data where one class is rare; null weighs all steps alike."""

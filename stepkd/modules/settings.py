@@ -35,7 +35,15 @@ class RolloutConfig:
         self.sampling.check_unbiased("rollout.sampling")
 
     def penalty(self, tokens: int) -> float:
-        """What a completion's reward loses for its length, in [0, 1]."""
+        """What a completion's reward loses for its length (DAPO's soft overlong punishment, arXiv 2503.14476).
+
+        Args:
+            tokens: of the completion.
+
+        Returns:
+            0 up to ``overlong_penalty`` tokens before the longest completion, rising linearly to 1 there; 0 where it is
+            off.
+        """
         if self.overlong_penalty is None:
             return 0.0
         over = tokens - (self.sampling.longest - self.overlong_penalty)
@@ -75,10 +83,15 @@ class Schedule(ABC):
 
     @abstractmethod
     def coefficient(self, beta: float, step: int) -> float:
-        """The coefficient at an optimiser step, counted from 0, of one that begins with ``beta``."""
+        """The coefficient of the distillation term at an optimiser step.
+
+        Args:
+            beta: the coefficient that it begins with, >= 0.
+            step: optimiser step, counted from 0.
+        """
 
     def policy_share(self, step: int) -> float:
-        """Factor on the policy-gradient term at an optimiser step."""
+        """Factor on the policy-gradient term at an optimiser step, counted from 0: 1, save for a :class:`Switch`."""
         return 1.0
 
 

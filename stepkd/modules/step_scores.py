@@ -65,7 +65,14 @@ class FocusConfig:
         check_bounds("focus.", self, correct="[0, 1]")
 
     def weights(self, scores: Sequence[float]) -> tuple[float, ...]:
-        """Weight of every step by its score (NaN for none)."""
+        """Weight of every step of a completion by its score.
+
+        Args:
+            scores: one for each step, in [0, 1]; NaN for a step without one.
+
+        Returns:
+            One weight for each step, 0 or more.
+        """
         return tuple(1.0 if passes(score, self.threshold) is False else self.correct for score in scores)
 
 
