@@ -18,6 +18,7 @@ from torch import nn
 
 from stepkd.errors import ConfigError, ModelError, disk_error
 from stepkd.models.adapter import ADAPTER_CONFIG, add_lora, in_base_precision, misfit
+from stepkd.models.card import write_card
 from stepkd.models.layouts import Layout, check_layout, save_classifier
 from stepkd.models.load import checkpoint_layers, listed_ends, load_tokenizer
 from stepkd.models.policy import Policy
@@ -172,7 +173,8 @@ def export_model(
     layout: Layout = "stepkd",
     overwrite: bool = False,
 ) -> Path:
-    """Write weights (safetensors), configuration, tokenizer and prompt template; of a reward model also its head.
+    """Write weights (safetensors), configuration, tokenizer, prompt template and a model card; of a reward model also
+    its head.
 
     Args:
         source: a run folder, a checkpoint, an adapter folder, or any model path.
@@ -196,7 +198,7 @@ def export_model(
     out = Path(out).expanduser().absolute()
     _check_target(out, overwrite=overwrite)
     policy = load_trained(source, dtype=dtype, dequantise=True)
-    template = trained_template(source)
+    template, weights = trained_template(source), weights_fingerprint(policy)
     check_layout(layout, None if policy.step_head is None else policy.step_head.spec, policy.causal_lm.config, template)
     if layout != "stepkd" and mode == "adapter":
         raise ConfigError(f"layout {layout} is of whole models: leave mode at merged")
@@ -206,6 +208,8 @@ def export_model(
         save_policy(policy, temporary, mode=mode, layout=layout)
         if template is not None:
             save_template(template, temporary)
+        form = mode if layout == "stepkd" else layout
+        write_card(temporary, source, policy, template, title=out.name, weights=weights, form=form)
         _put_in_place(temporary, out)
     except Exception as error:  # safetensors and the tokenizer have their own classes
         if words := disk_error(error, out, "Nothing was left there. "):

@@ -40,10 +40,9 @@ def loss_of_rows(module: Any, rows: Rows, **data: Any) -> Tensor:
 def _without_trainer(module: Any, feed: StepData) -> Iterator[None]:
     """The module beside data alone: what it would ask a trainer has an answer, what it logs goes nowhere, and all of
     it is as before at the end."""
-    facts = {"training": False, "precision": "32-true", "global_rank": 0, "world_size": 1, "is_global_zero": True}
-    steps = {"global_step": module.global_step, "max_steps": 1, "estimated_stepping_batches": 1}
-    files: dict[str, Any] = {"limit_train_batches": 1.0, "logger": None, "loggers": []}
-    stand_in = SimpleNamespace(lightning_module=module, datamodule=feed, **facts, **steps, **files)
+    facts = {"precision": "32-true", "global_rank": 0, "world_size": 1, "is_global_zero": True, "training": False}
+    facts |= {"global_step": module.global_step, "max_steps": 1, "estimated_stepping_batches": 1, "logger": None}
+    stand_in = SimpleNamespace(lightning_module=module, datamodule=feed, limit_train_batches=1.0, loggers=[], **facts)
     before = module._trainer, module.position, module.loss_scales
     feed.trainer = stand_in  # type: ignore[assignment]
     module._trainer, module.position = stand_in, Position(epoch=module.position.epoch)
