@@ -71,7 +71,7 @@ def step_targets(row: Mapping[str, Any], num_steps: int, num_classes: int, rule:
         DataError: no labels, another number than steps, another kind than declared, or soft labels for three classes.
     """
     if rule.scope == "outcome":
-        outcome = row_outcome(row)
+        outcome = row_outcome(row, ("outcome", "correct"))
         if outcome is None:
             raise refused(
                 row,
@@ -115,13 +115,17 @@ def step_targets(row: Mapping[str, Any], num_steps: int, num_classes: int, rule:
     return targets
 
 
-def row_outcome(row: Mapping[str, Any]) -> bool | None:
+def row_outcome(row: Mapping[str, Any], columns: Sequence[str] = ("correct", "outcome", "label")) -> bool | None:
     """Whether a row's answer is correct, or its completion desirable; None: it does not say.
+
+    Args:
+        row: a row of any contract.
+        columns: the columns that may say so; the first that is not None counts.
 
     Raises:
         DataError: neither true nor false.
     """
-    column = next((each for each in ("correct", "outcome", "label") if row.get(each) is not None), None)
+    column = next((each for each in columns if row.get(each) is not None), None)
     if column is not None and not isinstance(row[column], bool):
         raise refused(row, column, f"must be true or false, found {row[column]!r}")
     return None if column is None else bool(row[column])

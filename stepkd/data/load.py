@@ -181,12 +181,13 @@ def _data_files(folder: Path, source: Source, split: str, config: str | None) ->
 
     wanted = {split, source.splits.get(split, split)}
     for searched in (folder, *(folder / name for name in (config, *source.hub_configs, "data") if name)):
-        shards = [file for file in files_in(searched) if stem(file).lower().split("-0")[0] in wanted]
-        exact = [file for file in shards if stem(file).lower() in wanted]
+        files = files_in(searched)
+        shards = [file for file in files if stem(file).lower().split("-0")[0] in wanted]
+        exact = [file for file in files if stem(file).lower() in wanted]
         if len(exact) > 1:
             names = ", ".join(file.name for file in exact)
             raise DataError(f"several files for one split: {names}; give the file's own path", path=searched)
-        if shards:
+        if exact or shards:
             return exact or shards
     here = files_in(folder)
     if len(here) == 1 and split_of_file(here[0], source) is None:

@@ -92,11 +92,12 @@ def _solution_text(row: Row) -> str:
     return str(row["completion"])
 
 
-def _drop_repeated(rows: Sequence[Row]) -> list[Row]:
-    """Keep the first of several solutions of a problem with the same text, outcome and end."""
+def _drop_repeated(rows: Sequence[Row], *, by_outcome: bool = True) -> list[Row]:
+    """Keep the first of several solutions of a problem with the same text and end, one of each outcome or in all."""
     first: dict[tuple[Any, ...], Row] = {}
     for row in rows:
-        first.setdefault((problem_key(row), _solution_text(row), row.get("finish") == "length", outcome_of(row)), row)
+        outcome = outcome_of(row) if by_outcome else None
+        first.setdefault((problem_key(row), _solution_text(row), row.get("finish") == "length", outcome), row)
     return list(first.values())
 
 
@@ -218,14 +219,20 @@ class Unpaired(ConverterConfig):
 
     def convert(self, rows: Sequence[Row]) -> Converted:
         """See :class:`ConverterConfig`."""
-        kept = _drop_repeated(rows)
-        counts = Counter({"duplicates": len(rows) - len(kept)})
+        counts: Counter[str] = Counter()
+        graded = []
+        for row in rows:
+            empty = not _solution_text(row).strip()
+            if empty or outcome_of(row) is None:
+                counts["rows_without_outcome" if outcome_of(row) is None else "empty_completions"] += 1
+            else:
+                graded.append(row)
+        # An answer can be graded both ways (a grader that ran out of time); one text has one label.
+        distinct = _drop_repeated(graded, by_outcome=False)
+        counts["duplicates"] = len(graded) - len(distinct)
         done = []
-        for row in kept:
+        for row in distinct:
             outcome, text = outcome_of(row), _solution_text(row)
-            if outcome is None or not text.strip():
-                counts["rows_without_outcome" if outcome is None else "empty_completions"] += 1
-                continue
             counts["correct" if outcome else "incorrect"] += 1
             counts["cut_off"] += row.get("finish") == "length"
             new = {"prompt": row["prompt"], "completion": text, "label": outcome}

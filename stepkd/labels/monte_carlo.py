@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from stepkd.data.completion import Completion
-from stepkd.errors import check_bounds
+from stepkd.errors import DataError, check_bounds
 from stepkd.grading.extract import extract_answer
 from stepkd.grading.pool import Grader
 from stepkd.labels.labellers import Labeller, LabellerConfig, Solution, StepLabels, check_noise
@@ -85,8 +85,15 @@ class MonteCarloLabeller:
 
         Args:
             solutions: cut into steps, each with a prompt and with the ``answer`` in its row.
+
+        Raises:
+            DataError: one without an answer, or one that is over and was not graded.
         """
         open_steps = [self._open_steps(solution) for solution in solutions]
+        for each, steps in zip(solutions, open_steps, strict=True):
+            if each.row.get("answer") in (None, "") or (each.correct is None and len(steps) < len(each.steps)):
+                what = "needs an 'answer' to grade continuations by, and 'correct' where the solution is over"
+                raise DataError(what, path=each.id)
         cuts = [[s.spans[step][1] for step in steps] for s, steps in zip(solutions, open_steps, strict=True)]
         branches = [continued(solution, ends) for solution, ends in zip(solutions, cuts, strict=True)]
         results = self.sampler.sample_branches(branches, self.sampling, purpose="monte-carlo")

@@ -16,9 +16,9 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
-from stepkd.errors import ConfigError
+from stepkd.errors import ConfigError, check_choice
 
 ANSWER_MARK = "#### "
 INTEGER = r"(?:0|-?[1-9][0-9]{0,399})"  # canonical; bounded, because int() refuses very long digit strings
@@ -121,7 +121,11 @@ class Task(ABC):
         Returns:
             One bool per step; malformed and surplus text is incorrect. A solution that stops early can be all True:
             that it answers is the grader's business.
+
+        Raises:
+            ConfigError: another word for ``given``.
         """
+        check_choice("given", given, get_args(Given))
         texts = [trim(step) for step in steps]
         if given == "truth":
             expected = [*self.solution(problem), *[None] * len(texts)]

@@ -64,6 +64,12 @@ def test_folder_without_a_fitting_file(tmp_path: Path) -> None:
         load_rows(DataConfig(source="gsm8k", path=str(tmp_path), split="test"))
 
 
+def test_a_splits_own_name_may_look_like_a_shards(tmp_path: Path) -> None:
+    for name in ("run-01", "run-02"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": name, "answer": "1"}) + "\n")
+    assert [row["prompt"] for row in load_rows(DataConfig(path=str(tmp_path), split="run-02"))] == ["run-02"]
+
+
 def test_the_files_name_states_the_split() -> None:
     assert resolve_split(DataConfig(source="gsm8k", path="x/test.jsonl")) == "test"
     assert resolve_split(DataConfig(source="gsm8k", path="x/mine.jsonl")) == "train"

@@ -77,9 +77,16 @@ def test_outcome_scope() -> None:
     assert step_targets({"outcome": True}, 3, 2, rule) == [None, None, CORRECT]
     assert step_targets({"correct": False, "step_labels": [True]}, 1, 2, rule) == [INCORRECT]
     assert step_targets({"outcome": False}, 2, 3, rule) == [None, ONE_OF_3[-1]]
+    # In step files of others `correct` and `label` may mean something else: the contract's `outcome` wins, and a
+    # `label` (of the first error, say) is no outcome.
+    assert step_targets({"outcome": False, "correct": True}, 2, 2, rule) == [None, INCORRECT]
+    assert step_targets({"outcome": True, "correct": 1, "label": 3}, 2, 2, rule) == [None, CORRECT]
     for row in ({}, {"outcome": None}, {"outcome": 1}, {"correct": None}, {"outcome": "yes"}):
         with pytest.raises(DataError, match=r"needs whether .*boolean 'outcome'|must be true or false"):
             step_targets(row, 1, 2, rule)
+    for label in (True, 3):
+        with pytest.raises(DataError, match=r"needs whether .*boolean 'outcome'"):
+            step_targets({"label": label}, 2, 2, rule)
 
 
 def test_which_column_is_read() -> None:

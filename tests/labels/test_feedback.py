@@ -82,6 +82,13 @@ def test_a_solution_without_its_end_is_another_solution() -> None:
     assert found.counts["duplicates"] == 1
 
 
+def test_a_text_that_was_graded_both_ways_has_one_label() -> None:
+    rows = [completion("a", j, [True], correct, completion="x\n") for j, correct in enumerate((None, True, False))]
+    found = convert_rows(rows, Unpaired())
+    assert [(row["id"], row["label"]) for row in found.rows] == [("a/1", True)]
+    assert (found.counts["duplicates"], found.counts["rows_without_outcome"]) == (1, 1)
+
+
 def test_what_is_refused() -> None:
     with pytest.raises(DataError, match=r"none of 1 rows is left .*1 rows_without_outcome"):
         convert_rows([completion("a", 0, [True], None)], Unpaired())

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from stepkd.data.completion import Completion
+from stepkd.errors import DataError
 from stepkd.grading.pool import Grader, GradingConfig
 from stepkd.labels.labellers import Labeller, Solution, StepLabels
 from stepkd.labels.monte_carlo import MonteCarloLabeller
@@ -223,6 +224,15 @@ def test_the_solutions_own_answer_decides_at_its_end(policy: Policy, grader: Gra
     steps = ["a\n", "#### 3<eos>"]
     for correct in (True, False):
         assert labeller.label([solution(steps, "3", correct=correct)])[0].labels[-1] is correct
+
+
+def test_a_solution_that_was_not_graded_has_no_value_at_its_end(policy: Policy, grader: Grader) -> None:
+    labeller = MonteCarloLabeller(Scripted(lambda prefix, j: ""), policy, grader, replace(SPEC, n=1))
+    steps = ["a\n", "#### 3<eos>"]
+    for answer, correct in (("3", None), ("", True)):
+        with pytest.raises(DataError, match=r"p0/0: needs an 'answer'.* and 'correct' where"):
+            labeller.label([solution(steps, answer, correct=correct)])
+    assert labeller.label([solution(["a"], "3", correct=None, finish="length")])[0].values == (0.0,)
 
 
 def test_prefix_and_continuation_are_decoded_together(policy: Policy, grader: Grader) -> None:

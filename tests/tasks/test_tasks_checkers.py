@@ -285,3 +285,10 @@ def test_tasks_are_frozen() -> None:
 def test_bad_specs(spec: str, message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         get_task(spec)
+
+
+def test_bad_given() -> None:
+    task = get_task("modular")
+    problem = task.problem(random.Random(0))
+    with pytest.raises(ConfigError, match="unknown given 'thruth': did you mean 'truth'"):
+        task.check_solution(problem, ["3+4=7\n"], given="thruth")  # type: ignore[arg-type]
