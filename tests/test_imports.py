@@ -68,6 +68,7 @@ ORDER = [
     {"training"},
     {"evaluation"},
     {"iteration"},
+    {"report"},
     {"claims"},
     {"quickstart"},
     {"cli", "__main__"},

@@ -32,6 +32,7 @@ def test_summary_has_every_stage(folder: Path) -> None:
         assert 0 <= metrics["pass@1"]["low"] <= metrics["pass@1"]["value"] <= metrics["pass@1"]["high"] <= 1
         assert (folder / name / "model" / "model.safetensors").is_file()
         assert (folder / name / "metrics.jsonl").is_file()
+    assert "<title>run · stepkd report</title>" in (folder / "report.html").read_text()
 
 
 @pytest.mark.slow

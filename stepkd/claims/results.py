@@ -16,7 +16,8 @@ from rich.table import Column, Table
 from stepkd.claims.claim_file import Claim, SeedValues, overall
 from stepkd.claims.runner import seed_values
 from stepkd.errors import DataError
-from stepkd.runs.files import write_file
+from stepkd.runs.files import write_file, write_json
+from stepkd.runs.job import SUMMARY_NAME
 from stepkd.statistics import RESAMPLES, Estimate, estimate_mean, shown
 
 RESULTS_FORMAT = 1
@@ -113,6 +114,13 @@ def save_results(claim: Claim, summary: Mapping[str, Any]) -> Path:
     text = json.dumps(summary, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
     write_file(path, text.encode() + b"\n")
     return path
+
+
+def keep_summary(claim: Claim, out: str | Path, summary: Mapping[str, Any]) -> None:
+    """Write a claim's verdicts into the folder of its run, for the report: ``summary.json``, by the claim's name."""
+    path = Path(out) / SUMMARY_NAME
+    others = json.loads(path.read_bytes()) if path.is_file() else {}  # of claims that share the run
+    write_json(path, {**others, claim.name: {**summary, "quick": claim.is_quick}})
 
 
 def read_results(claim: Claim) -> dict[str, Any] | None:

@@ -24,7 +24,7 @@ from stepkd.claims.claim_file import Arm, Claim, SeedValues
 from stepkd.claims.jobs import Measured, run_job
 from stepkd.errors import DataError
 from stepkd.runs.files import write_json, write_jsonl
-from stepkd.runs.job import PARTS, RESULTS_NAME, Job, JobOptions, finished_rows, package_versions
+from stepkd.runs.job import PARTS, RESULTS_NAME, SUMMARY_NAME, Job, JobOptions, finished_rows, package_versions
 from stepkd.runs.progress import duration
 from stepkd.statistics import FloatArray
 from stepkd.yaml_files import find_recipe, read_yaml
@@ -96,7 +96,7 @@ def _run_units(claim: Claim, job: Job, missing: Sequence[tuple[str, int]], repor
 
 
 def _job(out: Path, *, overwrite: bool = False) -> Job:
-    return Job(out, "claim", (RESULTS_NAME, UNITS_NAME), JobOptions(overwrite=overwrite))
+    return Job(out, "claim", (RESULTS_NAME, SUMMARY_NAME, UNITS_NAME), JobOptions(overwrite=overwrite))
 
 
 def _key(seed: int) -> str:

@@ -40,7 +40,8 @@ COMMANDS = {
     "claims": "run the experiments that measure each method's effect, with verdicts",
     "recipes": "list, show or copy the recipes",
     "doctor": "look at this machine, its launcher and whether a recipe fits, before a job burns hours",
-    "samples": "show what a policy wrote while GRPO or KDRL trained it, step by step",
+    "report": "write what runs left as one HTML page: curves, accuracy, plots, every solution step by step",
+    "samples": "show solutions on the terminal, step by step",
     "export": "write a trained model as a folder that plain transformers loads",
 }
 

@@ -68,7 +68,7 @@ def run(config: ListClaimsConfig | QuickConfig) -> int:
     claims = [load_claim(_find_claim(name), quick=quick) for name in dict.fromkeys(config.names)]
     check_alone("stepkd claims")
 
-    from stepkd.claims.results import print_results, save_results, summarise_claim
+    from stepkd.claims.results import keep_summary, print_results, save_results, summarise_claim
     from stepkd.claims.runner import run_claim
     from stepkd.runs.process import quiet_libraries
 
@@ -86,6 +86,7 @@ def run(config: ListClaimsConfig | QuickConfig) -> int:
             )
         begun.add(claim.run)
         summary = summarise_claim(claim, out, settings["packages"])
+        keep_summary(claim, out, summary)
         print_results(console, claim.name, summary, quick=claim.is_quick)
         console.print(f"rows, models and evaluations: {out}", markup=False, highlight=False, soft_wrap=True)
         if isinstance(config, RunConfig) and config.save:

@@ -3,7 +3,8 @@
   stepkd quickstart
   stepkd quickstart --out runs/first --stages teacher student
 
-The same command resumes a killed quick start. Writes summary.json, per-problem results and the models below --out.
+The same command resumes a killed quick start. Leaves report.html, summary.json, per-problem results and
+the models in --out.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ def run(config: QuickstartConfig) -> int:
     """Run ``stepkd quickstart``."""
     from rich.console import Console
 
+    from stepkd.report.page import write_report
     from stepkd.runs.launcher import check_alone
     from stepkd.runs.process import quiet_libraries
     from stepkd.runs.rundir import free_path
@@ -59,6 +61,7 @@ def run(config: QuickstartConfig) -> int:
     with job.alone():
         run_stages(context, chosen, job)
     console.print(f"[bold]done in {time.perf_counter() - start:.0f} s[/bold]; results in {out / SUMMARY_NAME}")
+    console.print(f"report: {write_report([out])}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"look closer:  stepkd compare {out}/evaluations/teacher-sampled {out}/evaluations/student-sampled")
     console.print("train on your own data:  stepkd recipes list")
     return 0

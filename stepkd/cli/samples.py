@@ -1,103 +1,98 @@
-"""Show what a policy wrote while GRPO or KDRL trained it: its completions with coloured steps, and their lengths.
+"""Show solutions on the terminal, step by step with labels and scores: of any folder, as ``stepkd report`` has them.
 
-stepkd samples runs/kdrl                       the last entry
-stepkd samples runs/kdrl --step 40 --number 3  of one optimiser step
-stepkd samples runs/kdrl --step all --html samples.html
+stepkd samples runs/kdrl                           rollouts of a GRPO or KDRL run, those of its last entry
+stepkd samples runs/kdrl --step 40 --number 3      of one optimiser step
+stepkd samples runs/quickstart --show flawed       correct answers with an incorrect step, of all its stages
 
-Steps are green to red by the score that the run gave them (step_credit); without scores, a completion is green or red
-as a whole, by its answer.
+✓ and green: labelled correct, ✗ and red: labelled incorrect; without labels the colour is that of the score.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from stepkd.errors import ConfigError, check_bounds
-from stepkd.runs.files import write_file
 
-BARS = " ▁▂▃▄▅▆▇█"
+if TYPE_CHECKING:
+    from stepkd.report.solutions import Solution
+
+Filter = Literal["flawed", "disagrees", "incorrect", "clean", "cut-off", "longest"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplesConfig:
     """Settings of ``stepkd samples``."""
 
-    POSITIONAL: ClassVar = ("run",)
+    POSITIONAL: ClassVar = ("paths",)
 
-    run: str
-    """Run folder, or its samples.jsonl."""
+    paths: tuple[str, ...] = ()
+    """Folders that commands left (fit, evaluate, label, score, ...), or that hold some."""
+    show: Filter | None = None
+    """Only solutions of a kind: ``flawed`` (correct answer, an incorrect step), ``disagrees`` (scores and labels),
+    ``incorrect``, ``clean`` (incorrect answer, no incorrect step), ``cut-off``, ``longest``; null: all."""
     step: int | Literal["last", "all"] = "last"
-    """Optimiser step whose completions are shown; ``last`` is the newest entry, ``all`` shows every one."""
-    number: int | None = None
-    """Most completions shown of an entry, 0 or more; null: all there are."""
-    html: str | None = None
-    """File to which a page that stands alone is written, too; null: none."""
+    """Optimiser step of the rollouts of a training; ``last`` is the newest entry, ``all`` shows every one."""
+    number: int = 8
+    """Most solutions shown, 0 or more."""
 
     def __post_init__(self) -> None:
         check_bounds("", self, number="[0, inf)")
+        if not self.paths:
+            raise ConfigError("name at least one folder: the --out of a command")
+
+
+MARKS = {True: ("✓", "green"), False: ("✗", "bold red"), None: ("·", "dim")}
+COLOURS = ("red", "dark_orange", "yellow", "cyan", "green")
+"""Of a score, from 0 to 1 in fifths."""
 
 
 def run(config: SamplesConfig) -> int:
     """Run ``stepkd samples``."""
     from rich.console import Console
 
-    from stepkd.modules.rollouts import read_samples
+    from stepkd.report.folders import find_folders
+    from stepkd.report.solutions import merged, tags_of
 
-    entries = read_samples(config.run)
-    if config.step == "last":
-        entries = entries[-1:]
-    elif config.step != "all":
-        known = [entry["step"] for entry in entries]
-        if config.step not in known:
-            raise ConfigError(f"--step {config.step}: there is no entry of it; there are {known}")
-        entries = [entry for entry in entries if entry["step"] == config.step]
-    console = Console(record=config.html is not None, highlight=False)
-    for entry in entries:
-        _show(console, entry, config.number)
-    if config.html is not None:
-        write_file(config.html, lambda temporary: console.save_html(temporary, inline_styles=True))
-        print(f"wrote {config.html}")
+    solutions = merged(each for folder in find_folders(config.paths) for each in folder.solutions)
+    steps = sorted({each.step for each in solutions if each.step is not None})
+    if config.step not in ("all", "last", *steps):
+        raise ConfigError(f"--step {config.step}: there are no rollouts of it, but of {steps}")
+    wanted = (None, *(steps if config.step == "all" else steps[-1:] if config.step == "last" else [config.step]))
+    solutions = [each for each in solutions if each.step in wanted]
+    if not solutions:
+        raise ConfigError(f"{', '.join(config.paths)}: no solutions there")
+    kept = [each for each, own in zip(solutions, tags_of(solutions), strict=True) if config.show in (None, *own)]
+    console = Console(highlight=False)
+    print_solutions(console, kept[: config.number])
+    console.print(f"\n{min(config.number, len(kept))} of {len(kept)} (of {len(solutions)} solutions)", style="dim")
     return 0
 
 
-def _show(console: Any, entry: Mapping[str, Any], number: int | None) -> None:
-    from rich.rule import Rule
+def print_solutions(console: Any, solutions: Sequence[Solution]) -> None:
+    """Print solutions below their problems, step by step."""
     from rich.text import Text
 
-    counts, edges = entry["lengths"]["counts"], entry["lengths"]["edges"]
-    console.print(Rule(Text(f"step {entry['step']}")))
-    console.print(f"{sum(counts)} completions of {edges[0]:g} to {edges[-1]:g} tokens: [{bars(counts)}]", markup=False)
-    for sample in entry["samples"][:number]:
-        prompt = sample["prompt"]
-        if isinstance(prompt, list) and prompt:  # a chat
-            prompt = prompt[-1].get("content", "")
-        console.print()
-        console.print(Text(str(prompt).strip(), style="bold"))
-        scores, correct = sample["step_scores"], sample["correct"]
-        whole = {True: "green", False: "red"}.get(correct, "")
-        for step, score in zip(sample["steps"], scores or [None] * len(sample["steps"]), strict=False):
-            line = Text(step.strip("\n"), style=colour(score) if scores else whole)
-            console.print(line if score is None else line.append(f"  {score:.2f}", style="dim"))
-        values = {"reward": sample["reward"]} | (sample["rewards"] if len(sample["rewards"]) > 1 else {})
-        facts = [f"{name} {'none' if value is None else format(value, '.3g')}" for name, value in values.items()]
-        if correct is not None:
-            facts.insert(1, "correct" if correct else f"incorrect (answer {sample['answer']})")
-        facts += [f"{sample['tokens']} tokens"] + ["cut off"] * bool(sample["cut_off"])
-        console.print(Text(", ".join(facts), style="dim"))
-
-
-def bars(counts: list[int]) -> str:
-    """A histogram in one line; a bar that is not empty is never blank."""
-    most = max(counts, default=0) or 1
-    return "".join(BARS[-(-count * (len(BARS) - 1) // most)] for count in counts)
-
-
-def colour(score: float | None) -> str:
-    """Red for 0, yellow for a half, green for 1 (and beyond them); none without a score."""
-    if score is None:
-        return "default"
-    score = min(max(score, 0.0), 1.0)
-    red, green = round(200 * min(1.0, 2 - 2 * score)), round(170 * min(1.0, 2 * score))
-    return f"#{red:02x}{green:02x}00"
+    problem = None
+    for each in solutions:
+        if each.problem != problem:
+            problem = each.problem
+            answer = "" if each.answer is None else f"  (answer {each.answer})"
+            console.print(Text(f"\n{each.prompt}{answer}", style="bold"))
+        verdict = {True: "✓ correct", False: "✗ incorrect", None: "not graded"}[each.correct]
+        if each.correct is False and each.found is not None:
+            verdict += f": {each.found}"
+        facts = [f"{each.run}, {each.sample}", verdict]
+        facts += [f"{each.tokens} tokens"] * (each.tokens is not None) + ["cut off"] * each.cut_off
+        facts += [f"{each.value[0]} {each.value[1]:.3g}"] if each.value else []
+        console.print(Text(", ".join(facts), style=MARKS[each.correct][1]))
+        for i, step in enumerate(each.steps):
+            mark, style = MARKS[each.labels[i] if each.labels else None]
+            score = each.scores[i] if each.scores else None
+            if score is not None and not each.labels:
+                style = COLOURS[min(4, max(0, int(score * 5)))]
+            line = Text("  ").append(f"{mark} {step.strip()}", style=style)
+            console.print(
+                line if score is None else line.append(f"  {score:.2f}" + " ≠" * (i in each.disagrees), style="dim")
+            )

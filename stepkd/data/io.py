@@ -21,6 +21,8 @@ from typing import Any
 from stepkd.data.rows import Row, shown
 from stepkd.errors import DataError
 
+SAMPLES_FILE = "samples.jsonl"
+"""Rollouts that a training kept, in its folder: an entry per line."""
 READABLE_ENDINGS = (".jsonl", ".jsonl.gz", ".ndjson", ".json", ".parquet")
 """File endings that :func:`read_rows` understands."""
 
@@ -175,3 +177,23 @@ def fingerprint(rows: Iterable[Mapping[str, Any]]) -> str:
         text = json.dumps(dict(row), sort_keys=True, separators=(",", ":"), ensure_ascii=True, default=str)
         digest.update(text.encode("ascii") + b"\n")
     return digest.hexdigest()[:32]
+
+
+def read_samples(path: str | Path) -> list[dict[str, Any]]:
+    """Entries of a run's samples, by step; where a step was taken twice (after a crash), the newest.
+
+    Args:
+        path: ``samples.jsonl``, or the run folder that holds it.
+
+    Raises:
+        DataError: there is no such file, or nothing whole in it.
+    """
+    path = Path(path)
+    path = path / SAMPLES_FILE if path.is_dir() else path
+    if not path.is_file():
+        raise DataError(f"no samples here; GRPO and KDRL runs write {SAMPLES_FILE} into their --out", path=path)
+    whole = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]  # a crash tears one
+    entries = {entry["step"]: entry for entry in map(json.loads, whole)}
+    if not entries:
+        raise DataError("not one whole entry in this file", path=path)
+    return [entries[step] for step in sorted(entries)]

@@ -37,6 +37,7 @@ from stepkd.statistics import (
     mcnemar_exact,
     mean_interval,
     ratio_interval,
+    ratio_of_sums,
 )
 from stepkd.steps.labels import tally
 
@@ -245,6 +246,45 @@ def _too_few_samples(metric: str, k: int, n: int) -> str:
 
 
 # --- two runs of one benchmark, compared problem by problem -----------------------------------------------------------
+
+PAIRED = {
+    "pass@1": ("correct", "samples"),
+    "correct_with_incorrect_step": ("correct_flawed", "correct_labelled"),
+    "step_accuracy": ("correct_steps", "steps"),
+    "mean_tokens": ("tokens", "samples"),
+}
+"""Metrics of which differences are given: which of :func:`problem_counts` over which."""
+
+
+def paired_differences(
+    rows: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]], **settings: Unpack[Resampling]
+) -> dict[str, Any]:
+    """A model minus another one on the same problems, for the metrics of :data:`PAIRED`.
+
+    Problems are resampled with both models' solutions together. A share without denominator on either side is None.
+
+    Args:
+        rows, base: result rows of the model and of the other one, over the same problems.
+        **settings: see :class:`~stepkd.statistics.Resampling`.
+    """
+    before = {row["id"]: problem_counts(row).counts for row in base}
+    pairs = [(problem_counts(row).counts, before[row["id"]]) for row in rows]
+    shares: dict[str, Any] = {}
+    for name, (top, bottom) in PAIRED.items():
+        counts = np.array([[new[top], new[bottom], old[top], old[bottom]] for new, old in pairs], dtype=np.float64)
+        known = counts[:, 1].sum() and counts[:, 3].sum()
+        shares[name] = ratio_difference(counts, **settings).to_dict() if known else None
+    return shares
+
+
+def ratio_difference(counts: FloatArray, **settings: Unpack[Resampling]) -> Interval:
+    """``sum(c0) / sum(c1) - sum(c2) / sum(c3)`` of (problems, 4) counts, problems resampled together."""
+
+    def statistic(resampled: FloatArray) -> FloatArray:
+        return ratio_of_sums(resampled[:, :, :2]) - ratio_of_sums(resampled[:, :, 2:])
+
+    return cluster_bootstrap(counts, statistic, **settings)
+
 
 COMPARISON_NAME = "comparison.json"
 LISTED_IDS = 10

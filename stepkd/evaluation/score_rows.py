@@ -335,6 +335,7 @@ def _judged(scorer: StepScorer, name: str, row: Row, index: int, scores: Sequenc
         "index": index,
         "set": name,
         "prompt": row["prompt"],
+        "completions": row["completions"],
         "scores": rounded(step_scores(row, scores)),
         "labels": verdicts(row["labels"]),
         "first_error": first_incorrect(row["labels"]),

@@ -22,7 +22,7 @@ from stepkd.data.io import read_rows
 from stepkd.data.load import load_rows
 from stepkd.data.rows import PROBLEM
 from stepkd.data.templates import PromptTemplate
-from stepkd.evaluation.metrics import compare_runs, problem_counts, summarise
+from stepkd.evaluation.metrics import compare_runs, paired_differences, summarise
 from stepkd.grading.judge import votes_of
 from stepkd.grading.pool import Grader
 from stepkd.iteration.spec import IterateConfig
@@ -35,18 +35,10 @@ from stepkd.runs.job import read_results, read_settings
 from stepkd.sampling.annotate import annotate
 from stepkd.sampling.transformers_sampler import encode_prompts
 from stepkd.scorers.load import pick_device
-from stepkd.statistics import FloatArray, Interval, Resampling, cluster_bootstrap, ratio_of_sums, shown
+from stepkd.statistics import Resampling, cluster_bootstrap, ratio_of_sums, shown
 from stepkd.steps.labels import verdicts
 
 Row = Mapping[str, Any]
-
-PAIRED = {
-    "pass@1": ("correct", "samples"),
-    "correct_with_incorrect_step": ("correct_flawed", "correct_labelled"),
-    "step_accuracy": ("correct_steps", "steps"),
-    "mean_tokens": ("tokens", "samples"),
-}
-"""Metrics whose difference to M0 is given: which of :func:`~stepkd.evaluation.metrics.problem_counts` over which."""
 
 
 def problem_rows(samples: Path, labels: Path | None, spec: LabelConfig, *, seed_model: str) -> list[dict[str, Any]]:
@@ -162,34 +154,6 @@ def divergence(rows: Sequence[Row], **settings: Unpack[Resampling]) -> dict[str,
     return {"kl_per_solution": per_solution.to_dict(), "kl_per_token": per_token.to_dict()}
 
 
-def differences(rows: Sequence[Row], base: Sequence[Row], **settings: Unpack[Resampling]) -> dict[str, Any]:
-    """A model minus M0 on the same problems, for :data:`PAIRED` metrics of the sampled solutions.
-
-    Problems are resampled with both models' solutions together. A share without denominator on either side is None.
-
-    Args:
-        rows, base: :func:`problem_rows` of the model and of M0, over the same problems.
-        **settings: see :class:`~stepkd.statistics.Resampling`.
-    """
-    before = {row["id"]: problem_counts(row).counts for row in base}
-    pairs = [(problem_counts(row).counts, before[row["id"]]) for row in rows]
-    shares: dict[str, Any] = {}
-    for name, (top, bottom) in PAIRED.items():
-        counts = np.array([[new[top], new[bottom], old[top], old[bottom]] for new, old in pairs], dtype=np.float64)
-        known = counts[:, 1].sum() and counts[:, 3].sum()
-        shares[name] = ratio_difference(counts, **settings).to_dict() if known else None
-    return shares
-
-
-def ratio_difference(counts: FloatArray, **settings: Unpack[Resampling]) -> Interval:
-    """``sum(c0) / sum(c1) - sum(c2) / sum(c3)`` of (problems, 4) counts, problems resampled together."""
-
-    def statistic(resampled: FloatArray) -> FloatArray:
-        return ratio_of_sums(resampled[:, :, :2]) - ratio_of_sums(resampled[:, :, 2:])
-
-    return cluster_bootstrap(counts, statistic, **settings)
-
-
 # ---- the table of all models ---------------------------------------------------------------------------------------
 
 _PLAIN = {"mean_tokens": ".1f", "kl_per_solution": ".3f", "kl_per_token": ".4f"}
@@ -220,7 +184,7 @@ def summarise_run(spec: IterateConfig, folders: Sequence[Path], facts: Sequence[
             first = {name: paired[name] for name in ("mcnemar_p", "mcnemar_mid_p")}
             counts = {name: len(paired[name]) for name in ("fixed", "broken")}
             minus = {"greedy_pass@1": paired["difference"] | counts | first}
-            minus |= differences(rows[k], rows[0], seed=spec.seed)
+            minus |= paired_differences(rows[k], rows[0], seed=spec.seed)
         models.append(
             {"name": f"M{k}", "metrics": metrics, "minus_M0": minus, "training": _training(facts[k]) if k else None}
         )

@@ -18,7 +18,8 @@ import torch
 
 from stepkd.data.batching import StepBatch
 from stepkd.data.completion import Completion, Numbers
-from stepkd.errors import DataError, disk_error
+from stepkd.data.io import SAMPLES_FILE
+from stepkd.errors import disk_error
 from stepkd.models.policy import Policy
 from stepkd.modules.distributed import all_reduce
 from stepkd.modules.rewards import Rewards
@@ -31,7 +32,6 @@ from stepkd.sampling.engines import EngineConfig
 from stepkd.steps.segment import get_segmenter, segment, step_ends
 from stepkd.steps.text import texts_from_ids
 
-SAMPLES_FILE = "samples.jsonl"
 BINS = 16
 """Bars of the histogram of lengths, from 0 to the longest completion that is allowed."""
 _NONE = np.zeros(0)
@@ -240,23 +240,3 @@ def sample_row(rollout: Rollout) -> dict[str, Any]:
         "tokens": len(rollout.token_ids),
         **({"extra": dict(rollout.extra)} if rollout.extra else {}),
     }
-
-
-def read_samples(path: str | Path) -> list[dict[str, Any]]:
-    """Entries of a run's samples, by step; where a step was taken twice (after a crash), the newest.
-
-    Args:
-        path: ``samples.jsonl``, or the run folder that holds it.
-
-    Raises:
-        DataError: there is no such file, or nothing whole in it.
-    """
-    path = Path(path)
-    path = path / SAMPLES_FILE if path.is_dir() else path
-    if not path.is_file():
-        raise DataError(f"no samples here; GRPO and KDRL runs write {SAMPLES_FILE} into their --out", path=path)
-    whole = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]  # a crash tears one
-    entries = {entry["step"]: entry for entry in map(json.loads, whole)}
-    if not entries:
-        raise DataError("not one whole entry in this file", path=path)
-    return [entries[step] for step in sorted(entries)]

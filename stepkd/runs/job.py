@@ -40,6 +40,8 @@ from stepkd.yaml_files import as_yaml, yaml_text
 
 SETTINGS_NAME, SUMMARY_NAME, RESULTS_NAME = "settings.json", "summary.json", "results.jsonl"
 CONFIG_NAME = "config.yaml"
+REPORT_NAME = "report.html"
+"""The page that ``stepkd report`` may leave in any job's folder."""
 PARTS, LOG = "parts", "log"
 PACKAGES = ("torch", "transformers", "peft", "math-verify")
 """Packages whose versions can change a job's result."""
@@ -185,7 +187,7 @@ class Job:
         with contextlib.suppress(OSError, ValueError, KeyError):
             check_unused(self.out, json.loads((self.out / LOG / _RUNNING).read_bytes()))
         names = sorted(path.name for path in self.out.iterdir()) if self.out.is_dir() else []
-        own = {SETTINGS_NAME, CONFIG_NAME, PARTS, LOG, *self.outputs}
+        own = {SETTINGS_NAME, CONFIG_NAME, REPORT_NAME, PARTS, LOG, *self.outputs}
         foreign = [name for name in names if name not in own and not name.endswith(".tmp")]
         if SETTINGS_NAME not in names:
             if found := foreign or [name for name in names if name in own - {LOG}]:
@@ -217,7 +219,7 @@ class Job:
         self.check()
         wanted = json.loads(json_text({"kind": self.kind, **settings}, path=self.out / SETTINGS_NAME))
         if self.options.overwrite:  # the settings go last: a kill in between leaves what --overwrite still accepts
-            own = (self.out / name for name in (*self.outputs, CONFIG_NAME, PARTS, LOG, SETTINGS_NAME))
+            own = (self.out / name for name in (*self.outputs, CONFIG_NAME, REPORT_NAME, PARTS, LOG, SETTINGS_NAME))
             for path in (*self.out.glob(".*.tmp"), *own):
                 delete(path)
         if (self.out / SETTINGS_NAME).is_file():

@@ -158,6 +158,11 @@ def test_the_command(write_claim: Write, tmp_path: Path, capsys: pytest.CaptureF
     assert main(["claims", "run", path, "--out", out, "--save"]) == 0
     assert "fake: reproduced" in capsys.readouterr().out
     assert (tmp_path / "results" / "fake.json").is_file()
+    assert json.loads((tmp_path / "runs" / "fake" / "summary.json").read_bytes())["fake"]["verdict"] == "reproduced"
+    assert main(["report", out]) == 0
+    assert "correct: better - plain &gt; 0" in (tmp_path / "runs" / "report.html").read_text()
+    (tmp_path / "runs" / "report.html").unlink()
+    capsys.readouterr()
     flipped = [{"metric": "correct", "better": "plain", "worse": "better"}]
     negative = str(write_claim(statements=flipped))
     assert main(["claims", "run", negative, "--out", out]) == 0, "a negative result is a result"
@@ -182,6 +187,7 @@ def test_claims_share_a_run(write_claim: Write, tmp_path: Path, capsys: pytest.C
         assert "first: reproduced" in text
         assert "second: reproduced" in text
     assert [folder.name for folder in (tmp_path / "runs").iterdir()] == ["both"]
+    assert [*json.loads((tmp_path / "runs" / "both" / "summary.json").read_bytes())] == ["first", "second"]
     third = write_claim(run="both", settings={"base": 0.4})
     assert main(["claims", "run", str(third), "--out", str(tmp_path / "runs")]) == 2
     assert "begun under other settings" in capsys.readouterr().err

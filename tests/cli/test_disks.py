@@ -49,7 +49,7 @@ COMMANDS = {
     "iterate": "iterate --config {iterate} --model tiny-0.1m --iterations 1 --out {out}",
     "claims": "claims run step_dpo --out {out}",
     "quickstart": "quickstart --scale 0.01 --out {out}",
-    "samples": "samples {run} --html {out}.html",
+    "report": "report {run} --out {out}.html",
     "recipes": "recipes copy sft {out}.yaml",
 }
 SLOW = {"predict", "score", "evaluate", "cache-teacher", "iterate", "claims", "quickstart"}

@@ -15,14 +15,13 @@ from stepkd.data.config import parse_spec
 from stepkd.data.load import load_rows
 from stepkd.data.templates import get_template
 from stepkd.errors import DataError
+from stepkd.evaluation.metrics import paired_differences, ratio_difference
 from stepkd.iteration.measure import (
-    differences,
     divergence,
     model_metrics,
     notes,
     print_summary,
     problem_rows,
-    ratio_difference,
 )
 from stepkd.iteration.stages import fingerprint
 from stepkd.labels.job import drawn_records, run_label_job
@@ -114,13 +113,13 @@ def test_differences_pair_the_problems() -> None:
         row("b", sample(True, [True]), sample(True, [True]), sample(True, [True])),
         row("a", sample(True, [True]), sample(True, [True, True]), sample(True, [True])),
     ]
-    found = values(differences(better, ROWS, n_resamples=100))
+    found = values(paired_differences(better, ROWS, n_resamples=100))
     assert found["pass@1"] == pytest.approx(0.5)
     assert found["correct_with_incorrect_step"] == pytest.approx(-0.5)
     assert found["step_accuracy"] == pytest.approx(1 - 4 / 6)
     assert found["mean_tokens"] == pytest.approx(0.0)
     unlabelled = [row(name, sample(True, None)) for name in "ab"]
-    assert differences(unlabelled, ROWS, n_resamples=10)["step_accuracy"] is None
+    assert paired_differences(unlabelled, ROWS, n_resamples=10)["step_accuracy"] is None
 
 
 def test_ratio_difference_is_narrower_than_unpaired() -> None:
@@ -193,7 +192,10 @@ def test_fingerprints_see_changes(tmp_path: Any) -> None:
 
 def test_the_table_names_what_was_dropped() -> None:
     metrics = model_metrics(ROWS, GREEDY, n_resamples=20)
-    minus = {"greedy_pass@1": {"value": 0.1, "low": None, "high": None}, **differences(ROWS, ROWS, n_resamples=20)}
+    minus = {
+        "greedy_pass@1": {"value": 0.1, "low": None, "high": None},
+        **paired_differences(ROWS, ROWS, n_resamples=20),
+    }
     training = {
         "problems": 2,
         "solutions": 6,

@@ -19,11 +19,10 @@ from stepkd.data.feedback import feedback_counts
 from stepkd.data.sources.contract_rows import trl_row
 from stepkd.errors import DataError
 from stepkd.evaluation.config import EvaluatePRMConfig
-from stepkd.evaluation.metrics import summarise
+from stepkd.evaluation.metrics import paired_differences, summarise
 from stepkd.evaluation.process import predicted_first_error
 from stepkd.evaluation.score_rows import evaluate_process
 from stepkd.evaluation.step_metrics import labelled_steps, step_metrics
-from stepkd.iteration.measure import differences
 from stepkd.labels.convert import Preference, TRLStepwise, consensus_filter, convert_rows
 from stepkd.labels.labellers import ScorerLabeller, Solution
 from stepkd.labels.quality import label_quality, summarise_labels
@@ -204,7 +203,7 @@ def evaluation(judged: Sequence[Judged]) -> float | None:
 
 def iteration(judged: Sequence[Judged]) -> float | None:
     base = problem([(True, [True])])
-    found = differences(problem(judged), base, n_resamples=10)["correct_with_incorrect_step"]
+    found = paired_differences(problem(judged), base, n_resamples=10)["correct_with_incorrect_step"]
     return None if found is None else float(found["value"])
 
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from stepkd.cli import main
-from stepkd.cli.samples import bars, colour
+from stepkd.data.io import read_samples
 from stepkd.errors import ConfigError, DataError, TrainingError
 from stepkd.modules.rewards import RewardConfig
-from stepkd.modules.rollouts import SampleLog, read_samples
+from stepkd.modules.rollouts import SampleLog
 from stepkd.modules.settings import PolicyLossConfig, SampleLogConfig, StepCreditConfig
 
 WORKER = Path(__file__).with_name("kdrl_worker.py")
@@ -150,36 +150,20 @@ def test_the_command_shows_them(
     entries = read_samples(folder)
     assert main(["samples", str(folder), "--number", "1"]) == 0
     shown = capsys.readouterr().out
-    assert "step 2" in shown
+    assert "step 2, 0" in shown
     assert "step 0" not in shown
     sample = entries[1]["samples"][0]
     assert f"{sample['tokens']} tokens" in shown
     assert f"{sample['step_scores'][0]:.2f}" in shown
-    page = tmp_path / "pages" / "samples.html"
-    assert main(["samples", str(folder), "--step", "all", "--html", str(page)]) == 0
-    html = page.read_text()
-    assert "step 0" in html
-    assert colour(sample["step_scores"][0]) in html
-    assert "http" not in html.replace("http-equiv", "")
+    assert main(["report", str(folder), "--out", str(tmp_path / "report.html")]) == 0
+    assert "step 0, 0" in (tmp_path / "report.html").read_text()
     assert main(["samples", str(folder), "--step", "1"]) == 2
-    assert "there are [0, 2]" in capsys.readouterr().err
+    assert "of [0, 2]" in capsys.readouterr().err
 
 
 def test_runs_without_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["samples", str(tmp_path)]) == 2
-    assert "no samples here" in capsys.readouterr().err
+    assert "holds nothing that a command left" in capsys.readouterr().err
     (tmp_path / "samples.jsonl").write_text(json.dumps({"step": 0})[:-3])
     with pytest.raises(DataError, match="not one whole entry"):
         read_samples(tmp_path)
-
-
-def test_bars_and_colours() -> None:
-    assert bars([0, 1, 1000, 500]) == " ▁█▄"
-    assert bars([0, 0]) == "  "
-    assert [colour(score) for score in (0.0, 0.5, 1.0, 7.0, None)] == [
-        "#c80000",
-        "#c8aa00",
-        "#00aa00",
-        "#00aa00",
-        "default",
-    ]

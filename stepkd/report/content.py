@@ -1,0 +1,257 @@
+"""What a page says of its folders: figures, and numbers that compare folders; the template holds the words."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain, combinations, groupby, zip_longest
+from typing import Any
+
+from stepkd.errors import StepkdError
+from stepkd.report.folders import CLAIM, EVALUATION, ITERATED, JUDGEMENT, LABELS, SCORES, TRAINING, Folder, best_of_n
+from stepkd.report.plots import Figure, Series, bars, dots, plot, thinned
+from stepkd.statistics import shown
+
+LENGTH_BINS = 16
+METHODS = {"pass": "some sample correct (ceiling)", "majority": "majority vote"}
+"""Methods of best-of-N that are no scorers."""
+MOST_COMPARED = 8
+"""With more evaluations of one benchmark, each is compared with the first one only."""
+ENDS = ("value", "low", "high")
+RESAMPLES = 2_000
+"""Resamples of differences of step metrics: fewer than elsewhere, since there are many pairs."""
+DRAWN = {
+    "greedy_pass@1": "correct, greedy",
+    "pass@1": "correct (pass@1)",
+    "step_accuracy": "correct steps",
+    "correct_with_incorrect_step": "incorrect step in correct answers",
+}
+"""Metrics of a model that have a plot."""
+NOT_DRAWN = ("perf/", "epoch", "run", "step", "seconds", "train/tokens")
+"""What is logged and has no plot."""
+FIRST_DRAWN = ("loss", "reward", "accuracy", "correct")
+"""What is in the names of the curves that come first."""
+
+
+def content(folders: Sequence[Folder]) -> dict[str, Any]:
+    """Everything that the template shows beside the folders themselves."""
+    of: dict[str, list[Folder]] = defaultdict(list)
+    for folder in folders:
+        of[folder.kind].append(folder)
+    sets = {folder.name: _sets(folder) for folder in (*of[JUDGEMENT], *of[SCORES])}
+    return {
+        "of": of,
+        "differing": {kind: _differing(same) for kind, same in of.items() if 1 < len(same) <= MOST_COMPARED},
+        "benchmarks": list(_benchmarks(of[EVALUATION])),
+        "best_of_n": [_curves_by_n(name, result) for name, result in best_of_n(folders)],
+        "sets": sets,
+        "f1_differences": list(_f1_differences(of[JUDGEMENT])),
+        "plots": {
+            "claims": [figure for folder in of[CLAIM] for figure in _claim_plots(folder)],
+            "iterations": [_iteration_plot(folder) for folder in of[ITERATED] if folder.summary],
+            "scores": [figure for name, found in sets.items() for figure in _score_plots(name, found)],
+            "labels": [_label_plot(folder) for folder in of[LABELS] if folder.summary],
+            "curves": list(_curves(of[TRAINING])),
+            "lengths": [_length_plot(folder) for folder in folders if folder.solutions],
+        },
+    }
+
+
+def _differing(same: Sequence[Folder]) -> dict[str, list[Any]]:
+    """Settings in which folders of one kind differ -> the value of each."""
+    names = dict.fromkeys(name for folder in same for name in folder.settings)
+    values = {name: [folder.settings.get(name, "–") for folder in same] for name in names}
+    return {name: each for name, each in values.items() if any(value != each[0] for value in each)}
+
+
+# ---- models on benchmarks --------------------------------------------------------------------------------------------
+
+
+def _benchmarks(evaluations: Sequence[Folder]) -> Iterator[dict[str, Any]]:
+    """Evaluations by benchmark and data: metrics (of the problems that are done), plots and paired differences."""
+    from stepkd.evaluation.metrics import summarise
+
+    def data(folder: Folder) -> tuple[str, ...]:
+        return tuple(str(folder.settings.get(f"benchmark.{name}", "")) for name in ("name", "options.task", "data"))
+
+    for (*name, _), group in groupby(sorted((each for each in evaluations if each.rows), key=data), data):
+        same = list(group)
+        names = _short([each.name for each in same])
+        models = {names[each.name]: (each.summary or summarise(each.rows))["metrics"] for each in same}
+        figures = []
+        for metric, title in DRAWN.items():
+            rows = {model: [each[metric][end] for end in ENDS] for model, each in models.items() if metric in each}
+            figures += [dots(title, rows, "percent", 100.0)] if rows else []
+        pairs = [{**each, "a": names[a.name], "b": names[b.name]} for a, b, each in _pairs(same)]
+        yield {"name": " ".join(filter(None, name)), "models": models, "figures": figures, "pairs": pairs}
+
+
+def _short(names: Sequence[str]) -> dict[str, str]:
+    """Names of folders without the parts that all of them begin or end with."""
+    parts = [name.split("/") for name in names]
+    for end in (0, -1):
+        while min(map(len, parts)) > 1 and len({each[end] for each in parts}) == 1:
+            parts = [each[1:] if end == 0 else each[:-1] for each in parts]
+    return {name: "/".join(each) for name, each in zip(names, parts, strict=True)}
+
+
+def _pairs(same: Sequence[Folder]) -> Iterator[tuple[Folder, Folder, dict[str, Any]]]:
+    """Paired differences between evaluations with the same sampling; between all where no two have the same."""
+    from stepkd.evaluation.metrics import compare_runs, paired_differences
+
+    def sampling(folder: Folder) -> list[Any]:
+        return [folder.settings.get(f"sampling.{name}") for name in ("n", "temperature")]
+
+    pairs = list(combinations(same, 2))
+    pairs = [pair for pair in pairs if sampling(pair[0]) == sampling(pair[1])] or pairs
+    for a, b in pairs if len(same) <= MOST_COMPARED else [pair for pair in pairs if pair[0] is pairs[0][0]]:
+        try:
+            found = compare_runs(a.path, b.path)
+        except StepkdError:  # no problem in common
+            continue
+        common = {str(row["id"]) for row in a.rows} & {str(row["id"]) for row in b.rows}
+        rows = ([row for row in each.rows if str(row["id"]) in common] for each in (b, a))
+        yield (
+            a,
+            b,
+            {**paired_differences(*rows, n_resamples=RESAMPLES), "test": found, "pass@1": found.difference.to_dict()},
+        )
+
+
+def _percent(name: str, x: Sequence[float], metrics: Sequence[Mapping[str, Any]], style: int) -> Series:
+    y, low, high = ([None if at[end] is None else 100 * at[end] for at in metrics] for end in ENDS)
+    return Series(name, x, y, low, high, style)
+
+
+def _iteration_plot(folder: Folder) -> Figure:
+    models, series = [model["metrics"] for model in folder.summary["models"]], list[Series]()
+    for metric, title in DRAWN.items():
+        if all(each.get(metric) for each in models):
+            series.append(_percent(title, range(len(models)), [each[metric] for each in models], len(series)))
+    return plot(folder.name, series, "iteration", "percent", ticks={k: f"M{k}" for k in range(len(models))})
+
+
+def _claim_plots(folder: Folder) -> Iterator[Figure]:
+    for name, claim in folder.summary.items():
+        for variant, arms in claim["metrics"].items():
+            for metric in dict.fromkeys(statement["metric"] for statement in claim["statements"]):
+                found = {arm: each[metric] for arm, each in arms.items() if metric in each}
+                rows = {arm: [*(each[end] for end in ENDS), *each["per_seed"]] for arm, each in found.items()}
+                where = name if len(claim["metrics"]) == 1 else f"{name}, {variant}"
+                yield dots(f"{where}: {metric}", rows, "mean, 95% interval; rings are seeds")
+
+
+# ---- scorers ---------------------------------------------------------------------------------------------------------
+
+
+def _curves_by_n(name: str, result: Mapping[str, Any]) -> dict[str, Any]:
+    ks = result["ks"]
+    names = [METHODS.get(each, each.replace("_vote", ", weighted vote")) for each in result["curves"]]
+    curves = dict(zip(names, result["curves"].values(), strict=True))
+    series = [_percent(each, range(len(ks)), curve, i) for i, (each, curve) in enumerate(curves.items())]
+    figure = plot(name, series, "samples N", "correct, percent", ticks={i: str(k) for i, k in enumerate(ks)})
+    return {"name": name, "problems": result["problems"], "ks": ks, "curves": curves, "figure": figure}
+
+
+def _sets(folder: Folder) -> dict[str, Any]:
+    """Metrics of a scorer by set: those that a judgement stored, or those that labels and scores of rows give."""
+    from stepkd.evaluation.diagnostics import argmin_positions
+    from stepkd.evaluation.process import summarise_process
+    from stepkd.steps.labels import first_incorrect
+
+    if folder.kind == JUDGEMENT:
+        return dict(folder.summary.get("sets", {}))
+    whole = [each for each in folder.solutions if each.scores and None not in each.scores]
+    labelled = [each for each in whole if any(mark is not None for mark in each.labels)]
+    rows = [{"set": "", **vars(each), "first_error": first_incorrect(each.labels)} for each in labelled]
+    if rows:
+        return dict(summarise_process(rows)["sets"])
+    scores: list[Any] = [each.scores for each in whole if len(each.scores) > 1]
+    return {"": {"argmin": argmin_positions(scores)}} if scores else {}
+
+
+def _f1_differences(judged: Sequence[Folder]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """What is compared, and its interval."""
+    from stepkd.evaluation.process import compare_process
+
+    for a, b in combinations([folder for folder in judged if folder.summary], 2):
+        try:
+            for name, found in compare_process(a.path, b.path, (a.summary, b.summary)).items():
+                yield f"{b.name} minus {a.name}: {name}", found.to_dict()
+        except StepkdError:  # no solution in common
+            continue
+
+
+def _score_plots(folder: str, sets: Mapping[str, Any]) -> Iterator[Figure]:
+    """Reliability, and where the lowest score falls, of every set."""
+    for each, found in sets.items():
+        name = ", ".join(filter(None, (folder, each)))
+        if calibration := found.get("calibration"):
+            every, most = calibration["bins"], max(each["count"] for each in calibration["bins"])
+            edges, heights = [*(each["low"] for each in every), 1.0], [each["count"] / most / 4 for each in every]
+            x, y = ([each[key] for each in every if each["count"]] for key in ("confidence", "accuracy"))
+            parts = [replace(each, fill="behind") for each in bars(edges, {"number of steps": heights})]
+            parts += [Series("calibrated", [0, 1], [0, 1], style=-1), Series("scores", x, y)]
+            words = f"{calibration['n']:,} steps; expected calibration error {shown(calibration['ece'])}"
+            yield plot(f"{name}: reliability", parts, "score", "share of correct steps", note=words)
+        if argmin := found.get("argmin"):
+            parts = bars(argmin["edges"], {"observed": argmin["observed"]})
+            chance = bars(argmin["edges"], {"a random place": argmin["expected"]})[0]
+            parts.append(Series(chance.name, chance.x, chance.high, style=-1))
+            words = f"Last step: {shown(argmin['share_last'])}; at random {argmin['expected_last']:.3f}"
+            yield plot(f"{name}: lowest score", parts, "relative place in the solution", "solutions", note=words)
+
+
+# ---- labels, curves, lengths -----------------------------------------------------------------------------------------
+
+
+def _label_plot(folder: Folder) -> Figure:
+    summary, names = folder.summary, ("correct", "incorrect", "unlabelled")
+    places = [at for at in summary["by_position"] if 100 * sum(at[name] for name in names) >= summary["labelled"]]
+    stack = {name: [each[name] for each in places] for name in names}
+    flawed = summary["correct_answers_with_an_incorrect_step"]
+    words = f"{summary['correct_answers']:,} correct answers, {flawed:,} of them with an incorrect step"
+    parts, ticks = bars(range(len(places) + 1), stack), {at + 0.5: str(at + 1) for at in range(len(places))}
+    return plot(f"{folder.name}: {summary['labelled']:,} solutions", parts, "step", "steps", ticks=ticks, note=words)
+
+
+def _curves(trainings: Sequence[Folder]) -> Iterator[Figure]:
+    """What trainings logged; those of one method share their plots, and the methods take turns."""
+    plots = []
+    for method in dict.fromkeys(folder.settings.get("model.class_path") for folder in trainings):
+        same = [folder for folder in trainings if folder.settings.get("model.class_path") == method]
+        found: dict[str, list[Series]] = defaultdict(list)
+        for folder in same:
+            for name, points in _logged(folder).items():
+                split, _, metric = name.partition("/")
+                x, y = (thinned(values) for values in zip(*points, strict=True))
+                label, style = f"{folder.name}, {split}" if len(same) > 1 else split, len(found[metric])
+                found[metric].append(Series(label, x, y, style=style))
+        where = ", ".join(folder.name for folder in same[:2]) + ", …" * (len(same) > 2)
+        first = [name for stem in FIRST_DRAWN for name in found if stem in name]
+        names, steps = dict.fromkeys([*first, *found]), "optimiser step"
+        plots.append([plot(f"{where}: {name}", found[name], steps, name.replace("_", " ")) for name in names])
+    return (figure for figure in chain(*zip_longest(*plots)) if figure is not None)
+
+
+def _logged(folder: Folder) -> dict[str, list[tuple[int, float]]]:
+    """Metric -> steps with values, of those that change."""
+    from stepkd.runs.logger import METRICS_FILE, read_metrics
+
+    found: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    for row in read_metrics(folder.path) if (folder.path / METRICS_FILE).is_file() else ():
+        for name, value in row.items():
+            if isinstance(value, int | float) and value - value == 0 and not name.startswith(NOT_DRAWN):
+                found[name].append((row["step"], value))
+    return {name: points for name, points in found.items() if len({value for _, value in points}) > 1}
+
+
+def _length_plot(folder: Folder) -> Figure:
+    width, stack = 1 + max(each.length for each in folder.solutions) // LENGTH_BINS, {}
+    for name, correct in {"correct": True, "incorrect": False, "not graded": None}.items():
+        places = Counter(each.length // width for each in folder.solutions if each.correct is correct)
+        stack[name] = [places[i] for i in range(LENGTH_BINS)]
+    unit = "characters" if folder.solutions[0].tokens is None else "tokens"
+    words = f"{len(folder.solutions):,} solutions, {sum(each.cut_off for each in folder.solutions):,} cut off"
+    return plot(folder.name, bars([i * width for i in range(LENGTH_BINS + 1)], stack), unit, "solutions", note=words)

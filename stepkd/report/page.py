@@ -1,0 +1,134 @@
+"""The page: one HTML file that loads nothing and runs no script but its own.
+
+Texts of models, data and settings are data. The template escapes all of them, the solutions travel as JSON whose ``<``
+are escaped and become text nodes, control characters are written out, and a content security policy allows the one
+script and the one style sheet of the page by their hashes, and no connection.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+import stepkd
+from stepkd.report.content import content
+from stepkd.report.folders import Folder, find_folders
+from stepkd.report.solutions import FILTERS, Solution, merged, pick, tags_of, visible
+from stepkd.runs.files import write_file
+from stepkd.runs.job import REPORT_NAME
+from stepkd.statistics import shown
+
+TEXT_BYTES = 3_000_000
+"""Bytes of all solutions' texts; of a longer solution the page has the beginning."""
+SECRET = re.compile(r"(?:^|[._])(?:token|api_key|password|secret)$")
+
+
+def write_report(paths: Sequence[str | Path], out: str | Path | None = None, *, solutions: int = 500) -> Path:
+    """Write the report of one or more folders.
+
+    Args:
+        paths: folders that commands left, or that hold some.
+        out: the file; None: ``report.html`` in the first folder.
+        solutions: most solutions to browse, 0 or more.
+
+    Returns:
+        The file.
+
+    Raises:
+        ConfigError: a path that does not exist or holds nothing of stepkd's.
+        DataError: a damaged file.
+        MachineError: the file cannot be written.
+    """
+    first = Path(paths[0])
+    path = Path(out) if out else (first if first.is_dir() else first.parent) / REPORT_NAME
+    title = ", ".join(dict.fromkeys(Path(each).resolve().name for each in paths))
+    write_file(path, page_html(title, find_folders(paths), solutions).encode())
+    return path
+
+
+def page_html(title: str, folders: Sequence[Folder], most: int) -> str:
+    """The page of some folders, with at most so many solutions; the same ones give the same text."""
+    solutions = merged(each for folder in folders for each in folder.solutions)
+    tags = tags_of(solutions)
+    chosen = pick(solutions, tags, most)
+    counted = Counter(name for own in tags for name in own)
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_file),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: visible(value) if type(value) is str else value,
+    )
+    return environment.get_template("report.html.j2").render(
+        title=title,
+        folders=folders,
+        **content(folders),
+        shown=shown,
+        files={name: Markup(_file(name)) for name in ("report.css", "report.js")},
+        hashes={name: _hash(_file(name)) for name in ("report.css", "report.js")},
+        data=Markup(_json(_problems([(solutions[i], tags[i]) for i in chosen]))),
+        listed=len(chosen),
+        filters=[(name, each, counted[name]) for name, (each, _) in FILTERS.items() if counted[name]],
+        total=len(solutions),
+        hidden=SECRET.search,
+        version=stepkd.__version__,
+    )
+
+
+def _file(name: str) -> str:
+    return (resources.files("stepkd.report") / name).read_text("utf-8")
+
+
+def _hash(text: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+
+
+def _json(value: Any) -> str:
+    """JSON that no HTML parser takes for markup."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c").replace("&", "\\u0026")
+
+
+def _problems(solutions: Sequence[tuple[Solution, Sequence[str]]]) -> list[dict[str, Any]]:
+    """What the page's script shows: problems with their solutions, each under an anchor of its own."""
+    room = TEXT_BYTES // max(len(solutions), 1)
+    problems: dict[str, dict[str, Any]] = {}
+    for each, tags in solutions:
+        if each.problem not in problems:
+            anchor = f"problem-{re.sub(r'[^A-Za-z0-9_-]+', '-', each.problem)[:80]}"
+            while any(anchor == other["anchor"] for other in problems.values()):
+                anchor += "-"
+            head = {"id": each.problem, "anchor": anchor, "prompt": _cut(each.prompt, room // 4), "answer": each.answer}
+            problems[each.problem] = head | {"solutions": []}
+        names = ("run", "sample", "scored_by", "disagrees", "correct", "found", "cut_off", "tokens", "value")
+        own, steps = {name: getattr(each, name) for name in names}, _beginning(each.steps, room)
+        marks = {"labels": each.labels[: len(steps)], "scores": each.scores[: len(steps)]}
+        problems[each.problem]["solutions"].append({**own, **marks, "tags": tags, "steps": steps})
+    return list(problems.values())
+
+
+def _beginning(steps: Sequence[str], room: int) -> list[str]:
+    """The first steps, as far as there is room for them in bytes."""
+    kept = list[str]()
+    for step in steps:
+        kept.append(_cut(step.strip("\n"), room))
+        room -= len(step.encode()) + 64
+        if room <= 0:
+            return [*kept, f"… {len(steps) - len(kept):,} more steps"] if len(kept) < len(steps) else kept
+    return kept
+
+
+def _cut(text: str, room: int) -> str:
+    """The beginning of a text, and how much is missing."""
+    kept = text.encode()[: max(room, 0)].decode(errors="ignore")
+    return text if kept == text else f"{kept} … {len(text) - len(kept):,} more characters"

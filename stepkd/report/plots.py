@@ -1,0 +1,221 @@
+"""Plots: lines, bands and bars over one axis, and rows of dots with intervals; the template draws them as SVG.
+
+Colours come from the page's style sheet (classes ``c0`` to ``c6``: the palette of Okabe & Ito, told apart by
+colour-blind readers), so that they follow its theme. Dashes, markers and hatching repeat every difference. All plots
+have one width, at which a phone shows them without shrinking the text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+WIDTH, FLOOR = 360, 192
+"""Width of a plot, and where its horizontal axis is, in pixels."""
+LEFT, RIGHT, TOP = 54, 18, 10
+NAMES, ROW = 132, 24
+"""Width of the names of rows of dots, and height of a row."""
+COLOURS = 7
+DASHES = ("none", "6 3", "2 3", "8 3 2 3")
+MARKERS = (
+    "M-3 0a3 3 0 1 0 6 0a3 3 0 1 0-6 0",
+    "M-3-3h6v6h-6z",
+    "M0-4l4 7h-8z",
+    "M0-4l4 4-4 4-4-4z",
+    "M-3-3l6 6m0-6-6 6",
+)
+MOST_MARKED = 24
+"""A line of more points has no markers."""
+MOST_POINTS = 160
+"""Points of a curve; a longer one is drawn as means of neighbours."""
+
+Shape = Mapping[str, str]
+"""Attributes of a path."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line, band or set of bars."""
+
+    name: str
+    """What it is, for the legend."""
+    x: Sequence[float]
+    """(n,) places."""
+    y: Sequence[float | None] = ()
+    """(n,) values of a line, or empty; None and what is not finite are left out."""
+    low: Sequence[float | None] = ()
+    """(n,) lower edge of a band, or empty."""
+    high: Sequence[float | None] = ()
+    """(n,) its upper edge."""
+    style: int = 0
+    """Which colour, marker and dashes; below 0 a faint line without markers."""
+    fill: str = ""
+    """Class of the band of bars: fill0 plain, fill1 hatched, fill2 dotted, behind faint; else the band is faint."""
+
+    @property
+    def colour(self) -> str:
+        """Class of its colour."""
+        return "guide" if self.style < 0 else f"c{self.style % COLOURS}"
+
+    def stroke(self, path: str) -> Shape:
+        """A line along a path."""
+        return {"d": path, "class": f"line {self.colour}", "stroke-dasharray": DASHES[self.style % len(DASHES)]}
+
+    def markers(self, places: Sequence[tuple[float, float]]) -> list[Shape]:
+        """Its markers, unless they are too many."""
+        look = {"d": MARKERS[self.style % len(MARKERS)], "class": f"dot {self.colour}"}
+        kept = places if self.style >= 0 and len(self.y) <= MOST_MARKED else ()
+        return [{**look, "transform": f"translate({x:.1f} {y:.1f})"} for x, y in kept]
+
+    def area(self, path: str) -> list[Shape]:
+        """A band within a path; hatching is drawn over it."""
+        over = [{"d": path, "fill": f"url(#{self.fill})"}] if self.fill in ("fill1", "fill2") else []
+        return [{"d": path, "class": f"bar {self.fill}" if self.fill else f"band {self.colour}"}, *over]
+
+    @property
+    def swatch(self) -> list[Shape]:
+        """What the legend shows, 28 by 16 pixels."""
+        return self.area("M0 2H28V14H0Z") if self.fill else [self.stroke("M0 8H28"), *self.markers([(14, 8)])]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Values to pixels."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    ticks: Mapping[float, str]
+
+    def __call__(self, value: float) -> float:
+        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A plot with its words."""
+
+    title: str
+    """One line above it."""
+    shapes: Sequence[Shape]
+    """What is drawn, from the back."""
+    across: Axis
+    """The horizontal axis."""
+    up: Axis
+    """The vertical axis."""
+    x: str
+    """Title of the horizontal axis."""
+    y: str = ""
+    """Title of the vertical axis."""
+    legend: Sequence[Series] = ()
+    """What the legend names; empty where there is one thing."""
+    note: str = ""
+    """What a reader must know, below it."""
+
+
+def plot(
+    title: str, parts: Sequence[Series], x: str, y: str, *, ticks: Mapping[float, str] | None = None, note: str = ""
+) -> Figure:
+    """Lines, bands and bars over one horizontal axis.
+
+    Args:
+        title: what is shown.
+        parts: what is drawn, from the back.
+        x, y: titles of the axes.
+        ticks: place -> text on the horizontal axis; None: round numbers.
+        note: text below.
+    """
+    values = [at for part in parts for row in (part.y, part.low, part.high) for at in row if _is_number(at)]
+    is_tight = ticks is not None or any(part.fill for part in parts)
+    places, start = [at for part in parts for at in part.x], LEFT if any(part.fill for part in parts) else LEFT + 8
+    across, up = _axis(places, start, WIDTH - RIGHT, ticks, tight=is_tight), _axis(values, FLOOR, TOP)
+    shapes: list[Shape] = []
+    for part in parts:
+        both = zip(part.x, part.low, part.high, strict=False)
+        ends = [(at, low, high) for at, low, high in both if _is_number(low) and _is_number(high)]
+        if len(ends) > 1:
+            edge = [(at, high) for at, _, high in ends] + [(at, low) for at, low, _ in reversed(ends)]
+            shapes += part.area(_path([(across(at), up(value)) for at, value in edge]) + "Z")
+        points = [(across(at), up(value)) for at, value in zip(part.x, part.y, strict=False) if _is_number(value)]
+        shapes += [part.stroke(_path(points)), *part.markers(points)]
+    return Figure(title, shapes, across, up, x, y, parts if len(parts) > 1 else (), note)
+
+
+def dots(title: str, rows: Mapping[str, Sequence[Any]], x: str, scale: float = 1.0) -> Figure:
+    """A row per name: a value with its interval, and single values (of seeds) as small rings.
+
+    Args:
+        title: what is shown.
+        rows: name -> value, ends of its interval, and any number of single values; what is no number is left out.
+        x: title of the axis.
+        scale: what all numbers are multiplied with.
+    """
+    scaled = [[at * scale if _is_number(at) else None for at in numbers] for numbers in rows.values()]
+    across = _axis([at for numbers in scaled for at in numbers if at is not None], NAMES, WIDTH - RIGHT)
+    up = Axis(-0.5, len(rows) - 0.5, TOP, TOP + ROW * len(rows), dict(enumerate(rows)))
+    shapes: list[Shape] = []
+    for number, (value, low, high, *single) in enumerate(scaled):
+        line = Series("", (), style=number)
+        if low is not None and high is not None:
+            shapes.append(
+                {"d": f"M{across(low):.1f} {up(number):.1f}H{across(high):.1f}", "class": f"line {line.colour}"}
+            )
+        for at in filter(_is_number, single):
+            shapes += [{**each, "class": f"ring {line.colour}"} for each in line.markers([(across(at), up(number))])]
+        shapes += [] if value is None else line.markers([(across(value), up(number))])
+    return Figure(title, shapes, across, up, x)
+
+
+def bars(edges: Sequence[float], stack: Mapping[str, Sequence[float]]) -> list[Series]:
+    """Stacked bars; those that are all empty are left out.
+
+    Args:
+        edges: (n + 1,) edges of the bars, ascending.
+        stack: name -> (n,) heights, from below, at most three.
+    """
+    below, found, twice = [0.0] * (len(edges) - 1), list[Series](), [at for at in edges for _ in range(2)][1:-1]
+    for number, (name, heights) in enumerate(stack.items()):
+        tops = [low + height for low, height in zip(below, heights, strict=True)]
+        low, high = ([at for at in each for _ in range(2)] for each in (below, tops))
+        found += [Series(name, twice, low=low, high=high, fill=f"fill{number}")] if any(heights) else []
+        below = tops
+    return found
+
+
+def thinned(values: Sequence[float]) -> list[float]:
+    """A curve's places or values as at most :data:`MOST_POINTS` numbers: means of neighbours."""
+    size = max(1, -(-len(values) // MOST_POINTS))
+    groups = [values[i : i + size] for i in range(0, len(values), size)]
+    return [sum(group) / len(group) for group in groups]
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _path(points: Sequence[tuple[float, float]]) -> str:
+    return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points) if points else ""
+
+
+def _axis(
+    values: Sequence[float], start: float, end: float, ticks: Mapping[float, str] | None = None, *, tight: bool = False
+) -> Axis:
+    """An axis that holds the values, and ends with them where it is tight; its ticks are round unless given."""
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    if low == high:
+        low, high = low - (abs(low) or 1) / 10, high + (abs(high) or 1) / 10
+    power = 10.0 ** math.floor(math.log10((high - low) / 4))
+    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= (high - low) / 4 * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    marks = {at: _tick(at) for i in range(first, last + 1) if low <= (at := round(i * step, 12)) <= high or not tight}
+    ends = (low, high) if tight else (min(marks), max(marks))
+    return Axis(*ends, start, end, marks if ticks is None else ticks)
+
+
+def _tick(value: float) -> str:
+    if abs(value) >= 1e4:
+        return f"{value / 1e3:g}k" if abs(value) < 1e6 else f"{value / 1e6:g}M"
+    return f"{value:.4g}".replace("-", "−") if abs(value) >= 1e-3 or not value else f"{value:.0e}"

@@ -1,0 +1,203 @@
+"""Solutions as a reader looks at them: steps with labels and scores, whichever kind of row they come from."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from typing import Any
+
+from stepkd.grading.judge import solution_steps
+from stepkd.steps.labels import is_settled, passes, verdicts
+
+Row = Mapping[str, Any]
+
+LONGEST_SHARE = 0.05
+"""Share of all solutions that count as the longest."""
+OF_ONE_PROBLEM = 64
+"""Most solutions of one problem that are shown."""
+SCORES = {"step_scores": "scorer", "scores": "scorer", "credit": "step credit", "step_values": "continuations"}
+"""Columns of step scores -> what gave them."""
+_HIDDEN = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff"
+    "\ud800-\udfff\U000e0000-\U000e007f]"
+)
+
+
+def visible(text: str) -> str:
+    """Text with its control characters and half surrogates written out, as ``⟨U+202E⟩``: none of them changes the
+    direction or colour of what stands around it."""
+    return _HIDDEN.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solution:
+    """One solution; its texts are :func:`visible`."""
+
+    run: str
+    """Name of the folder it comes from."""
+    problem: str
+    """Id of its problem."""
+    sample: str
+    """Which of the problem's solutions it is."""
+    prompt: str
+    """Text of the problem; of a chat, its last message."""
+    answer: str | None
+    """Reference answer."""
+    steps: tuple[str, ...]
+    """Step texts, at least one."""
+    labels: tuple[bool | None, ...]
+    """For each step whether its label calls it correct; empty without labels."""
+    scores: tuple[float | None, ...]
+    """For each step its score in [0, 1]; empty without scores."""
+    scored_by: str
+    """What gave the scores: ``scorer``, ``step credit``, or ``continuations`` (the share that ends correctly)."""
+    correct: bool | None
+    """Whether its answer is correct; None: not graded."""
+    found: str | None
+    """Answer that was found in it."""
+    cut_off: bool
+    """Whether it ended at the token limit."""
+    tokens: int | None
+    """Its tokens, where they were counted."""
+    value: tuple[str, float] | None
+    """Name and value of its reward, or of its score as a whole."""
+    step: int | None
+    """Optimiser step at which it was sampled, for rollouts."""
+    key: tuple[str, ...]
+    """Equal where rows of several jobs hold one solution; empty: no other job has it."""
+
+    @property
+    def disagrees(self) -> list[int]:
+        """Steps on which score and label disagree, up to the first incorrect one: what is correct after it is a matter
+        of convention. None where the labels are made of the scores."""
+        end = self.labels.index(False) + 1 if False in self.labels else len(self.labels)
+        judged = enumerate(zip(map(passes, self.scores), self.labels[:end], strict=False))
+        is_other = self.scored_by != "continuations"
+        return [i for i, (score, label) in judged if is_other and None not in (score, label) and score != label]
+
+    @property
+    def length(self) -> int:
+        """Tokens, or characters where tokens were not counted."""
+        return sum(map(len, self.steps)) if self.tokens is None else self.tokens
+
+
+FILTERS: Mapping[str, tuple[str, Callable[[Solution], bool]]] = {
+    "flawed": ("correct answer with an incorrect step", lambda s: s.correct is True and False in s.labels),
+    "disagrees": ("scores disagree with labels", lambda s: bool(s.disagrees)),
+    "incorrect": ("incorrect answer", lambda s: s.correct is False),
+    "clean": (
+        "incorrect answer, every step labelled correct",
+        lambda s: s.correct is False and False not in s.labels and is_settled(len(s.labels), s.labels.count(True), 0),
+    ),
+    "cut-off": ("cut off at the token limit", lambda s: s.cut_off),
+    "longest": (f"the longest {LONGEST_SHARE:.0%}", lambda s: False),
+}
+"""Name -> title and predicate; which are the longest depends on the others (:func:`tags_of`)."""
+
+
+def tags_of(solutions: Sequence[Solution]) -> list[list[str]]:
+    """Of every solution the filters that it passes."""
+    lengths = sorted((each.length for each in solutions), reverse=True)
+    longest = lengths[int(len(lengths) * LONGEST_SHARE)] if lengths else 0
+    tags = [[name for name, (_, holds) in FILTERS.items() if holds(each)] for each in solutions]
+    return [own + ["longest"] * (each.length > longest) for each, own in zip(solutions, tags, strict=True)]
+
+
+# ---- rows of every kind ----------------------------------------------------------------------------------------------
+
+
+def solution(run: str, row: Row) -> Solution | None:
+    """The solution of a labelled, scored, judged, sampled or rolled-out row; None where it holds no text.
+
+    Labels and scores of another division of the text into steps are left out.
+    """
+    name = str(row["id"])
+    steps = row.get("steps") or row.get("completions") or solution_steps(row.get("completion") or "")
+    if steps == [""] and "completion" not in row:
+        return None
+    prompt, problem = row.get("prompt") or "", str(row.get("problem_id", name))
+    if isinstance(prompt, list):
+        prompt = prompt[-1].get("content", "")
+    labels = next((row[column] for column in ("step_labels", "labels") if row.get(column)), ())
+    column = next((column for column in SCORES if row.get(column) and len(row[column]) == len(steps)), None)
+    value = next(((name, row[name]) for name in ("reward", "score") if row.get(name) is not None), None)
+    answer, found = (None if row.get(each) is None else visible(str(row[each])) for each in ("answer", "extracted"))
+    return Solution(
+        run=run,
+        problem=visible(problem),
+        sample=visible(name.removeprefix(problem).lstrip("/") or "0"),
+        prompt=visible(str(prompt).strip("\n")),
+        answer=answer,
+        steps=tuple(map(visible, steps)),
+        labels=tuple(verdicts(labels)) if len(labels) == len(steps) else (),
+        scores=tuple(row[column]) if column else (),
+        scored_by=SCORES[column] if column else "",
+        correct=row.get("outcome") if row.get("correct") is None else row["correct"],
+        found=found,
+        cut_off=row.get("finish") == "length",
+        tokens=row.get("tokens", len(row.get("token_ids") or ()) or None),
+        value=value,
+        step=row.get("step"),
+        key=(name, str(row["model"]), *steps) if "model" in row else (),
+    )
+
+
+def sampled_rows(problems: Iterable[Row]) -> Iterator[Row]:
+    """Result rows of ``stepkd evaluate``, a row per sample."""
+    for row in problems:
+        shared = {"problem_id": row["id"], "prompt": row.get("prompt"), "answer": row.get("answer")}
+        for number, sample in enumerate(row["samples"]):
+            yield {**shared, **sample, "id": f"{row['id']}/{number}", "correct": sample["verdict"] == "correct"}
+
+
+def rollout_rows(entries: Iterable[Row]) -> Iterator[Row]:
+    """Entries of a run's ``samples.jsonl``, a row per rollout."""
+    for entry in entries:
+        for number, sample in enumerate(entry["samples"]):
+            own = {"problem_id": sample["id"], "id": f"{sample['id']}/step {entry['step']}, {number}"}
+            own |= {"credit": sample["step_scores"], "step_scores": None, "step": entry["step"]}
+            yield {**sample, **own, "finish": "length" if sample["cut_off"] else "stop"}
+
+
+# ---- which are shown -------------------------------------------------------------------------------------------------
+
+
+def merged(solutions: Iterable[Solution]) -> list[Solution]:
+    """Solutions without repetitions: rows that one job labelled and a later one labelled again or scored are one
+    solution, with the later labels and whichever scores of a model there are."""
+    found: dict[tuple[str, ...], Solution] = {}
+    for number, each in enumerate(solutions):
+        key = each.key or (str(number),)
+        earlier = found.pop(key, None)
+        if earlier is not None and not each.scores and earlier.scored_by == "scorer":
+            each = replace(each, scores=earlier.scores, scored_by=earlier.scored_by, value=earlier.value)
+        found[key] = each
+    return list(found.values())
+
+
+def pick(solutions: Sequence[Solution], tags: Sequence[Sequence[str]], most: int) -> list[int]:
+    """Numbers of the solutions that a page shows: whole problems; of every run and every filter the first one, then the
+    second ones, and so on.
+
+    Args:
+        solutions: all there are.
+        tags: of every solution, what :func:`tags_of` gives.
+        most: how many are shown at most.
+
+    Returns:
+        Ascending numbers.
+    """
+    of_problem: dict[str, list[int]] = defaultdict(list)
+    lists: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)
+    for number, (each, own) in enumerate(zip(solutions, tags, strict=True)):
+        of_problem[each.problem].append(number)
+        for name in ("", *own):
+            lists[each.run, name][each.problem] = None
+    order = dict.fromkeys(each for group in zip_longest(*lists.values()) for each in group if each is not None)
+    chosen: list[int] = []
+    for problem in order:
+        chosen += of_problem[problem][:OF_ONE_PROBLEM][: most - len(chosen)]
+    return sorted(chosen)

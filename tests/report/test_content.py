@@ -1,0 +1,154 @@
+"""Figures and comparisons: the numbers of the functions that commands print."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from left import evaluation_rows, scored_rows
+
+from stepkd.evaluation.best_of_n import best_of_n_from_files
+from stepkd.evaluation.metrics import compare_runs
+from stepkd.evaluation.step_metrics import calibration_report, labelled_steps
+from stepkd.report.content import content
+from stepkd.report.folders import find_folders
+from stepkd.runs.files import write_jsonl
+
+
+def of(*paths: Path) -> dict[str, Any]:
+    return content(find_folders(paths))
+
+
+def test_evaluations_of_one_benchmark_are_paired_as_compare_pairs_them(evaluation: Callable[..., Path]) -> None:
+    a, b = evaluation("runs/a", "fiil", minute=1), evaluation("runs/b", "cccl", minute=2)
+    evaluation("runs/other", data="other", minute=3)
+    greedy = evaluation("runs/greedy", temperature=0.0, minute=4)
+    benchmarks = of(a.parent)["benchmarks"]
+    assert sorted(sorted(each["models"]) for each in benchmarks) == [["a", "b", "greedy"], ["other"]]
+    (same,) = (each for each in benchmarks if "a" in each["models"])
+    assert [(pair["b"], pair["a"]) for pair in same["pairs"]] == [("b", "a")]  # of equal sampling
+    expected = compare_runs(a, b)
+    assert same["pairs"][0]["pass@1"] == expected.difference.to_dict()
+    assert same["pairs"][0]["test"].mcnemar_p == expected.mcnemar_p
+    assert same["pairs"][0]["correct_with_incorrect_step"]["value"] == pytest.approx(-1 / 5)
+    assert of(a, greedy)["benchmarks"][0]["pairs"]  # two of different sampling are compared, too
+    assert next(figure.title for figure in same["figures"]) == "correct (pass@1)"
+
+
+def test_many_evaluations_are_compared_with_the_first_one(evaluation: Callable[..., Path]) -> None:
+    paths = [evaluation(f"runs/e{i}", "ci", minute=i) for i in range(9)]
+    (found,) = of(paths[0].parent)["benchmarks"]
+    assert [pair["a"] for pair in found["pairs"]] == ["e0"] * 8
+
+
+def test_an_evaluation_without_step_labels_has_no_step_metrics(evaluation: Callable[..., Path]) -> None:
+    rows = evaluation_rows("ci", labels=False)
+    a, b = (evaluation(name, rows=rows, minute=i) for i, name in enumerate(("a", "b")))
+    (found,) = of(a, b)["benchmarks"]
+    assert [figure.title for figure in found["figures"]] == ["correct (pass@1)"]
+    assert found["pairs"][0]["step_accuracy"] is None
+
+
+def test_reliability_of_scored_rows_with_labels_is_that_of_their_steps_up_to_the_first_error(scores: Path) -> None:
+    (folder,) = find_folders([scores])
+    steps = labelled_steps(
+        [each.scores for each in folder.solutions],  # type: ignore[misc]
+        [each.labels for each in folder.solutions],
+        up_to_first_error=True,
+    )
+    expected = calibration_report(steps.scores, steps.labels)
+    found = of(scores)
+    assert found["sets"]["scores"][""]["calibration"]["n"] == expected.n == 18
+    assert found["sets"]["scores"][""]["calibration"]["bins"] == expected.to_dict()["bins"]
+    reliability, lowest = found["plots"]["scores"]
+    assert reliability.title == "scores: reliability"
+    assert f"{expected.ece.value:.3f}" in reliability.note
+    assert lowest.title == "scores: lowest score"
+
+
+def test_scores_without_labels_still_say_where_the_lowest_one_falls(scores: Path) -> None:
+    rows = [{**row, "step_labels": None} for row in scored_rows()]
+    write_jsonl(scores / "results.jsonl", rows)
+    found = of(scores)
+    assert [figure.title for figure in found["plots"]["scores"]] == ["scores: lowest score"]
+    share = found["sets"]["scores"][""]["argmin"]["share_last"]["value"]
+    assert share == 1.5 / 8  # the last two steps of one solution have equal scores
+
+
+def test_best_of_n_of_scored_samples_and_a_stored_one_in_its_place(
+    tmp_path: Path, scores: Path, write: Callable[..., None]
+) -> None:
+    (found,) = of(scores)["best_of_n"]
+    expected = best_of_n_from_files({"score": scores}).to_dict()
+    assert found["ks"] == expected["ks"] == [1, 2]
+    assert found["curves"]["score"] == expected["curves"]["score"]
+    assert found["curves"]["some sample correct (ceiling)"] == expected["curves"]["pass"]
+    write(tmp_path / "best" / "best_of_n.json", expected | {"problems": 77})
+    assert [each["problems"] for each in of(scores, tmp_path / "best")["best_of_n"]] == [77]
+
+
+def test_a_judgement_shows_its_stored_numbers(judgement: Path) -> None:
+    found = of(judgement)
+    assert found["sets"]["judged"]["gsm8k"]["solutions"] == 6
+    assert [figure.title for figure in found["plots"]["scores"]] == [
+        "judged, gsm8k: reliability",
+        "judged, gsm8k: lowest score",
+    ]
+
+
+def test_two_judgements_are_paired_by_solution(judgement: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(judgement, tmp_path / "second")
+    ((name, found),) = of(judgement, tmp_path / "second")["f1_differences"]
+    assert name == "second minus judged: gsm8k, fixed"
+    assert found["value"] == 0
+
+
+def test_labels_are_counted_by_place(labels: Path) -> None:
+    (figure,) = of(labels)["plots"]["labels"]
+    correct, incorrect = figure.legend
+    assert [correct.name, incorrect.name] == ["correct", "incorrect"]
+    assert correct.high == [5, 5, 8, 8, 8, 8]
+    assert incorrect.high == [8] * 6
+    assert figure.note == "6 correct answers, 3 of them with an incorrect step"
+
+
+def test_curves_hold_what_changes_train_beside_validation(training: Callable[..., Path]) -> None:
+    (figure,) = of(training("run"))["plots"]["curves"]  # the learning rate never changes
+    train, val = figure.legend
+    assert figure.title == "run: loss"
+    assert (train.name, list(train.y)[:2]) == ("train", [4.0, 3.95])
+    assert (val.name, list(val.x), list(val.y)) == ("val", [20, 39], [3.5, 2.5])
+
+
+def test_runs_of_one_method_share_their_plots(training: Callable[..., Path]) -> None:
+    paths = [training("a"), training("b"), training("c", "PRMModule")]
+    figures = of(*paths)["plots"]["curves"]
+    assert [figure.title for figure in figures] == ["a, b: loss", "c: loss"]
+    assert [line.name for line in figures[0].legend] == ["a, train", "a, val", "b, train", "b, val"]
+    assert len({(line.colour, line.stroke("")["stroke-dasharray"]) for line in figures[0].legend}) == 4
+
+
+def test_lengths_are_counted_by_outcome(evaluation: Callable[..., Path]) -> None:
+    (figure,) = of(evaluation("a", "cfil"))["plots"]["lengths"]
+    correct, incorrect = figure.legend
+    assert (correct.name, incorrect.name) == ("correct", "incorrect")
+    assert list(correct.high)[::2] == [0, 4, 2, *[0] * 13]  # bars of six tokens
+    assert list(incorrect.high)[::2] == [0, 4, 3, *[0] * 12, 1]  # stacked on them
+    assert figure.note == "8 solutions, 1 cut off"
+
+
+def test_claims_and_iterations_have_their_plots(claim: Path, iterated: Path) -> None:
+    found = of(claim, iterated)["plots"]
+    assert [figure.title for figure in found["claims"]] == ["b_beats_a: pass@1"]
+    assert [line.name for line in found["iterations"][0].legend][:2] == ["correct, greedy", "correct (pass@1)"]
+    assert list(found["iterations"][0].across.ticks.values()) == ["M0", "M1"]
+
+
+def test_settings_that_differ_are_told_for_folders_of_one_kind(evaluation: Callable[..., Path]) -> None:
+    a, b = evaluation("a", limit=5), evaluation("b", limit=9)
+    assert of(a, b)["differing"]["evaluation"]["limit"] == [5, 9]
+    assert "benchmark.name" not in of(a, b)["differing"]["evaluation"]

@@ -1,0 +1,75 @@
+"""What paths hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from stepkd.errors import ConfigError, DataError
+from stepkd.report.folders import find_folders
+
+
+def test_folders_below_a_path_are_found_in_the_order_in_which_they_were_begun(
+    tmp_path: Path, evaluation: Callable[..., Path], training: Callable[..., Path], scores: Path, claim: Path
+) -> None:
+    evaluation("late", minute=50)
+    training("run")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "settings.json").write_text('{"theme": "of another program"}')
+    found = find_folders([tmp_path])
+    assert [(folder.name, folder.kind) for folder in found] == [
+        ("run", "fit"),
+        ("scores", "scoring job"),
+        ("claim", "claim"),
+        ("late", "evaluation"),
+    ]
+    assert all(folder.state == "finished" for folder in found)
+
+
+def test_a_folder_given_twice_is_one_and_several_paths_keep_their_names(
+    tmp_path: Path, evaluation: Callable[..., Path]
+) -> None:
+    a, b = evaluation("one/evals/x", minute=1), evaluation("two/evals/x", minute=2)
+    assert [folder.name for folder in find_folders([a.parents[1], a, b.parents[1]])] == ["one/evals/x", "two/evals/x"]
+    assert [folder.name for folder in find_folders([a])] == ["x"]
+
+
+def test_links_that_lead_in_a_circle_are_not_followed(tmp_path: Path, scores: Path) -> None:
+    (scores / "round").symlink_to(tmp_path)
+    assert [folder.name for folder in find_folders([tmp_path])] == ["scores"]
+
+
+def test_a_trainer_of_ones_own_that_logs_is_a_training(training: Callable[..., Path]) -> None:
+    run = training("run", rollouts=True)
+    (run / "run.json").unlink()
+    (folder,) = find_folders([run / "metrics.jsonl"])
+    assert (folder.kind, folder.name, len(folder.solutions)) == ("fit", "run", 2)
+
+
+def test_settings_are_flat_and_those_without_a_value_are_left_out(training: Callable[..., Path]) -> None:
+    (folder,) = find_folders([training("run")])
+    assert folder.settings["optimizer.lr"] == 0.001
+    assert folder.settings["model.class_path"] == "stepkd.modules.SFTModule"
+
+
+def test_an_unfinished_evaluation_has_the_rows_that_are_done(evaluation: Callable[..., Path]) -> None:
+    (folder,) = find_folders([evaluation("running", finished=False)])
+    assert folder.state == "unfinished"
+    assert len(folder.rows) == 4
+    assert folder.summary == {}
+
+
+def test_a_path_without_anything_is_refused_with_what_to_give(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not exist: give the --out"):
+        find_folders([tmp_path / "none"])
+    with pytest.raises(ConfigError, match="holds nothing that a command left"):
+        find_folders([tmp_path])
+
+
+def test_damaged_rows_are_refused_with_their_file(evaluation: Callable[..., Path]) -> None:
+    folder = evaluation("broken")
+    (folder / "results.jsonl").write_text('{"id": "a"\n')
+    with pytest.raises(DataError, match=r"broken/results.jsonl: a damaged part"):
+        _ = find_folders([folder])[0].rows

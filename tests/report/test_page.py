@@ -1,0 +1,201 @@
+"""The page: escaping, policy, size, anchors; and every kind of folder has its section."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from left import HOSTILE, begin, evaluation_rows, scored_rows
+
+from stepkd.report.folders import find_folders
+from stepkd.report.page import page_html, write_report
+from stepkd.runs.files import write_json, write_jsonl
+from stepkd.runs.job import Job, JobOptions
+
+
+class Parsed(HTMLParser):
+    """Elements with their attributes, and texts by the element that holds them."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[tuple[str, str]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append((self.elements[-1][0] if self.elements else "", data))
+
+    def named(self, tag: str) -> list[dict[str, str | None]]:
+        """Attributes of every such element."""
+        return [attributes for name, attributes in self.elements if name == tag]
+
+    @property
+    def data(self) -> Any:
+        """The embedded solutions."""
+        (text,) = (data for tag, data in self.texts if tag == "script" and data.startswith("["))
+        return json.loads(text)
+
+    @property
+    def words(self) -> str:
+        """All text outside scripts and style sheets."""
+        return " ".join(" ".join(data for tag, data in self.texts if tag not in ("script", "style")).split())
+
+
+def page(*paths: Path, most: int = 500) -> Parsed:
+    return Parsed(page_html("title", find_folders(paths), most))
+
+
+def test_hostile_texts_are_text_everywhere(tmp_path: Path) -> None:
+    rows = []
+    for number, text in enumerate(HOSTILE):
+        (row,) = evaluation_rows("f")
+        row["samples"][0] |= {"completion": text, "extracted": text, "step_labels": None}
+        rows.append(row | {"id": text, "index": number, "prompt": text, "answer": text})
+    name = "</script><img src=x onerror=alert(1)>"
+    folder = tmp_path / name.replace("/", "∕")
+    begin(folder, "evaluation", 1, benchmark={"name": HOSTILE[0], "data": "d"}, **{text: text for text in HOSTILE})
+    write_jsonl(folder / "results.jsonl", rows)
+    html = page_html(HOSTILE[0], find_folders([folder]), 500)
+    found = Parsed(html)
+    assert not {tag for tag, _ in found.elements} & {"img", "iframe", "object", "embed", "link", "base", "image"}
+    assert len(found.named("script")) == 2
+    assert not any(
+        key.startswith("on") or key in ("src", "style", "srcdoc") for _, each in found.elements for key in each
+    )
+    assert not re.search("[\u202a-\u202e\u2066-\u2069\x07\ud800-\udfff]", html)
+    assert [each["id"] for each in found.data][:2] == list(HOSTILE[:2])
+    assert found.data[3]["prompt"] == "right⟨U+202E⟩left ⟨U+2066⟩isolate⟨U+2069⟩ bell⟨U+0007⟩ half⟨U+D800⟩"
+    assert found.data[0]["solutions"][0]["steps"] == [HOSTILE[0]]
+    assert HOSTILE[2] in found.words  # a setting: no template reads it again
+    assert "7 * 7" in found.words
+
+
+def test_the_policy_allows_the_pages_own_script_and_style_and_no_connection(quickstart: Path) -> None:
+    html = page_html("t", find_folders([quickstart]), 500)
+    policy = next(each["content"] for each in Parsed(html).named("meta") if each.get("http-equiv"))
+    assert policy is not None
+    assert policy.startswith("default-src 'none'; ")
+    assert "unsafe" not in policy
+    for name, text in (
+        ("style-src", html.partition("<style>")[2].partition("</style>")[0]),
+        ("script-src", html.rpartition("<script>")[2].partition("</script>")[0]),
+    ):
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert f"{name} 'sha256-{digest}'" in policy
+    assert not re.search(r"""(?:src|href)\s*=\s*["'](?!#)|url\((?!#)|@import|https?://""", html)
+
+
+def test_anchors_are_unique_and_every_link_has_its_target(tmp_path: Path, quickstart: Path) -> None:
+    rows = [row | {"id": name} for row, name in zip(evaluation_rows("ccc"), ("a b", "a/b", "a-b"), strict=True)]
+    begin(quickstart / "odd", "evaluation", 40, benchmark={"name": "task", "data": "d"})
+    write_jsonl(quickstart / "odd" / "results.jsonl", rows)
+    found = page(quickstart)
+    anchors = [each["anchor"] for each in found.data]
+    assert len(set(anchors)) == len(anchors)
+    assert {"problem-a-b", "problem-p0"} <= set(anchors)
+    ids = [each["id"] for _, each in found.elements if "id" in each]
+    assert len(set(ids)) == len(ids)
+    links = {each["href"] for each in found.named("a")}
+    assert {link for link in links if link and not link.startswith("#show-")} <= {f"#{each}" for each in ids}
+
+
+def test_every_kind_of_folder_has_its_sections(quickstart: Path, judgement: Path, claim: Path, iterated: Path) -> None:
+    found = page(quickstart)
+    titles = ["What ran", "Claims", "Accuracy", "Iterations", "Best of N", "Step scores", "Step labels", "Training"]
+    assert re.findall(r"nav (.*?) Skip", "nav " + found.words + " Skip")  # there is text at all
+    for title in [*titles, "Lengths", "Solutions", "Settings"]:
+        assert title in found.words
+    for number in ("b_beats_a: reproduced", "0.250 0.125 to 0.375", "paper: +3.0", "it is no result"):
+        assert number in found.words  # claims
+    for number in ("iterated: 64 problems", "▲ +6.2 +3.0 to +9.0"):
+        assert number in found.words  # iterations
+    for number in ("task modular, percent", "student-sampled minus teacher-sampled", "75.0", "-25.0 -50.0 to"):
+        assert number in found.words  # accuracy: six of eight samples, and the difference
+    for number in ("prm: 9 problems, percent", "some sample correct (ceiling) 50.0 40.0 to 60.0"):
+        assert number in found.words
+    assert "judged, gsm8k" in found.words
+    assert "modular:terms=4" in found.words
+
+
+@pytest.mark.parametrize("given", ["evaluation", "training", "labels", "scores", "judgement", "claim", "iterated"])
+def test_a_folder_alone_makes_a_page_without_the_sections_it_has_nothing_for(
+    given: str, request: pytest.FixtureRequest
+) -> None:
+    made = request.getfixturevalue(given)
+    found = page(made("alone") if callable(made) else made)
+    assert "What ran" in found.words
+    expected = {
+        "evaluation": {"accuracy", "lengths", "solutions"},
+        "training": {"curves"},
+        "labels": {"labels", "lengths", "solutions"},
+        "scores": {"best-of-n", "scores", "lengths", "solutions"},
+        "judgement": {"scores", "lengths", "solutions"},
+        "claim": {"claims"},
+        "iterated": {"iterations"},
+    }[given]
+    sections = {str(each["id"]) for each in found.named("section")}
+    assert sections - {"runs", "settings"} == expected
+
+
+def test_the_main_settings_are_short_and_secrets_are_hidden(quickstart: Path) -> None:
+    found = page(quickstart)
+    assert "from labels/x" in found.words  # the policy's path, without the place of the run folder
+    assert "hf_secret" not in found.words
+    assert "hub.token (hidden)" in found.words
+
+
+def test_filters_count_all_solutions_and_the_page_holds_some(quickstart: Path) -> None:
+    found = page(quickstart, most=4)
+    assert sum(len(each["solutions"]) for each in found.data) == 4
+    assert "4 of 26 solutions" in found.words
+    assert "all solutions 26" in found.words
+    assert "correct answer with an incorrect step 4" in found.words
+    assert page(quickstart, most=0).data == []
+
+
+def test_500_long_solutions_stay_below_5_mb(tmp_path: Path) -> None:
+    rows = []
+    for number in range(500):
+        row = scored_rows(scores=False)[0] | {"id": f"q{number}/0", "problem_id": f"q{number}", "prompt": "p" * 40_000}
+        steps = [f"{number} {i} " + "数" * 40 for i in range(300)]
+        rows.append(row | {"steps": steps, "step_labels": [True] * 300, "step_values": [0.123456789] * 300})
+    begin(tmp_path / "long", "labelling job", 1)
+    write_jsonl(tmp_path / "long" / "labels.jsonl", rows)
+    path = write_report([tmp_path / "long"])
+    assert path == tmp_path / "long" / "report.html"
+    assert path.stat().st_size < 5_000_000
+    found = Parsed(path.read_text())
+    assert len(found.data) == 500
+    last = found.data[7]["solutions"][0]["steps"][-1]
+    assert re.fullmatch(r"… \d+ more steps", last)
+    assert found.data[7]["prompt"].endswith(" more characters")
+
+
+def test_the_same_folders_give_the_same_page(quickstart: Path) -> None:
+    folders = find_folders([quickstart])
+    assert page_html("t", folders, 500) == page_html("t", find_folders([quickstart]), 500)
+
+
+def test_a_report_in_a_jobs_folder_hinders_neither_resuming_nor_overwriting(tmp_path: Path, scores: Path) -> None:
+    write_report([scores])
+    again = Job(scores, "scoring job", ("results.jsonl", "summary.json"), JobOptions(overwrite=True))
+    again.begin({"reduction": "min"})
+    assert not (scores / "report.html").exists()
+    write_json(scores / "report.html", {})
+    Job(scores, "scoring job").begin({"reduction": "min"})
+
+
+def test_an_evaluation_that_is_not_finished_shows_what_is_done(evaluation: Callable[..., Path]) -> None:
+    found = page(evaluation("running", finished=False))
+    assert "unfinished" in found.words
+    assert "75.0" in found.words

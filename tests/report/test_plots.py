@@ -1,0 +1,73 @@
+"""What plots hold, in pixels."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from stepkd.report.plots import FLOOR, LEFT, MOST_POINTS, RIGHT, TOP, WIDTH, Series, bars, dots, plot, thinned
+
+
+@pytest.mark.parametrize(
+    ("values", "ticks"),
+    [
+        ([0.0, 1.0], ["0", "0.25", "0.5", "0.75", "1"]),
+        ([3.0, 97.0], ["0", "25", "50", "75", "100"]),
+        ([-0.4, 0.3], ["−0.4", "−0.2", "0", "0.2", "0.4"]),
+        ([0.0, 120_000.0], ["0", "50k", "100k", "150k"]),
+        ([1e-6, 4e-6], ["1e-06", "2e-06", "3e-06", "4e-06"]),
+        ([5.0, 5.0], ["4.5", "4.75", "5", "5.25", "5.5"]),
+        ([], ["0", "0.25", "0.5", "0.75", "1"]),
+    ],
+)
+def test_ticks_are_round_numbers_that_enclose_the_values(values: list[float], ticks: list[str]) -> None:
+    figure = plot("t", [Series("s", range(len(values)), values)], "x", "y")
+    assert list(figure.up.ticks.values()) == ticks
+    assert all(TOP <= figure.up(value) <= FLOOR for value in values)
+
+
+def test_a_line_skips_what_is_no_number_and_its_band_closes() -> None:
+    series = Series("s", [0, 1, 2, 3], [1.0, None, math.nan, 2.0], low=[0.5, None, 1.0, 1.5], high=[1.5, 2.0, 2.0, 2.5])
+    figure = plot("t", [series], "x", "y")
+    band, line, *markers = figure.shapes
+    assert band["d"].count("L") == 5  # three places that have both ends, there and back
+    assert band["d"].endswith("Z")
+    assert line["d"].count("L") == 1
+    assert len(markers) == 2
+    assert "nan" not in str(figure.shapes)
+
+
+def test_lines_of_one_plot_differ_in_colour_dashes_and_marker() -> None:
+    lines = [Series(str(style), [0, 1], [style, style + 1], style=style) for style in range(4)]
+    looks = [(each.colour, each.stroke("")["stroke-dasharray"], each.markers([(0, 0)])[0]["d"]) for each in lines]
+    for part in zip(*looks, strict=True):
+        assert len(set(part)) == 4
+
+
+def test_bars_stack_and_only_hatching_tells_the_second_from_the_first_without_colour() -> None:
+    low, high = bars([0, 1, 2], {"a": [1, 2], "none": [0, 0], "b": [3, 0]})
+    assert (list(low.high), list(high.low), list(high.high)) == ([1, 1, 2, 2], [1, 1, 2, 2], [4, 4, 2, 2])
+    assert (low.fill, high.fill) == ("fill0", "fill2")
+    assert [shape.get("fill") for shape in high.area("M0 0")] == [None, "url(#fill2)"]
+    figure = plot("t", [low, high], "x", "y")
+    assert figure.up(0) == FLOOR
+    assert (figure.across(0), figure.across(2)) == (LEFT, WIDTH - RIGHT)
+
+
+def test_rows_of_dots_leave_out_undefined_ends_and_draw_single_values() -> None:
+    figure = dots(
+        "t", {"a": [0.5, 0.25, 0.75, 0.4, 0.6], "b": [0.125, None, None], "c": [None, None, None]}, "x", 100.0
+    )
+    assert list(figure.up.ticks.values()) == ["a", "b", "c"]
+    assert [shape["class"].split()[0] for shape in figure.shapes] == ["line", "ring", "ring", "dot", "dot"]
+    assert next(iter(figure.across.ticks.values())) == "0"
+    assert figure.legend == ()
+
+
+def test_long_curves_are_means_of_neighbours() -> None:
+    assert thinned([1.0, 2.0, 3.0]) == [1.0, 2.0, 3.0]
+    found = thinned(range(MOST_POINTS * 3 - 1))
+    assert len(found) == MOST_POINTS
+    assert found[0] == 1
+    assert found[-1] == pytest.approx(MOST_POINTS * 3 - 2.5)
