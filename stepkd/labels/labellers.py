@@ -65,20 +65,37 @@ class StepLabels:
 
 
 class Labeller(Protocol):
-    """Labels steps."""
+    """Labels steps. Any class with these two methods is one; its settings (:class:`LabellerConfig`) make it."""
 
     def label(self, solutions: Sequence[Solution]) -> list[StepLabels]:
-        """Label every step of every solution; the result for a solution does not depend on the others."""
+        """Label every step of every solution; the result for a solution does not depend on the others.
+
+        Args:
+            solutions: cut into steps, of any problems.
+
+        Returns:
+            Labels of each, one for every step.
+        """
         ...
 
     def provenance(self) -> dict[str, Any]:
-        """What the labels came from, as JSON values: labeller, model, number of continuations, temperature, seed,
-        ..."""
+        """What the labels came from, which every labelled row carries.
+
+        Returns:
+            JSON values: labeller, model, number of continuations, temperature, seed, ...
+        """
         ...
 
 
 def outcome_of(row: Row) -> bool | None:
-    """Whether the answer of a completion row or a stepwise row is correct; None: not graded."""
+    """Whether the answer of a completion row or a stepwise row is correct.
+
+    Args:
+        row: has ``correct``, or ``outcome``; the first that is not null says it.
+
+    Returns:
+        True or False; None: not graded.
+    """
     correct: bool | None = row.get("outcome") if row.get("correct") is None else row["correct"]
     return correct
 

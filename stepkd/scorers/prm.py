@@ -193,7 +193,14 @@ class PRMScorer(PolicyScorer):
         )
 
     def unreadable(self, row: Row) -> str | None:
-        """Why the solution of a row cannot be laid out, for the report; None when it can."""
+        """Why the solution of a row cannot be laid out.
+
+        Args:
+            row: a completion, or a row with step texts.
+
+        Returns:
+            The reason, for the report; None when it can be laid out.
+        """
         try:
             self.encoder.row_layout(row)
         except UnreadableSolution as error:

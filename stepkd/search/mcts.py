@@ -305,7 +305,14 @@ def tree_pairs(
 
 
 def action(node: Node) -> list[Node]:
-    """A step, and those that follow it without an alternative: together they are one action."""
+    """A step, and those that follow it without an alternative: together they are one action.
+
+    Args:
+        node: the first step of the action.
+
+    Returns:
+        The nodes of the action, in order, this one first.
+    """
     nodes = [node]
     while len(nodes[-1].children) == 1:
         nodes.append(nodes[-1].children[0])

@@ -91,16 +91,28 @@ class StepGenerator(Protocol):
         ...
 
     def complete(self, states: Sequence[State], n: int) -> list[list[Step]]:
-        """Draw ``n`` continuations of every state to the end of the solution; as :meth:`propose`."""
+        """Draw ``n`` continuations of every state to the end of the solution.
+
+        Args:
+            states: unfinished solutions, of any problems.
+            n: continuations per state, >= 1.
+
+        Returns:
+            For each state its continuations by sample number, each as one step.
+        """
         ...
 
     def provenance(self) -> dict[str, Any]:
-        """What the steps come from, as JSON values: model, sampling settings, segmenter, seed."""
+        """What the steps come from.
+
+        Returns:
+            JSON values: model, sampling settings, segmenter, seed.
+        """
         ...
 
 
 class StateValue(Protocol):
-    """Estimates how good states are."""
+    """Estimates how good states are: by continuations, by a step scorer, or by the policy itself."""
 
     def values(self, states: Sequence[State]) -> list[float | None]:
         """Estimate states.

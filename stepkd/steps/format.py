@@ -54,6 +54,9 @@ def written_steps(steps: Sequence[str], separator: str = "\n", *, close_last: bo
         steps: texts of the steps, with or without separators.
         separator: what stands between two steps.
         close_last: whether the last step gets it too.
+
+    Returns:
+        As many texts; joined they are the solution's text.
     """
     written = [step if step.endswith((separator, "\n")) else step + separator for step in steps]
     return (*written,) if close_last else (*written[:-1], *steps[-1:])
