@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 import stepkd
 from stepkd.errors import ConfigError, DataError
+from stepkd.grading.judge import solution_steps
 
 NAMES = sorted(" ".join(stepkd._HOMES.values()).split())
 HEAVY = ["torch", "numpy", "lightning", "transformers", "datasets", "peft", "trl", "scipy", "pydantic", "rich", "yaml"]
@@ -97,3 +99,25 @@ def test_sample_names_the_row_and_the_template_that_do_not_work(policy: Any) -> 
         stepkd.sample(policy, [{"question": "4+8="}])
     with pytest.raises(ConfigError, match="no prompt template named 'tusk'"):
         stepkd.sample(policy, ["4+8="], template="tusk")
+
+
+def test_the_page_from_python_runs_word_for_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repo_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (repo_root / "docs" / "python.md").read_text(encoding="utf-8")
+    script, *others = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(script.splitlines()) <= 25
+    assert len(others) == 4
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, Any] = {"__name__": "page"}
+    exec(compile(script, "python.md", "exec"), scope)
+    assert len(scope["drawn"]) == len(scope["grades"]) == 4
+    assert [len(each) for each in scope["scores"]] == [len(solution_steps(each.text)) for each in scope["drawn"]]
+    assert scope["loss"].requires_grad
+    assert scope["student"].global_step == 2
+    for block in others:
+        exec(compile(block, "python.md", "exec"), scope)
+    assert scope["row"]["labels"] == [True, False]
+    assert scope["ratios_S"].grad.tolist() != [0.0, 0.0, 0.0]
+    assert "unparsed" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
