@@ -24,7 +24,7 @@ from typing import Literal
 
 import stepkd
 from stepkd.cli.recipes import RecipeChoice
-from stepkd.errors import ConfigError, MachineError, StepkdError, check_bounds
+from stepkd.errors import ConfigError, MachineError, ModelError, StepkdError, check_bounds
 from stepkd.runs.launcher import check_launch, detect_launch
 
 Level = Literal["ok", "note", "bad"]
@@ -77,7 +77,10 @@ def run(config: DoctorConfig) -> int:
     findings = look_around(Path(config.out))
     memory: dict[str, int] | None = None
     if config.recipe:
-        memory, found = _recipe(config.recipe_words(), config.ranks)
+        try:
+            memory, found = _recipe(config.recipe_words(), config.ranks)
+        except ModelError as error:  # what else was looked at is told all the same
+            memory, found = {}, Finding("recipe", "memory", "not known", "bad", str(error))
         findings += [Finding("memory, at least", name, gib(size)) for name, size in memory.items() if name != MEASURED]
         findings.append(found)
     if config.json:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import cached_property
-from typing import Any, cast
+from functools import cached_property, wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,9 +36,24 @@ from stepkd.randomness import stream_key
 from stepkd.runs.process import STOP_REQUEST, Preempted
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 MOST_SKIPPED = 100
 """Batches in a row that may be skipped for want of items."""
+
+
+def telling(make: Callable[[Any], T]) -> Callable[[Any], T]:
+    """For what a module makes when it is first asked for it: where that raises AttributeError, ``torch.nn.Module``
+    would say that the module lacks the property, and the cause would be lost; so it becomes a RuntimeError from it."""
+
+    @wraps(make)
+    def made(module: Any) -> T:
+        try:
+            return make(module)
+        except AttributeError as error:
+            raise RuntimeError(f"{type(module).__name__}.{make.__name__} cannot be made: {error}") from error
+
+    return made
 
 
 class StepModule(PolicyModule):
@@ -405,6 +420,7 @@ class StepModule(PolicyModule):
             yield
 
     @cached_property
+    @telling
     def sampled_accuracy(self) -> SampledAccuracy:
         """What samples and grades validation and prediction."""
         return SampledAccuracy(self.model, self.validation_spec, self.seed)
@@ -492,3 +508,5 @@ class StepModule(PolicyModule):
         """Release worker processes."""
         if (made := vars(self).pop("sampled_accuracy", None)) is not None:
             made.close()
+        for name in ("sampler", "_fidelity"):
+            vars(self).pop(name, None)  # they grade by its workers

@@ -16,6 +16,7 @@ from stepkd.data.completion import Completion
 from stepkd.data.encode import with_completion
 from stepkd.errors import check_choice
 from stepkd.models.spec import PolicyConfig
+from stepkd.modules.base import telling
 from stepkd.modules.distillation import Average, Distillation, DistillationModule
 from stepkd.modules.distillation_settings import JSD, CrossEntropyConfig, DivergenceConfig, SourceConfig
 from stepkd.modules.fidelity import Fidelity, FidelityConfig, Sums, with_calibration
@@ -160,10 +161,12 @@ class GKDModule(DistillationModule):
         ]
 
     @cached_property
+    @telling
     def _engine(self) -> Sampler:
         return self.engine.build(self.model, self.sampling, STOP_REQUEST.__bool__)
 
     @cached_property
+    @telling
     def _scorer(self) -> StepScorer:
         assert self.focus_spec is not None
         return load_step_scorer(self.focus_spec.scorer, "focus.scorer", device=str(self.device))
@@ -180,6 +183,7 @@ class GKDModule(DistillationModule):
         return with_calibration(values)
 
     @cached_property
+    @telling
     def _fidelity(self) -> Fidelity:
         assert self.fidelity_spec is not None
         return Fidelity(self.fidelity_spec, self, self.sampled_accuracy.grader)

@@ -27,6 +27,7 @@ from stepkd.data.collate import Batch
 from stepkd.errors import ConfigError
 from stepkd.losses import chunked_head, group_advantages, step_advantages, target_logps, tempered, token_normalisation
 from stepkd.models.spec import PolicyConfig
+from stepkd.modules.base import telling
 from stepkd.modules.components import ForwardPass
 from stepkd.modules.distillation import DistillationModule
 from stepkd.modules.kdrl_objective import PolicyGradient, rollouts_of
@@ -141,12 +142,14 @@ class KDRLModule(DistillationModule):
     # ---- model -----------------------------------------------------------------------------------------------------
 
     @cached_property
+    @telling
     def sampler(self) -> GroupSampler:
         """Samples and grades."""
         rewards = Rewards(self.reward_specs, self.sampled_accuracy.grader)
         return GroupSampler(self.rollout_spec, self.engine, self.model, rewards, self.phases, self.seed)
 
     @cached_property
+    @telling
     def step_scorer(self) -> StepScorer | None:
         """Scores the steps that are credited; None: none are."""
         if self.step_credit is None:

@@ -130,7 +130,13 @@ class PreferenceModule(StepModule):
     @torch.no_grad()
     def _referenced(self, batch: Batch) -> Batch:
         completions = [completion for example in batch.examples for completion in example.completions]
-        if self._known:
+        if self._known or self._all_are_known:
+            missing = [each for each in completions if each.key not in self._known]
+            if missing:
+                raise ConfigError(
+                    f"reference.cache holds no log-probabilities of a completion of row {missing[0].id}, "
+                    "and the reference's weights are gone: set reference.cache: false, or give the data of the fit"
+                )
             return replace(batch, reference_N=torch.cat([self._known[each.key] for each in completions]))
         batch = batch.to(self.device)
         with self.model.reference() as view:
@@ -176,21 +182,33 @@ class PreferenceModule(StepModule):
 
     def _all_completions(self) -> list[Completion]:
         """Everything that this rank meets in the whole run, each once: so a resumed run computes what the first did."""
+        met: dict[bytes, Completion] = {}
+        for batch in self._all_batches():
+            own = [each for example in (*batch.examples, batch.dummy) for each in example.completions]
+            met |= {each.key: each for each in (*own, *self.mismatches(batch))}
+        return list(met.values())
+
+    def _all_batches(self) -> Iterator[StepBatch]:
+        """This rank's batches of the whole run; from where it stands, too, if other data or batches led there."""
         data, steps = self.datamodule, self.planned_steps()
-        if data is None or steps is None:
-            raise ConfigError(
-                "reference.cache reads the run's batches ahead: it needs stepkd's data module, and trainer.max_steps "
-                "or max_epochs"
-            )
-        position, batches = Position(), list[StepBatch]()
-        loader = cast(StepLoader, data.train_dataloader())
-        loader.position = lambda: position
-        while len(batches) < steps:
-            for batch in islice(loader, steps - len(batches)):
-                position = batch.next_position
-                batches.append(batch)
+        if data is None:
+            raise ConfigError("reference.cache reads the run's batches ahead: it needs stepkd's data module")
+        if steps is None:
+            raise ConfigError("reference.cache reads the run's batches ahead: set trainer.max_steps or max_epochs")
+
+        def training(position: Position) -> Iterator[StepBatch]:
+            loader, left = cast(StepLoader, data.train_dataloader()), steps
+            loader.position = lambda: position
+            while left:
+                for batch in islice(loader, left):
+                    position, left = batch.next_position, left - 1
+                    yield batch
+
+        passed = {Position()}
+        for batch in training(Position()):
+            passed.add(batch.next_position)
+            yield batch
+        if self.position not in passed:
+            yield from training(self.position)
         validation = data.val_dataloader()
-        batches += validation if isinstance(validation, StepLoader) else []
-        met = [each for batch in batches for example in (*batch.examples, batch.dummy) for each in example.completions]
-        met += [each for batch in batches for each in self.mismatches(batch)]
-        return list({each.key: each for each in met}.values())
+        yield from validation if isinstance(validation, StepLoader) else ()

@@ -25,7 +25,7 @@ from stepkd.errors import ConfigError, check_bounds
 from stepkd.losses import LossTerms, cross_entropy, pqm, step_cross_entropy, step_weights
 from stepkd.models.spec import LabelTokens, PolicyConfig, StepHeadConfig
 from stepkd.models.step_head import StepHeadIds, resolve_ids
-from stepkd.modules.base import StepModule
+from stepkd.modules.base import StepModule, telling
 from stepkd.modules.components import Component, ForwardPass
 
 logger = logging.getLogger(__name__)
@@ -176,6 +176,7 @@ class PRMModule(StepModule):
                 raise ConfigError(f"class_weights={weights}: {head.num_classes} positive numbers, worst first")
 
     @cached_property
+    @telling
     def _step_head_ids(self) -> StepHeadIds:
         """Marker and label ids in the policy's tokenizer; available before the weights are loaded."""
         return resolve_ids(self.head_spec, self.tokenizer)

@@ -180,25 +180,43 @@ class RunDir:
         if marker.get("status") == "running":
             check_unused(self.path, marker)
         if overwrite:
+            write_json(self.path / MARKER, {**marker, "status": "deleting"})
             for entry in sorted(self.path.iterdir(), key=lambda entry: entry.name == MARKER):
-                delete(entry)  # the marker last, so that an interrupted deletion can be repeated
+                delete(entry)  # the marker last, so that an interrupted deletion is recognised and can be repeated
             return f"{self.path}: the earlier run ({described}) was deleted, starting fresh"
         if marker["kind"] != self.kind:
             raise ConfigError(
                 f"{self.path} holds a run of kind {marker['kind']!r}, so --resume cannot continue it as {self.kind!r}; "
                 "give another --out, or --overwrite to delete it"
             )
+        if marker.get("status") == "deleting":
+            raise ConfigError(
+                f"{self.path} is half deleted: an earlier --overwrite was interrupted. Give --overwrite again to "
+                "finish it, or another --out"
+            )
         if last is not None:
-            lost = "" if last.stem == "last" else " (last.ckpt is torn or missing)"
+            lost = "" if last.stem == "last" else f"{_at_step(last)} (last.ckpt is torn or missing)"
             return f"{self.path}: resuming from {last.name}{lost}"
         held = sorted(entry.name for entry in self.checkpoints.glob("*") if not entry.name.startswith("."))
-        if self.kind == "fit" and (held or marker.get("status") in ("finished", "stopped")):
+        if self.kind == "fit" and (held or self._has_trained(marker)):
             raise ConfigError(
                 f"{self.path} has trained and has no whole checkpoint left to resume from: {self.checkpoints} holds "
                 f"{some(held) or 'nothing'}. Put one back as {self.checkpoints / 'last.ckpt'}, or give --overwrite to "
                 "delete the run and start again"
             )
         return f"{self.path}: the earlier run left no checkpoint, starting from step 0"
+
+    def _has_trained(self, marker: Mapping[str, Any]) -> bool:
+        """Whether a run without a checkpoint once had one: it ended as planned, or its metrics go beyond it."""
+        from stepkd.runs.logger import METRICS_FILE, read_metrics
+
+        if marker.get("status") in ("finished", "stopped"):
+            return True
+        config = newest_config(self.path)
+        if config is None or not (self.path / METRICS_FILE).is_file():
+            return False
+        every = read_yaml(config, "run's settings")["checkpoint"]["every_n_steps"]
+        return any(row["step"] + 1 > every for row in read_metrics(self.path))
 
     def _begin(self, earlier: Mapping[str, Any], launch: str | None) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -343,11 +361,19 @@ def find_last_checkpoint(folder: Path) -> Path | None:
         folder: the folder of checkpoints; it need not exist.
 
     Returns:
-        ``last.ckpt`` when it is whole, else the whole one that was written last, else None. Torn files, temporary names
-        and empty folders are passed over.
+        ``last.ckpt`` when it is whole, else of the names that end in ``.ckpt`` the whole one that was written last,
+        else None. Torn files, temporary names and empty folders are passed over.
     """
-    names = [each for each in folder.glob("*") if each.name[0] != "." and _is_whole(each)]
+    names = [each for each in folder.glob("*.ckpt") if each.name[0] != "." and _is_whole(each)]
     return max(names, key=lambda each: (each.stem == "last", each.stat().st_mtime, each.name), default=None)
+
+
+def _at_step(checkpoint: Path) -> str:
+    """`` at step N``, which says how much is lost; nothing where the checkpoint does not tell (a sharded one)."""
+    try:
+        return f" at step {read_checkpoint(checkpoint)['global_step']}"
+    except (ModelError, KeyError):
+        return ""
 
 
 def _is_whole(checkpoint: Path) -> bool:

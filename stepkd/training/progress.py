@@ -76,6 +76,8 @@ class StepProgress(ProgressBar):
         """No output until the next :meth:`setup`."""
         if self._close is not None:
             self._close()
+        if self._display is not None:
+            self._display.keep("")  # what is printed next begins on an empty line
         self._close = self._display = None
 
     @property

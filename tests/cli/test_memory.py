@@ -219,6 +219,21 @@ def test_what_a_measurement_says(
     assert shown in " ".join(capsys.readouterr().out.split())
 
 
+def test_a_model_that_is_not_here_leaves_the_rest_of_the_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    teacher = ["--set", "model.init_args.teacher={class_path: Local, init_args: {path: /nope/teacher}}"]
+    words = ["doctor", "--out", str(tmp_path), "--recipe", recipe("gkd")[1], *teacher]
+    words += ["--set", "model.init_args.policy.path=tiny-0.1m"]
+    assert main(words) == 1
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "recipe memory not known bad" in shown
+    assert "/nope/teacher" in shown
+    for part in ("python", "threads", "launcher", "free"):
+        assert part in shown
+
+
 def test_the_command_measures_nothing_that_cannot_fit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import forked
@@ -441,6 +442,26 @@ def test_functions_of_ones_own(importable: str, rows: list[Any]) -> None:
 def test_rewards_that_fail(name: str, message: str, importable: str, rows: list[Any]) -> None:
     with pytest.raises(TrainingError, match=message):
         worker.run(rows, rewards=[RewardConfig(f"{importable}:{name}")], teacher=None)
+
+
+def test_an_attribute_error_in_a_factory_comes_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``torch.nn.Module`` would say that the module has no ``sampler``."""
+
+    def broken(*_: Any) -> None:
+        raise AttributeError("'Settings' object has no attribute 'limit'")
+
+    monkeypatch.setattr("stepkd.modules.kdrl.Rewards", broken)
+    module = KDRLModule(PolicyConfig(path="tiny-0.1m"))
+    vars(module)["sampled_accuracy"] = SimpleNamespace(grader=None, close=lambda: None)
+    with pytest.raises(RuntimeError, match=r"KDRLModule\.sampler cannot be made: 'Settings' .* attribute 'limit'"):
+        _ = module.sampler
+
+
+def test_a_second_fit_makes_a_sampler_with_workers_of_its_own() -> None:
+    module = KDRLModule(PolicyConfig(path="tiny-0.1m"))
+    vars(module).update(sampler=object(), sampled_accuracy=SimpleNamespace(close=lambda: None))
+    module.teardown("fit")
+    assert not {"sampler", "sampled_accuracy"} & set(vars(module))
 
 
 def test_rewards_of_steps() -> None:

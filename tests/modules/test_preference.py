@@ -5,13 +5,18 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from stepkd.data.batching import BatchPlan, Position, StepLoader
+from stepkd.data.completion import Completion
 from stepkd.errors import ConfigError
 from stepkd.models.policy import Policy
 from stepkd.models.spec import LoRAConfig, PolicyConfig
@@ -336,6 +341,33 @@ def test_what_is_computed_before_a_step(cache: bool, points: dict[str, Any], run
     module = StepKTOModule(PolicyConfig(path="tiny-0.1m"), reference, reference_point=point)
     assert module.prepares_with_model == runs
     assert DPOModule(PolicyConfig(path="tiny-0.1m"), reference).prepares_with_model != cache
+
+
+def test_the_cache_holds_what_a_run_on_other_data_meets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """20 batches of 1 after a batch of 10: from the beginning the plan would never come to where the run stands."""
+    examples = [Completion((1,), np.array([each + 2]), np.array([1]), id=f"row {each}") for each in range(40)]
+    loader = StepLoader(examples, BatchPlan([2] * 40, size=1, seed=0))
+    module = DPOModule(PolicyConfig(path="tiny-0.1m"), ReferenceConfig(cache=True))
+    data = SimpleNamespace(train_dataloader=lambda: loader, val_dataloader=lambda: None)
+    monkeypatch.setattr(type(module), "datamodule", data)
+    monkeypatch.setattr(module, "planned_steps", lambda: 20)
+    module.position = Position(0, 0)
+    first = {each.key for each in module._all_completions()}
+    module.position = Position(3, 7)
+    both = {each.key for each in module._all_completions()}
+    loader.position = lambda: module.position
+    met = {each.key for batch in islice(loader, 20) for each in batch.examples}
+    assert met - first
+    assert met | first <= both
+
+
+def test_a_completion_that_the_cache_lacks_is_named() -> None:
+    module = DPOModule(PolicyConfig(path="tiny-0.1m"), ReferenceConfig(cache=True))
+    module._all_are_known = True
+    completion = Completion((1,), np.array([2]), np.array([1]), id="3")
+    batch = SimpleNamespace(examples=[SimpleNamespace(completions=[completion])])
+    with pytest.raises(ConfigError, match=r"no log-probabilities of a completion of row 3.*reference.cache: false"):
+        module._referenced(cast(Any, batch))
 
 
 def test_adapters_off_equal_a_copy(examples: list[Any], distance: Callable[..., float]) -> None:

@@ -162,9 +162,12 @@ def test_foreign_folders_are_never_touched(tmp_path: Path, flags: dict[str, bool
     assert tree(tmp_path) == before
 
 
-def test_an_interrupted_overwrite_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_overwrite_is_not_resumed_and_can_be_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = start(tmp_path / "r")
     checkpoint(run.checkpoints, "last.ckpt")
+    run.mark("finished")
 
     def killed(path: Path) -> None:
         raise KeyboardInterrupt
@@ -173,8 +176,36 @@ def test_an_interrupted_overwrite_can_be_repeated(tmp_path: Path, monkeypatch: p
         patch.setattr(shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
             start(run.path, overwrite=True)
+    with pytest.raises(ConfigError, match="half deleted: an earlier --overwrite was interrupted"):
+        start(run.path, resume=True)
     assert start(run.path, overwrite=True).resume_from is None
     assert not (run.checkpoints / "last.ckpt").exists()
+
+
+@pytest.mark.parametrize(("step", "trained"), [(99, False), (100, True)])
+def test_a_killed_run_that_lost_its_checkpoints_is_not_started_again(tmp_path: Path, step: int, trained: bool) -> None:
+    """Its metrics go beyond the first checkpoint; those of a new start would stand behind them."""
+    run = start(tmp_path / "r")
+    (run.path / "config.yaml").write_text("checkpoint: {every_n_steps: 100}\n")
+    (run.path / "metrics.jsonl").write_text(json.dumps({"run": 1, "step": step, "train/loss": 1.0}) + "\n")
+    if trained:
+        with pytest.raises(ConfigError, match=r"has trained and has no whole checkpoint left .* holds nothing"):
+            start(run.path, resume=True)
+    else:
+        assert start(run.path, resume=True).resume_from is None
+
+
+def test_a_lost_last_checkpoint_says_where_the_run_goes_on(tmp_path: Path) -> None:
+    import torch
+
+    run = start(tmp_path / "r")
+    facts = {"global_step": 40, "stepkd": {"policy": {}}, "state_dict": {}}
+    torch.save(facts, run.checkpoints / "best.ckpt")
+    (run.checkpoints / "export").mkdir()
+    (run.checkpoints / "export" / "model.safetensors").write_bytes(b"newer, and no checkpoint")
+    again = start(run.path, resume=True)
+    assert again.resume_from == run.checkpoints / "best.ckpt"
+    assert "resuming from best.ckpt at step 40 (last.ckpt is torn or missing)" in again.message
 
 
 def test_a_file_at_the_path_or_above_it(tmp_path: Path) -> None:

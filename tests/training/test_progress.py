@@ -142,6 +142,12 @@ def test_the_live_line_shows_phases_and_what_is_printed_stays() -> None:
     assert re.match(r"\x1b\[2Ktrained 5 steps", lines[-1])
 
 
+@pytest.mark.parametrize("method", ["validate", "fit"])
+def test_what_is_printed_after_it_begins_on_an_empty_line(method: str) -> None:
+    text = run(StepProgress(), Manual(), live=True, method=method, max_steps=2)
+    assert re.search(r"(\r|\n)\x1b\[2K$", text)
+
+
 @pytest.mark.parametrize("live", [False, True])
 def test_an_exception_ends_the_output(live: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress_module, "LINE_SECONDS", 0.5)
