@@ -149,8 +149,15 @@ Text: TypeAlias = Annotated[
 Name: TypeAlias = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.@+-]*$")]
 """Can be the name of a folder or row."""
 Seeds: TypeAlias = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-Changes: TypeAlias = dict[str, Any]
-"""Settings on top of others."""
+
+
+def _or(empty: Any) -> pydantic.BeforeValidator:
+    """What a key without a value stands for."""
+    return pydantic.BeforeValidator(lambda raw: empty if raw is None else raw)
+
+
+Changes: TypeAlias = Annotated[dict[str, Any], _or({})]
+"""Settings on top of others; a key without a value changes none."""
 
 
 def _statements(raw: Any) -> Any:
@@ -173,7 +180,7 @@ class Quick(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(strict=True)
     seeds: Seeds | None = None
     settings: Changes = {}
-    variants: list[str] | None = None
+    variants: Annotated[list[str], Field(min_length=1)] | None = None
 
 
 class Claim(pydantic.BaseModel):
@@ -190,7 +197,7 @@ class Claim(pydantic.BaseModel):
     """Paper and number."""
     statements: Annotated[tuple[Statement, ...], pydantic.BeforeValidator(_statements), Field(min_length=1)]
     """What must hold."""
-    jobs: dict[Name, Annotated[dict[str, Changes | None], Field(min_length=1, max_length=1)]]
+    jobs: dict[Name, Annotated[dict[str, dict[str, Any] | None], Field(min_length=1, max_length=1)]]
     """Job -> its kind, with its settings."""
     metrics: dict[Name, Annotated[str, Field(pattern=r"^\w+(\..+)?$")]]
     """Metric -> ``job.column``; the job may be a setting that refers to one."""
@@ -202,11 +209,11 @@ class Claim(pydantic.BaseModel):
     """How the quick version is smaller."""
     settings: Changes = {}
     """What texts refer to."""
-    variants: dict[Name, Changes] = {"main": {}}
+    variants: Annotated[dict[Name, Changes], pydantic.BeforeValidator(lambda raw: raw or {"main": {}})] = {"main": {}}
     """Variant -> all settings; one called ``main`` when the file names none."""
     run: Name = ""
     """Name of the run's folder; claims that share it share its rows."""
-    equal: dict[str, list[str] | None] = {}
+    equal: Annotated[dict[str, list[str] | None], _or({})] = {}
     """Metric -> arms that must share it in every seed; None: all."""
 
     @property

@@ -16,6 +16,8 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import pydantic
+
 from stepkd.errors import ConfigError, DataError, StepkdError, nearest
 from stepkd.evaluation.config import EvaluateConfig, ScoreConfig
 from stepkd.iteration.spec import IterateConfig
@@ -115,13 +117,28 @@ def run_job(kind: str, settings: Mapping[str, Any], out: Path) -> Measured:
     if "config" in signature(run).parameters:
         found = run(out, job_config(kind, settings, out))
     else:
-        try:
-            signature(run).bind(out, **settings)
-        except TypeError as error:
-            raise ConfigError(f"{kind}: {error}") from error
+        check_arguments(kind, settings)
         found = run(out, **settings)
     kept = {name: each for name, each in found.columns.items() if not isinstance(each, float) or math.isfinite(each)}
     return Measured(kept, found.problems)
+
+
+def check_arguments(kind: str, settings: Mapping[str, Any]) -> None:
+    """Check the settings of a kind that takes them one by one.
+
+    Raises:
+        ConfigError: unknown or missing settings, or one of another type.
+    """
+    hints = get_type_hints(KINDS[kind])
+    try:
+        given = signature(KINDS[kind]).bind(Path(), **settings).arguments
+    except TypeError as error:
+        raise ConfigError(f"{kind}: {error}") from error
+    for name in given.keys() & settings.keys():
+        try:
+            pydantic.TypeAdapter(hints[name]).validate_python(settings[name], strict=True)
+        except pydantic.ValidationError as error:
+            raise ConfigError(f"{kind}: {name}: {error.errors()[0]['msg']}, got {settings[name]!r}") from None
 
 
 def job_config(kind: str, settings: Mapping[str, Any], out: Path) -> Any:
@@ -354,7 +371,7 @@ def _best_of_n(
     from stepkd.scorers.scorer import problem_key
 
     grading = GradingConfig(extractors=tuple(extractors))
-    curve = best_of_n_from_files(scores, ks=ks, grading=grading, seed=seed, samples=max(ks))
+    curve = best_of_n_from_files(scores, ks=ks, grading=grading, seed=seed, samples=max(ks, default=None))
     first = read_results(next(iter(scores.values())))
     columns: dict[str, list[float]] = {}
     for method, values in curve.per_problem.items():

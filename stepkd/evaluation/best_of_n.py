@@ -310,9 +310,11 @@ def best_of_n_from_files(
             None: every sample must be in every file.
 
     Raises:
-        ConfigError: a reserved name, or files of different completions.
+        ConfigError: no file, a reserved name, or files of different completions.
         DataError: a row without score or grade, or problems with too few samples.
     """
+    if not files:
+        raise ConfigError("scores: needs at least one file: give NAME=PATH, what stepkd score wrote")
     loaded = {name: _by_key(path) for name, path in files.items()}
     found = {key: row for rows in reversed(loaded.values()) for key, row in rows.items()}
     first_name, first = next(iter(loaded.items()))

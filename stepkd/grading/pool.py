@@ -186,6 +186,8 @@ class Grader:
 
     def close(self) -> None:
         """Kill and reap the workers; a later call to :meth:`grade` starts new ones."""
+        if self._owner != os.getpid():  # a fork: another thread's lock stays held in it for ever
+            return _stop(self._pool)
         with self._lock:
             _stop(self._pool)
 
@@ -289,7 +291,8 @@ class Grader:
                     continue
                 item, worker.item = worker.item, None
                 if item is None:  # the first message
-                    worker.ready, failures = reply == "", failures + (reply != "")
+                    worker.ready = reply == ""
+                    failures = 0 if worker.ready else failures + 1
                     if reply or failures == _START_ATTEMPTS:
                         raise self._cannot_start(worker, reply)
                 elif reply is None or reply[0] is None:

@@ -111,6 +111,8 @@ def _flat(value: Items) -> Items:
 def _same_items(gold: Items, candidate: Items) -> bool:
     if gold.kind != candidate.kind:
         gold, candidate = _flat(gold), _flat(candidate)
+    if gold.kind != candidate.kind and "grid" in (gold.kind, candidate.kind):
+        return False
     if gold.kind in LOOSE and candidate.kind in LOOSE:
         items: list[Sequence[Any]] = [gold.items, candidate.items]
         if any(isinstance(item, Relation) for item in items[0]) != any(isinstance(item, Relation) for item in items[1]):
@@ -178,7 +180,23 @@ def _same_region(gold: Any, candidate: Any) -> bool:
     ours, theirs = as_region(gold), as_region(candidate)
     if ours is None or theirs is None or len({ours.name, theirs.name} - {""}) > 1:
         return False
-    return bool(ours.reals == theirs.reals)
+    first, second = _parts(ours.reals), _parts(theirs.reals)
+    if first is None or second is None or [kind for _, kind in first] != [kind for _, kind in second]:
+        return bool(ours.reals == theirs.reals)
+    return all(all(map(equal, a, b)) for (a, _), (b, _) in zip(first, second, strict=True))
+
+
+def _parts(reals: Any) -> list[tuple[tuple[Any, ...], str]] | None:
+    """Intervals and points of a set in their order, each as its ends and its kind; None for other sets."""
+    parts: list[tuple[tuple[Any, ...], str]] = []
+    for part in reals.args if isinstance(reals, sympy.Union) else [reals]:
+        if part.free_symbols or not isinstance(part, sympy.FiniteSet | sympy.Interval):
+            return None
+        if isinstance(part, sympy.FiniteSet):
+            parts += [((point,), "point") for point in part.args]
+        else:
+            parts.append(((part.start, part.end), "[("[bool(part.left_open)] + "])"[bool(part.right_open)]))
+    return sorted(parts, key=lambda part: float(part[0][0].evalf()))
 
 
 def _same_number(gold: Number, candidate: Number) -> bool:

@@ -184,6 +184,11 @@ def _run_job(it: Iteration, job: LabelConfig | PairJobConfig) -> dict[str, Any]:
         run_label_job(job, options=JobOptions(report=_quarters(it)))
     else:
         run_pair_job(job, options=JobOptions(report=_quarters(it)))
+    if not (out / SUMMARY_NAME).is_file():
+        raise StepkdError(
+            f"iteration {it.k}: the job in {out} ended without {SUMMARY_NAME}: its launcher must return when the work "
+            "is done (sbatch needs --wait), on a disk that this process sees"
+        )
     summary: dict[str, Any] = json.loads((out / SUMMARY_NAME).read_bytes())
     return {name: value for name, value in summary.items() if name != "by_position"}
 
@@ -323,9 +328,12 @@ def fingerprint(path: Path) -> str:
     """
     digest = hashlib.sha256()
     try:
-        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        # A tokenizer with several chat templates has them in a folder of their own.
+        files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
+        for file in files:
+            name = str(file.relative_to(path)) if path.is_dir() else file.name
             with open(file, "rb") as stream:
-                digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
+                digest.update(name.encode() + hashlib.file_digest(stream, "sha256").digest())
     except OSError as error:
         raise DataError(
             f"cannot be read ({error.strerror}), and a finished stage made it: put it back, or start again with "

@@ -86,6 +86,16 @@ def test_a_claim_takes_what_it_lacks_from_its_base(write_claim: Write, tmp_path:
         load_claim(path)
 
 
+def test_keys_without_a_value_change_nothing(write_claim: Write) -> None:
+    claim = load_claim(write_claim())
+    empty = {"arms": {"plain": None, "better": {"gain": 0.3}}, "equal": None}
+    for variants in (None, {}, {"main": None}):
+        given = load_claim(write_claim(**empty, variants=variants))
+        assert (given.arms, given.variants, given.equal) == (claim.arms, claim.variants, {})
+    plain = {"settings": None, "jobs": {"drawn": {"call": None}}, "quick": {"settings": None}}
+    assert load_claim(write_claim(**plain, arms={"plain": None, "better": None})).settings == {}
+
+
 TWO = {"metric": "correct", "better": "better", "worse": "plain"}
 
 
@@ -108,6 +118,7 @@ TWO = {"metric": "correct", "better": "better", "worse": "plain"}
         ({"quick": {"settings": {"problem": 3}}}, "quick: settings: the claim has no setting 'problem'. Did you mean"),
         ({"variants": {"a": {"problem": 3}}}, "variants: a: the claim has no setting 'problem'. Did you mean"),
         ({"quick": {"seed": [0]}}, "quick: no key 'seed'"),
+        ({"quick": {"variants": []}}, "quick: variants: List should have at least 1 item"),
         ({"quick": {"variants": ["three"]}}, "quick: no variant 'three'"),
         ({"jobs": {"drawn": {"fitt": {}}}}, "jobs: drawn: no kind of job 'fitt'. Did you mean 'fit'?"),
         (

@@ -84,7 +84,9 @@ def test_commands_take_the_settings_of_every_job(path: Path) -> None:
     checked = 0
     for quick in (False, True):
         for kind, settings in load_claim(path, quick=quick).wanted():
-            if "config" in signature(jobs.KINDS[kind]).parameters and "threshold.json" not in str(settings):
+            if "config" not in signature(jobs.KINDS[kind]).parameters:
+                jobs.check_arguments(kind, settings)
+            elif "threshold.json" not in str(settings):
                 assert jobs.job_config(kind, settings, Path("out"))
                 checked += 1
     assert checked

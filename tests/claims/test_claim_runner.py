@@ -184,6 +184,21 @@ def give(columns: Any, problems: Any = ()) -> dict[str, Any]:
         ({"call": {"function": "no_such_module.x"}}, "no function no_such_module.x"),
         ({"label": {"labeler": "TaskChecker"}}, "'labeler' is not a setting; did you mean 'labeller'?"),
         ({"evaluate": {"model": "tiny-0.1m", "max_rows": "many"}}, "evaluate: max_rows: expected int, got 'many'"),
+        (
+            {"draw": {"rows": "r", "count": "5", "seed": 0, "key": "a"}},
+            "draw: count: Input should be a valid integer, ",
+        ),
+        (
+            {"draw": {"rows": "r", "count": 2.5, "seed": 0, "key": "a"}},
+            "draw: count: Input should be a valid integer, ",
+        ),
+        ({"draw": {"rows": "r", "count": 5, "seed": 0, "key": 1}}, "draw: key: Input should be a valid string, got 1"),
+        ({"draw": {"rows": "r", "seed": 0, "key": "a"}}, "draw: missing a required .*'count'"),
+        (
+            {"best_of_n": {"scores": {"a": "x"}, "ks": [1], "extractors": "boxed", "seed": 0}},
+            "best_of_n: extractors: .*got 'boxed'",
+        ),
+        ({"best_of_n": {"scores": {}, "ks": [1], "extractors": ["boxed"], "seed": 0}}, "needs at least one file"),
         ({"pairs": {"to": "stepp"}}, "pairs: to must be one of step, tree"),
         ({"fit": {"recipes": ["tiny/stf"]}}, "no recipe 'tiny/stf'"),
     ],

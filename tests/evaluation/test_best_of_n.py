@@ -260,6 +260,8 @@ def test_spellings_of_an_incorrect_answer_are_not_outvoted_by_fewer_correct_ones
 
 def test_what_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", ROWS)
+    with pytest.raises(ConfigError, match="needs at least one file"):
+        best_of_n_from_files({})
     with pytest.raises(ConfigError, match="would share a name: rename the scores, 'pass' and 'majority' are taken"):
         best_of_n_from_files({"majority": path})
     with pytest.raises(ConfigError, match=r"scored different completions \(1 are in one only\)"):

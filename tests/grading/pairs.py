@@ -310,6 +310,11 @@ ANSWERS: dict[str, list[tuple[str, str, bool]]] = {
         ("(1, 2, 3)", "\\langle 1, 2, 3 \\rangle", True),
         ("(8,-2)", "(8,-2).", True),
     ],
+    "matrices": [
+        ("\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}", "(1,2), (3,4)", False),
+        ("(1,2), (3,4)", "\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}", False),
+        ("\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}", "\\begin{bmatrix}1&2\\\\3&4\\end{bmatrix}", True),
+    ],
     "intervals": [
         ("(3,4]", "\\left(3,4\\right]", True),
         ("(3,4]", "(3,4)", False),
@@ -347,6 +352,20 @@ ANSWERS: dict[str, list[tuple[str, str, bool]]] = {
         ("(-\\infty, 0) \\cup \\{1\\}", "\\{1\\} \\cup (-\\infty, 0)", True),
         ("(-\\infty,2)\\cup(2,\\infty)", "x \\ne 2", True),
         ("\\left[ \\frac{\\pi^2}{8}, \\frac{5 \\pi^2}{4} \\right]", "[\\pi^2/8, 5\\pi^2/4]", True),
+    ],
+    "ends of intervals by value": [
+        ("x \\le \\frac{1}{\\sqrt3-1}", "x \\le \\frac{\\sqrt3+1}{2}", True),
+        ("x<\\frac{4}{\\sqrt5+1}", "x<\\sqrt5-1", True),
+        ("0<x<\\frac{1}{2+\\sqrt3}", "0<x<2-\\sqrt3", True),
+        ("x>\\sqrt{3+2\\sqrt2}", "x>1+\\sqrt2", True),
+        ("-\\log 4<x<1", "-2\\log 2<x<1", True),
+        ("x>\\log_2 9", "x>2\\log_2 3", True),
+        ("(-\\infty,\\frac{1}{\\sqrt3-1})\\cup(5,\\infty)", "(-\\infty,\\frac{\\sqrt3+1}{2})\\cup(5,\\infty)", True),
+        ("x>\\sqrt{3+2\\sqrt2}", "x \\ge 1+\\sqrt2", False),
+        ("x<\\frac{4}{\\sqrt5+1}", "x<\\sqrt5+1", False),
+        ("(-\\infty,\\frac{1}{\\sqrt3-1})\\cup(5,\\infty)", "(-\\infty,\\frac{\\sqrt3+1}{2})\\cup[5,\\infty)", False),
+        ("(-\\infty,\\frac{1}{\\sqrt3-1})\\cup(5,\\infty)", "(-\\infty,\\frac{\\sqrt3+1}{2})", False),
+        ("\\{a, b\\}", "(1, 2)", False),
     ],
     "units": [
         ("12", "12 apples", True),

@@ -376,6 +376,17 @@ def test_a_forked_child_starts_its_own_workers() -> None:
     assert _gone(int(done.stdout.split()[1]), within_s=60)
 
 
+def test_a_forked_child_closes_though_a_thread_held_the_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a data loader's worker that was forked while another thread graded."""
+    grader = Grader(GradingConfig(workers=1))
+    grader._lock.acquire()
+    monkeypatch.setattr(grader, "_owner", grader._owner + 1)  # what a child sees
+    closing = threading.Thread(target=grader.close, daemon=True)
+    closing.start()
+    closing.join(10)
+    assert not closing.is_alive()
+
+
 def test_workers_end_with_a_killed_parent_even_when_busy() -> None:
     done = _script(
         r"""
@@ -447,3 +458,25 @@ def test_workers_that_cannot_start_are_an_error(boot: str, message: str, monkeyp
     with Grader(GradingConfig(workers=1)) as grader, pytest.raises(StepkdError, match=message):
         grader.grade_one(HALF, "0.5")
     assert not grader._pool
+
+
+def test_failed_starts_between_good_ones_do_not_end_the_call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every other start fails, four in all, and each good worker is replaced after its item."""
+    starts = tmp_path / "starts"
+    boot = f"""
+import json, sys
+from multiprocessing.connection import Connection
+with open({str(starts)!r}, "a") as file:
+    file.write("x")
+    file.flush()
+    if file.tell() % 2:
+        sys.exit(3)
+pipe = Connection(json.loads(sys.argv[1])[1])
+pipe.send("")
+pipe.recv()
+pipe.send((True, True))
+"""
+    monkeypatch.setattr(pool, "_BOOT", boot)
+    with Grader(GradingConfig(workers=1)) as grader:
+        assert grader.same([(f"\\sqrt{{{n}x}}", "\\pi y") for n in range(2, 6)]) == [True] * 4
+    assert starts.read_text() == "x" * 8

@@ -190,6 +190,15 @@ def test_fingerprints_see_changes(tmp_path: Any) -> None:
         fingerprint(tmp_path / "absent")
 
 
+def test_fingerprints_take_in_the_chat_templates_that_a_tokenizer_keeps_in_a_folder(tmp_path: Any) -> None:
+    templates = tmp_path / "model" / "additional_chat_templates"
+    templates.mkdir(parents=True)
+    (templates / "tools.jinja").write_text("a")
+    before = fingerprint(tmp_path / "model")
+    (templates / "tools.jinja").write_text("b")
+    assert fingerprint(tmp_path / "model") != before
+
+
 def test_the_table_names_what_was_dropped() -> None:
     metrics = model_metrics(ROWS, GREEDY, n_resamples=20)
     minus = {

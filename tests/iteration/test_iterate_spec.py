@@ -242,7 +242,9 @@ def test_a_job_under_a_launcher_gets_the_same_settings(
     for name in ("job.run_label_job", "job.run_pair_job"):
         monkeypatch.setattr(f"stepkd.labels.{name}", lambda config, options: given.append(config))
     monkeypatch.setattr(stages.subprocess, "run", lambda words, check: Done(cli.main(words[3:])))
-    with pytest.raises(FileNotFoundError):  # nothing has run that would leave a summary
+    with pytest.raises(
+        StepkdError, match=r"ended without summary\.json: its launcher must return when the work is done"
+    ):
         stages._run_job(iteration(spec, tmp_path, 1), job)
     assert given == [job]
 
