@@ -75,7 +75,8 @@ def write_card(
         )
         known |= {"method": checkpoint["stepkd"].get("module", "").rpartition(".")[2].removesuffix("Module")}
         known |= {"updates": checkpoint.get("global_step"), "data": _data(run), "last": _last_validation(run)}
-        known["recipes"] = ", ".join(_recipes(run))
+        words = str((read_marker(run) or {}).get("command")).split()
+        known["recipes"] = ", ".join(Path(name).stem for option, name in pairwise(words) if option == "--config")
         metrics = list(_measured(run, weights))
     front: dict[str, Any] = {"library_name": "transformers", "tags": ["stepkd"] + ["reward-model"] * (head is not None)}
     front |= {name: _clean(value) for name, value in (("license", licence), ("base_model", hub)) if value}
@@ -101,13 +102,6 @@ def _clean(value: object) -> str:
 def _text(value: object) -> str:
     """The same, in which Markdown and HTML find nothing of theirs."""
     return "".join(char if char.isalnum() or char in " .,:;/@+-=_%()'" else f"&#{ord(char)};" for char in _clean(value))
-
-
-def _recipes(run: Path) -> Iterator[str]:
-    """Names of the recipes on the run's command line."""
-    for option, name in pairwise(str((read_marker(run) or {}).get("command")).split()):
-        if option == "--config":
-            yield Path(name).stem
 
 
 def _base(spec: Any) -> tuple[str, str, str]:

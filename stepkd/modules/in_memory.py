@@ -25,7 +25,7 @@ def loss_of_rows(module: Any, rows: Rows, **data: Any) -> Tensor:
     module.model.to(module.device)
     module.train()
     feed = StepData(rows, **{"shuffle": False, "overlap_ngram": 0, "global_batch_size": _ALL, **data})
-    with _without_trainer(module, feed), torch.random.fork_rng():
+    with _without_trainer(module, feed), torch.random.fork_rng([module.device] * (module.device.type == "cuda")):
         feed.setup("fit")
         module.begin()
         micro_batches = next(iter(module.prepare(next(iter(feed.train_dataloader())))))

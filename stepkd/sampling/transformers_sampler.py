@@ -127,18 +127,12 @@ def sample(
     examples, cuts = encode_prompts(policy, get_template(template), rows), get_segmenter(segmenter)
     sampler = TransformersSampler(policy, max_rows=max_rows)
     drawn = sampler.sample([each.prompt_ids for each in examples], sampling or SamplingConfig(), purpose="script")
-    return [
-        [
-            replace(
-                each,
-                id=example.id,
-                row=example.row,
-                step_ends=with_completion(example, each.token_ids, policy.tokenizer, cuts).step_ends,
-            )
-            for each in completions
-        ]
-        for example, completions in zip(examples, drawn, strict=True)
-    ]
+
+    def cut(example: Completion, drawn: Completion) -> Completion:
+        ends = with_completion(example, drawn.token_ids, policy.tokenizer, cuts).step_ends
+        return replace(drawn, id=example.id, row=example.row, step_ends=ends)
+
+    return [[cut(example, each) for each in own] for example, own in zip(examples, drawn, strict=True)]
 
 
 def encode_prompts(policy: Policy, template: PromptTemplate, rows: Sequence[dict[str, Any]]) -> list[Completion]:
