@@ -39,7 +39,7 @@ SYNONYMS = {
 _read = get_loader("yaml")
 
 
-def _value(text: str) -> Any:
+def read_value(text: str) -> Any:
     """A value, which jsonargparse reads again where a file has it as text: of one line, only ``null`` means null.
 
     YAML takes a tilde (a step marker) and what begins with ``#`` (a marker, a prompt's heading) for null, too.
@@ -48,7 +48,7 @@ def _value(text: str) -> Any:
     return text if value is None and "\n" not in text and text.strip().lower() not in ("", "null") else value
 
 
-set_loader("yaml", _value, exceptions=(yaml.YAMLError,))
+set_loader("yaml", read_value, exceptions=(yaml.YAMLError,))
 
 
 class OneLineErrors:
@@ -408,19 +408,22 @@ def build_settings(kind: type[S], values: Mapping[str, Any], where: str) -> S:
 
 
 def built(kind: type[S], values: Any, place: str = "") -> S:
-    """The instance of a dataclass whose fields a parser has read.
+    """The instance of a settings class whose fields a parser has read.
 
     Args:
-        kind: the dataclass.
+        kind: the class, a dataclass but for classes of one's own.
         values: field -> value.
         place: dotted name of the setting that it is; empty for a whole command's.
 
     Raises:
-        StepkdError: what the dataclass, or one that it holds, refuses; the message says where in the settings.
+        StepkdError: what the class, or one that it holds, refuses; the message says where in the settings.
     """
-    hints, start = get_type_hints(kind), f"{place}." if place else ""
-    names = [each.name for each in fields(kind) if each.init]  # type: ignore[arg-type]
-    parts = {name: _part(hints[name], values[name], start + name) for name in names}
+    start = f"{place}." if place else ""
+    if is_dataclass(kind):
+        hints, names = get_type_hints(kind), [each.name for each in fields(kind) if each.init]
+    else:  # of one's own
+        hints, names = get_type_hints(kind.__init__), list(vars(values))
+    parts = {name: _part(hints.get(name), values[name], start + name) for name in names}
     try:
         return kind(**parts)
     except StepkdError as error:
@@ -432,13 +435,16 @@ def built(kind: type[S], values: Any, place: str = "") -> S:
 
 
 def _part(hint: Any, value: Any, place: str) -> Any:
-    """A field's value, in which settings of dataclasses are instances."""
+    """A field's value, in which settings of classes are instances."""
     if isinstance(value, list | tuple):
         return type(value)(_part(hint, each, place) for each in value)
     if not isinstance(value, Namespace):
         return value
     for own in _classes(hint):
-        chosen = _class(value.class_path, own) if "class_path" in value else own
-        if is_dataclass(chosen):
-            return built(chosen, value.get("init_args", value), place)
+        if "class_path" not in value:
+            if is_dataclass(own):
+                return built(own, value, place)
+        elif chosen := _class(value.class_path, own):
+            given = (vars(value.get(name, Namespace())) for name in ("init_args", "dict_kwargs"))
+            return built(chosen, Namespace(**dict(chain.from_iterable(each.items() for each in given))), place)
     return value

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
+
+import yaml
 
 from stepkd.data.config import parse_spec, resolve_split
 from stepkd.errors import ConfigError, check_bounds
@@ -28,6 +31,7 @@ from stepkd.labels.settings import (
 from stepkd.randomness import stream_key
 from stepkd.runs.job import flat
 from stepkd.sampling.sampler import SamplingConfig
+from stepkd.settings import read_value
 from stepkd.yaml_files import as_yaml, find_recipe, nested, read_yaml
 
 SET_BY_ITERATE = (
@@ -256,9 +260,21 @@ class IterateConfig:
             plain.pop(name, None)
         plain["train"] = {
             "recipes": {name: read_yaml(find_recipe(name), "recipe") for name in self.train.recipes},
-            "overrides": nested(self.train.overrides),
+            "overrides": _read(nested(self.train.overrides)),
         }
         return dict(json.loads(json.dumps(plain)))
+
+
+def _read(value: Any) -> Any:
+    """Settings in which texts, as a command line has them, are what they are in a file."""
+    if isinstance(value, Mapping):
+        return {name: _read(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_read(each) for each in value]
+    try:
+        return read_value(value) if isinstance(value, str) else value
+    except yaml.YAMLError:
+        return value
 
 
 def iteration_seed(seed: int, purpose: str, k: int) -> int:

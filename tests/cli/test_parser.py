@@ -297,3 +297,33 @@ def test_options_are_fields_of_settings_classes() -> None:
     declared = [line for path in sources for line in path.read_text().splitlines() if "add_argument(" in line]
     assert len(declared) == 1
     assert '"--config", action="config"' in declared[0]
+
+
+class Plain(Teacher):
+    """A choice of one's own that is no dataclass."""
+
+    def __init__(self, sampling: Sampling, n: int = 2) -> None:
+        if n < 1:
+            raise ConfigError(f"n={n} must be at least 1")
+        self.sampling, self.n = sampling, n
+
+    def build(self) -> str:
+        return "plain"
+
+
+@dataclass(frozen=True)
+class HasTeacher:
+    """Settings with a choice."""
+
+    teacher: Teacher
+    """Who teaches."""
+
+
+def test_a_class_of_ones_own_that_is_no_dataclass_is_built() -> None:
+    given = {"class_path": f"{__name__}.Plain", "init_args": {"sampling": {"temperature": 0.5}}}
+    made = build_settings(HasTeacher, {"teacher": given}, "here").teacher
+    assert isinstance(made, Plain)
+    assert (made.sampling, made.n) == (Sampling(0.5), 2)
+    given["init_args"] |= {"n": 0}
+    with pytest.raises(ConfigError, match=r"here: teacher\.n=0 must be at least 1"):
+        build_settings(HasTeacher, {"teacher": given}, "here")

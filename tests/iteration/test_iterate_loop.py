@@ -122,7 +122,7 @@ def test_other_settings_are_refused_by_name(whole: tuple[Path, dict[str, Any]], 
     with pytest.raises(ConfigError, match=r"settings.label.sampling.n: 4 then, 3 now") as caught:
         run_iterations(load_spec(settings, {"label.sampling.n": 3}), whole[0], report=silent)
     assert "--overwrite" in str(caught.value)
-    with pytest.raises(ConfigError, match=r"settings\.train\.overrides\.trainer\.max_steps: 3 then, '9' now"):
+    with pytest.raises(ConfigError, match=r"settings\.train\.overrides\.trainer\.max_steps: 3 then, 9 now"):
         run_iterations(load_spec(settings, {"train.overrides.trainer.max_steps": 9}), whole[0], report=silent)
 
 

@@ -200,7 +200,7 @@ def test_training_overrides_may_be_nested_or_dotted(small: Any, write: Any, tmp_
             "tiny-0.1m",
             str(tmp_path / "rows.jsonl"),
         )
-        assert int(spec.identity()["train"]["overrides"]["trainer"]["max_steps"]) == steps
+        assert spec.identity()["train"]["overrides"]["trainer"]["max_steps"] == steps  # also where it was a word
 
 
 def test_where_it_runs_decides_no_result(small: Any, write: Any) -> None:
