@@ -59,7 +59,7 @@ class DataConfig:
             raise ConfigError(f"source {self.source!r} has no hub dataset of its own; give path=<file> or hub=<id>")
         check_bounds("", self, limit="[1, inf)", offset="[0, inf)")
         for name in self.columns if source.reads else ():
-            check_choice(f"column of source {self.source!r}", name, source.reads)
+            check_choice(f"column (source {self.source})", name, source.reads)
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,14 @@ def parse_spec(text: str) -> DataConfig:
             settings[place] = bare if head in {*_TEXTS, "columns"} else json.loads(value)
         except json.JSONDecodeError:
             settings[place] = bare
-    return build_settings(DataConfig, nested(settings), repr(text))
+    values = nested(settings)
+    # As they were written: a parser of settings of any type would take a text such as "10" for a number.
+    options = values.pop("options") if isinstance(values.get("options"), dict) else {}
+    config = build_settings(DataConfig, values, repr(text))
+    try:
+        return replace(config, options=options)
+    except ConfigError as error:
+        raise ConfigError(f"{text!r}: {error}") from None
 
 
 def benchmark_data(benchmark: Benchmark, data: str | None, limit: int | None) -> DataConfig:

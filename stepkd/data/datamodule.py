@@ -79,6 +79,8 @@ class StepData(LightningDataModule):
         keep_prompts_together: bool = False,
     ) -> None:
         super().__init__()
+        if overlap_ngram < 0:
+            raise ConfigError(f"data.overlap_ngram={overlap_ngram}: must be 0 or positive")
         given = {"train": train, "validation": validation, "test": test, "predict": predict}
         self.specs = {name: as_data_config(data) for name, data in given.items()}
         self.labels = labels
@@ -189,9 +191,10 @@ class StepData(LightningDataModule):
 
     def _report_overlap(self) -> None:
         train = (str(example.row.get("prompt")) for example in self.examples["train"])
-        validation = {each.id: str(each.row.get("prompt")) for each in self.examples["validation"]}
-        shares = overlap_report(train, validation, self.overlap_ngram)
-        seen = [name for name, share in shares.items() if share >= 0.5]
+        validation = self.examples["validation"]  # their ids need not be unique
+        texts = {str(number): str(each.row.get("prompt")) for number, each in enumerate(validation)}
+        shares = overlap_report(train, texts, self.overlap_ngram)
+        seen = [validation[int(number)].id for number, share in shares.items() if share >= 0.5]
         logger.info(
             "train/validation overlap: of %d validation prompts %d share all of their %d-word n-grams with training "
             "prompts, %d at least half, %d at least one%s",
@@ -268,7 +271,12 @@ def overlap_report(train_texts: Iterable[str], test_texts: Mapping[str, str], n:
 
     Returns:
         By id the share of a test text's distinct n-grams that stand in some training text, in [0, 1].
+
+    Raises:
+        ConfigError: ``n`` below 1.
     """
+    if n < 1:
+        raise ConfigError(f"n={n}: must be at least 1")
     grams = {name: _grams(text, n) for name, text in test_texts.items()}
     wanted = set().union(*grams.values())
     seen: set[tuple[str, ...]] = set()

@@ -56,7 +56,9 @@ def load_rows(config: DataConfig, *, contract: Contract | None = None, ratings: 
     total, rows = len(rows), rows[config.offset : last]
     if not rows:
         raise DataError(
-            f"no rows are left: {total} found, offset {config.offset}; lower the offset, or take other data",
+            f"no rows are left: {total} found, offset {config.offset}; lower the offset, or take other data"
+            if config.offset
+            else "no rows are left: 0 found; take another split or other data",
             path=_where(config),
         )
     if not ratings and config.source == "rows":
@@ -206,9 +208,7 @@ def _read_hub(config: DataConfig, source: Source, split: str) -> Iterator[Read]:
 
     dataset, parts = config.hub or source.hub or "", [config.hub_config]
     if dataset == source.hub:
-        check_choice(
-            f"split of source {source.name!r}", split, dict.fromkeys([*source.splits, *source.splits.values()])
-        )
+        check_choice(f"split (source {source.name})", split, dict.fromkeys([*source.splits, *source.splits.values()]))
         split = source.splits.get(split, split)
         parts = parts if config.hub_config is not None else list(source.hub_configs) or parts
     for part in parts:

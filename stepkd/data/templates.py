@@ -29,6 +29,8 @@ _BUILT_IN = read_yaml(Path(__file__).with_suffix(".yaml"), "built-in prompt temp
 EXEMPLARS: list[dict[str, str]] = _BUILT_IN["examples"]
 """Worked word problems for few-shot prompts (``prompt``, ``reasoning``, ``answer``), as ``few_shot: n`` takes them."""
 
+_OWN_CHAT_KWARGS = {"tokenize", "add_generation_prompt", "continue_final_message", "return_tensors", "return_dict"}
+
 
 @dataclass(frozen=True)
 class PromptTemplate:
@@ -58,13 +60,17 @@ class PromptTemplate:
         for name, placeholder in (("user", _PLACEHOLDER), ("plain", _PLACEHOLDER), ("answer_line", _ANSWER)):
             if (count := getattr(self, name).count(placeholder)) != 1:
                 raise ConfigError(f"{name} of a prompt template must hold {placeholder} once, found {count} times")
+        if own := sorted(_OWN_CHAT_KWARGS & set(self.chat_kwargs)):
+            raise ConfigError(f"chat_kwargs must not set {', '.join(own)}: the template sets it itself")
         if isinstance(self.few_shot, int):
             if not 0 <= self.few_shot <= len(EXEMPLARS):
                 raise ConfigError(f"few_shot={self.few_shot}: there are {len(EXEMPLARS)} built-in examples")
-        elif not all(
-            set(each) == {"prompt", "solution"} and all(map(str.strip, each.values())) for each in self.few_shot
-        ):
-            raise ConfigError("few_shot examples must have 'prompt' and 'solution' only, with text in both")
+            return
+        for number, each in enumerate(self.few_shot, start=1):
+            texts = [isinstance(text, str) and text.strip() for text in each.values()]
+            if set(each) != {"prompt", "solution"} or not all(texts):
+                what = "must have 'prompt' and 'solution' only, with text in both"
+                raise ConfigError(f"few_shot example {number} {what}")
 
     def resolved_style(self, tokenizer: Any) -> Style:
         """Return "chat" or "plain" for a tokenizer.

@@ -15,7 +15,7 @@ _HOMES = {
         "consensus_filter convert_rows even_pairs"
     ),
     "job": "run_label_job run_pair_job",
-    "labellers": ("Labeller LabellerConfig Outcome Scored ScorerLabeller Solution StepLabels Sums TaskChecker"),
+    "labellers": "Labeller LabellerConfig Outcome Scored ScorerLabeller Solution StepLabels Sums TaskChecker",
     "monte_carlo": "MonteCarlo MonteCarloLabeller",
     "quality": "LabelQuality label_quality",
     "settings": (

@@ -262,7 +262,6 @@ def run_pair_job(config: PairJobConfig, *, options: JobOptions = ALONE, **made: 
         DataError: rows that cannot be used; or no pair could be made, and the summary says why.
         ModelError: a model that cannot be used.
         MachineError: the folder cannot be written.
-        StepkdError: rank 0 does not come.
     """
     job = Job(Path(config.out), PAIR_KIND, (PAIRS_NAME, SUMMARY_NAME), options)
     job.check()

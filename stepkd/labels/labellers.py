@@ -15,7 +15,7 @@ from itertools import chain, groupby
 from typing import Any, Literal, Protocol
 
 from stepkd.data.completion import Completion
-from stepkd.errors import ConfigError, check_bounds
+from stepkd.errors import ConfigError, DataError, check_bounds
 from stepkd.sampling.sampler import SamplingConfig
 from stepkd.scorers.load import load_scorer
 from stepkd.scorers.scorer import ScorerConfig, Solutions, StepScorer
@@ -239,9 +239,11 @@ class ScorerLabeller:
         scored = self.scorer.score([Solutions(group[0].row, [list(s.steps) for s in group]) for group in problems])
         found = []
         for solution, scores in zip(solutions, chain.from_iterable(scored), strict=True):
-            assert len(scores) == len(solution.steps), f"{len(scores)} scores for {len(solution.steps)} steps"
+            if len(scores) != len(solution.steps):
+                raise DataError(f"{len(scores)} scores for {len(solution.steps)} steps", path=solution.id)
             known = [None if math.isnan(score) else float(score) for score in scores]
-            assert all(score is None or 0 <= score <= 1 for score in known), f"scores outside [0, 1]: {known}"
+            if not all(score is None or 0 <= score <= 1 for score in known):
+                raise DataError(f"scores outside [0, 1]: {known}", path=solution.id)
             labels = known if self.threshold is None else [passes(score, self.threshold) for score in known]
             found.append(StepLabels(tuple(labels), facts={"scores": known}))
         return found

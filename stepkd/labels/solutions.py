@@ -67,7 +67,10 @@ class SampledSolutions:
         )
         signals = _signals([name for name in self.signals if name != "logprobs"], self.bench, self.teacher, flat)
         samples = [
-            {name: getattr(each, name).tolist() for name in ("token_ids", "logprobs", "raw_logprobs")}
+            {
+                name: None if (values := getattr(each, name)) is None else values.tolist()  # unknown to a sampler
+                for name in ("token_ids", "logprobs", "raw_logprobs")
+            }
             | {"finish": each.finish, "text": each.text, "correct": grade.verdict == "correct"}
             | extra
             for each, grade, extra in zip(flat, grades, signals, strict=True)

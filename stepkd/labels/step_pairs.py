@@ -72,7 +72,7 @@ def first_incorrect_step(row: Row, config: StepPairConfig) -> int | str:
     """Number of the first incorrect step of a row, all steps before it being correct; or why there is no use for it.
 
     Reasons: ``no_labels``, ``ungraded``, ``correct_answer``, ``no_incorrect_step``, ``first_error_unknown`` (an
-    unlabelled step before it), ``incorrect_step_cut_off``.
+    unlabelled step stands before it, or no step is incorrect and some are unlabelled), ``incorrect_step_cut_off``.
     """
     if (labels := row.get("step_labels")) is None:
         return "no_labels"
@@ -106,7 +106,7 @@ def next_step(continuation: Completion, known: int, segmenter: Segmenter, policy
         tuple(ids),
         whole.text[start:],
         tuple(end - start for end in whole.char_ends[known:]),
-        logprobs=tuple(continuation.raw_logprobs.tolist()),
+        logprobs=None if continuation.raw_logprobs is None else tuple(continuation.raw_logprobs.tolist()),
         entropies=annotate(policy, [before], [ids])[0].entropies if isinstance(segmenter, EntropySegmenter) else None,
     )
     _, end = segment(segmenter, text)[0]

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, is_dataclass
 from itertools import pairwise
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from stepkd.errors import ConfigError, nearest
+from stepkd.errors import ConfigError, check_bounds, nearest
 from stepkd.steps.confidence import SIGNAL_SEGMENTERS
 from stepkd.steps.text import TokenizedText
 
@@ -132,6 +132,7 @@ class RegexSegmenter:
     cut: Literal["after", "before"] = "after"
 
     def __post_init__(self) -> None:
+        check_bounds("segmenter ", self)
         try:
             compiled = re.compile(self.pattern, re.MULTILINE)
         except re.error as error:

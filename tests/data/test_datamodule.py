@@ -143,6 +143,18 @@ def test_truncation_and_overlap_are_reported(attach: Any, tmp_path: Path, caplog
     assert "largely seen: v1" in caplog.text
 
 
+def test_validation_rows_that_share_an_id_count_each(
+    attach: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"id": "v", "prompt": prompt, "answer": "2", "solution": "a"} for prompt in ("one two", "three four")]
+    train, validation = write(tmp_path / "t.jsonl", rows[:1]), write(tmp_path / "v.jsonl", rows)
+    with caplog.at_level(logging.INFO):
+        attach(StepData(train=train, validation=validation, template="task", overlap_ngram=2)).setup("fit")
+    assert "of 2 validation prompts 1 share all of their 2-word n-grams" in caplog.text
+    with pytest.raises(ConfigError, match=r"data\.overlap_ngram=-1: must be 0 or positive"):
+        StepData(train=train, overlap_ngram=-1)
+
+
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])
 def test_missing_specs(attach: Any, stage: str) -> None:
     name = "validation" if stage == "validate" else stage

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from stepkd.data.config import DataConfig
 from stepkd.data.datamodule import overlap_report
 from stepkd.data.load import load_rows
+from stepkd.errors import ConfigError
 
 words = st.lists(st.sampled_from("abcd"), max_size=9).map(" ".join)
 
@@ -30,6 +31,11 @@ def test_equals_brute_force(train: list[str], test: list[str], n: int) -> None:
     seen = set().union(*(grams(text) for text in train))
     expected = [len(grams(text) & seen) / len(grams(text)) if grams(text) else 0.0 for text in test]
     assert list(overlap_report(iter(train), numbered(*test), n).values()) == expected
+
+
+def test_bad_n() -> None:
+    with pytest.raises(ConfigError, match="n=0: must be at least 1"):
+        overlap_report(["a"], {"x": "b"}, n=0)
 
 
 def test_case_punctuation_and_spacing_do_not_count() -> None:

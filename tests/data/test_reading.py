@@ -120,7 +120,7 @@ def test_hub_ids_configurations_and_splits(hub: list[tuple[Any, ...]]) -> None:
 def test_hub_errors(hub: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
-    with pytest.raises(ConfigError, match="unknown split of source 'gsm8k' 'tset': did you mean 'test'"):
+    with pytest.raises(ConfigError, match=r"unknown split \(source gsm8k\) 'tset': did you mean 'test'"):
         load_rows(DataConfig(source="gsm8k", split="tset"))
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: [])
     with pytest.raises(DataError, match="gsm8k:train: no rows are left: 0 found"):

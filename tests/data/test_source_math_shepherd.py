@@ -12,6 +12,7 @@ import pytest
 from stepkd.data.config import DataConfig, check_training_use
 from stepkd.data.load import load_rows
 from stepkd.data.sources import get_source
+from stepkd.data.sources.math_shepherd import write_math_shepherd
 from stepkd.errors import ConfigError, DataError
 
 QUESTION = "Ann has 3+4 pens, loses 2 - 1. How many?"
@@ -139,3 +140,10 @@ def test_options_and_source() -> None:
 def test_bad_options(tmp_path: Path, options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"option {next(iter(options))} of source 'math_shepherd'"):
         load(tmp_path, pair(INPUT, "+++"), **options)
+
+
+@pytest.mark.parametrize("labels", [[1, -1], [True, None], [0.5, 1.0]])
+def test_only_booleans_can_be_written(tmp_path: Path, labels: list[Any]) -> None:
+    row = {"id": "a", "prompt": "q", "completions": ["x", "y"], "labels": labels}
+    with pytest.raises(DataError, match=r"line 1, column 'labels': must be true or false at every step, found"):
+        write_math_shepherd([row], tmp_path / "out.jsonl")

@@ -320,6 +320,7 @@ def test_real_train_head(data_dir: Path) -> None:
         (TRAJECTORY | {"labels": [1, 1]}, "column 'labels': has 2 entries for 3 steps"),
         (TRAJECTORY | {"labels": [1, 1, "1"]}, r"labels\[2\]: Input should be a valid integer, found str"),
         (TRAJECTORY | {"steps": "abc"}, "column 'steps': steps: Input should be a valid list, found str"),
+        (TRAJECTORY | {"steps": ["a", " ", "c"]}, r"column 'steps': steps\[1\] is empty"),
         (TRAJECTORY | {"alternatives": [[]] * 5}, "has 5 positions for 3 steps"),
         (TRAJECTORY | {"alternatives": [["a"]]}, r"alternatives\[0\]\[0\]: Input should be .*, found str"),
         (RELEASED | {"question": {"problem": None}}, "column 'prompt': must be text or a list of chat messages"),

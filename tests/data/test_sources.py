@@ -69,7 +69,7 @@ def test_columns_give_the_files_names(tmp_path: Path) -> None:
     assert row == {"prompt": "How many?", "answer": "2", "solution": "#### 2", "id": "gsm8k/train/0"}
     with pytest.raises(DataError, match=r"columns maps 'prompt' to 'Q', which is not there \(the row has 'q', 'sol'\)"):
         load("gsm8k", tmp_path / "a.jsonl", raw, columns={"prompt": "Q", "solution": "sol"})
-    with pytest.raises(ConfigError, match="unknown column of source 'gsm8k' 'promt': did you mean 'prompt'"):
+    with pytest.raises(ConfigError, match=r"unknown column \(source gsm8k\) 'promt': did you mean 'prompt'"):
         DataConfig(source="gsm8k", columns={"promt": "q"})
 
 

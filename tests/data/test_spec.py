@@ -209,7 +209,7 @@ def test_training_data_is_allowed() -> None:
         ({"source": "task", "path": "x"}, "source 'task' generates its rows; drop path, hub and columns"),
         (
             {"source": "task", "options": {"noize": True}},
-            "unknown option of source 'task' 'noize': did you mean",
+            r"unknown option \(source task\) 'noize': did you mean",
         ),
         ({"source": "reasoning_gym", "options": {"size": True}}, "must be int, found bool True"),
         ({"source": "reasoning_gym", "options": {"config": 3}}, "must be dict, found int 3"),
@@ -243,6 +243,7 @@ def test_bad_specs(settings: dict[str, Any], message: str) -> None:
          DataConfig(source="task", options={"n": 4, "noise": {"rate": 0.5, "kind": "random"}, "seed": 3})),
         ('task:noise={"rate": 0.5, "seed": 1},n=2',
          DataConfig(source="task", options={"noise": {"rate": 0.5, "seed": 1}, "n": 2})),
+        ("reasoning_gym:dataset='10'", DataConfig(source="reasoning_gym", options={"dataset": "10"})),
         ("math500:allow_evaluation_data=true,shuffle_seed=null",
          DataConfig(source="math500", allow_evaluation_data=True)),
     ],
@@ -263,6 +264,7 @@ def test_shorthand(text: str, spec: DataConfig) -> None:
         ("gsm8k:limit", "cannot read 'limit'.*write key=value"),
         ("gsm8k:columns=prompt", "columns: expected dict"),
         ("gsm8k:limit=0", "limit=0: must be at least 1"),
+        ("task:n='3'", "option n of source 'task' must be int, found str '3'"),
     ],
 )
 def test_bad_shorthand(text: str, message: str) -> None:

@@ -153,8 +153,10 @@ def test_a_chat_template_that_refuses() -> None:
         ({"answer_line": "####"}, "answer_line of a prompt template must hold {answer} once"),
         ({"few_shot": 5}, "few_shot=5: there are 4 built-in examples"),
         ({"few_shot": -1}, "few_shot=-1"),
-        ({"few_shot": [{"prompt": "x"}]}, "few_shot examples must have 'prompt' and 'solution' only"),
-        ({"few_shot": [{"prompt": "x", "solution": " "}]}, "few_shot examples must have 'prompt' and 'solution' only"),
+        ({"few_shot": [{"prompt": "x"}]}, "few_shot example 1 must have 'prompt' and 'solution' only"),
+        ({"few_shot": [{"prompt": "x", "solution": 4}]}, "few_shot example 1 must have"),
+        ({"chat_kwargs": {"return_dict": True, "tokenize": True}}, "chat_kwargs must not set return_dict, tokenize"),
+        ({"few_shot": [{"prompt": "x", "solution": " "}]}, "few_shot example 1 must have 'prompt' and 'solution' only"),
     ],
 )
 def test_bad_templates(settings: dict[str, Any], message: str) -> None:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from stepkd.data.completion import Completion
 from stepkd.data.config import DataConfig, parse_spec
 from stepkd.data.load import load_rows
 from stepkd.data.rows import STEPWISE
 from stepkd.errors import ConfigError, DataError
 from stepkd.labels.labellers import Outcome, Solution, TaskChecker
 from stepkd.labels.settings import Cut, Existing, Fitted, LabelConfig, Reject
-from stepkd.labels.solutions import cut
+from stepkd.labels.solutions import SampledSolutions, cut
+from stepkd.sampling.sampler import SamplingConfig
 from stepkd.steps.segment import get_segmenter
 from stepkd.tasks.rows import make_rows
 
@@ -234,3 +237,16 @@ def test_the_model_must_be_known(spec: LabelConfig, run: Any, tmp_path: Path) ->
         run(given(spec, write(tmp_path / "r.jsonl", rows), "two", model=None))
     with pytest.raises(ConfigError, match="the rows name none"):
         run(given(spec, f'task:task="{TASK}",n=2', "none", model=None))
+
+
+def test_a_sampler_need_not_know_log_probabilities() -> None:
+    """One of a script's own; the job records null."""
+    source = object.__new__(SampledSolutions)
+    source.sampling, source.prompts = SamplingConfig(n=1), [Completion([1], [], row={"answer": "2"}, id="p")]
+    source.sampler = SimpleNamespace(sample=lambda *_, **__: [[Completion([1], np.asarray([2]), text="2")]])
+    grader = SimpleNamespace(grade=lambda *_, **__: [SimpleNamespace(verdict="correct")])
+    source.bench, source.signals = SimpleNamespace(grader=grader), ()
+    (sample,) = source.work([0])[0]["samples"]
+    assert sample == {
+        "token_ids": [2], "logprobs": None, "raw_logprobs": None, "finish": "stop", "text": "2", "correct": True
+    }  # fmt: skip

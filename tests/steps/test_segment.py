@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from stepkd.errors import ConfigError
 from stepkd.steps.segment import (
     SEGMENTERS,
+    RegexSegmenter,
     Segmenter,
     get_segmenter,
     segment,
@@ -164,6 +165,11 @@ def test_own_segmenters_fit_the_protocol() -> None:
 def test_bad_names(name: str, message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         get_segmenter(name)
+
+
+def test_bad_cut() -> None:
+    with pytest.raises(ConfigError, match="unknown segmenter cut 'aftr': did you mean 'after'"):
+        RegexSegmenter("x", cut="aftr")  # type: ignore[arg-type]
 
 
 def test_closed_form() -> None:

@@ -143,9 +143,12 @@ def to_stepwise(row: Mapping[str, Any], *, keep: Sequence[str] = ()) -> Row:
     if "completions" in row:
         return dict(row)
     name = row.get("id") or row.get("problem_id", "?")
-    for column, how in (("step_labels", "(stepkd label)"), ("steps", "as Existing solutions")):
+    for column, lacks in (
+        ("step_labels", "no step_labels: label it first (stepkd label)"),
+        ("steps", "no steps as texts: label it first (stepkd label --solutions Existing)"),
+    ):
         if row.get(column) is None:
-            raise DataError(f"the completion has no {column}: label it first {how}", path=name, column=column)
+            raise DataError(f"the completion has {lacks}", path=name, column=column)
     validate(dict(row), COMPLETION, extra="keep")
     found: Row = {"id": name, "prompt": row["prompt"], "completions": row["steps"], "labels": row["step_labels"]}
     found |= passed_on({**row, "outcome": row["correct"]}, "outcome", "answer", *keep)

@@ -123,14 +123,16 @@ def write_math_shepherd(rows: Iterable[Mapping[str, Any]], path: str | Path) -> 
         The number of rows written.
 
     Raises:
-        DataError: chat messages as prompt, or texts that a reader would cut elsewhere.
+        DataError: chat messages as prompt, labels that are no booleans, or texts that a reader would cut elsewhere.
     """
     return write_jsonl(path, (_written(row, Path(path), line) for line, row in enumerate(rows, start=1)))
 
 
 def _written(row: Mapping[str, Any], path: Path, line: int) -> Row:
     validate(dict(row), STEPWISE, path=path, line=line, extra="keep")
-    assert all(isinstance(label, bool) for label in row["labels"])
+    if not all(isinstance(label, bool) for label in row["labels"]):
+        what = f"must be true or false at every step, found {row['labels']}: this form has + and - only"
+        raise DataError(what, path=path, line=line, column="labels")
     prompt, steps = row["prompt"], [step.strip() for step in row["completions"]]
     if not isinstance(prompt, str):
         raise DataError("is a list of messages; this form has a text question", path=path, line=line, column="prompt")

@@ -133,7 +133,8 @@ def rated_rows(raw: RawRow, options: Options) -> list[Row]:
     else:
         raise raw.error(
             "fits neither layout of PRM800K: released lines have 'question' and 'label', trajectories have 'problem', "
-            "'steps' and 'labels'. TRL's form (trl-lib/prm800k) is read by source 'rows'"
+            f"'steps' and 'labels'; this row has {', '.join(map(repr, raw)) or 'none of them'}. "
+            "TRL's form (trl-lib/prm800k) is read by source 'rows'"
         )
     record = f"{Path(raw.path).stem}/{raw.line}" if identity is None else str(identity)
 
@@ -173,6 +174,8 @@ def _trajectory(raw: RawRow) -> list[_Position]:
     count, beside = len(read.steps), read.alternatives or []
     if count != len(read.labels):
         raise raw.error(f"has {len(read.labels)} entries for {count} steps; there must be as many", column="labels")
+    if blank := [number for number, text in enumerate(read.steps) if not text.strip()]:
+        raise raw.error(f"steps[{blank[0]}] is empty: what follows would have no prefix", column="steps")
     if len(beside) > count + 1:
         raise raw.error(
             f"has {len(beside)} positions for {count} steps; there can be one more than steps at most",

@@ -60,7 +60,7 @@ class Source:
     """Splits that must not be trained on; "*" stands for all of them."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Settings that it alone has: name -> default, whose type is asked for (None: anything), or the list of what is
-    allowed, the default first."""
+    allowed, the default first (an empty list is a default like any other)."""
     generate: Generate | None = None
     """For generated sources: (options, split) -> raw rows; such a source takes no path and no hub id."""
 
@@ -77,13 +77,13 @@ class Source:
             ConfigError: an unknown option or a value of the wrong type.
         """
         for name, value in options.items():
-            check_choice(f"option of source {self.name!r}", name, self.options)
+            check_choice(f"option (source {self.name})", name, self.options)
             default, place = self.options[name], f"option {name} of source {self.name!r}"
-            if isinstance(default, list):
+            if isinstance(default, list) and default:
                 check_choice(place, value, default)
             elif default is not None and type(value) is not type(default):
                 raise ConfigError(f"{place} must be {type(default).__name__}, found {shown(value)}")
-        defaults = {name: each[0] if isinstance(each, list) else each for name, each in self.options.items()}
+        defaults = {name: each[0] if isinstance(each, list) and each else each for name, each in self.options.items()}
         return defaults | dict(options)
 
     def select(self, row: Mapping[str, Any], columns: Mapping[str, str], *, path: str, line: int) -> RawRow:
