@@ -35,10 +35,11 @@ class LabelRule:
 
     kind: Literal["auto"] | LabelKind = "auto"
     """What the labels must be: correct/incorrect, -1/0/1, or chances in [0, 1]; ``auto`` takes what each row has."""
-    after_error: Literal["keep", "truncate", "mask"] = "truncate"
+    after_error: Literal["keep", "truncate", "mask"] | None = None
     """Steps after the first incorrect one: keep their labels, cut the solution off there, or leave it whole without
-    these labels. A soft label is an incorrect step below ``harden``, and without it only where it is 0. A causal model
-    gives the same gradient for ``truncate`` and ``mask``."""
+    these labels; None: reward models truncate, KTO and Step-KTO keep. A soft label is an incorrect step below
+    ``harden``, and without it only where it is 0. A causal model gives the same gradient for ``truncate`` and
+    ``mask``."""
     neutral: Neutral = "correct"
     """What a rating of 0 means to a head of two classes."""
     harden: float | None = None
@@ -109,7 +110,7 @@ def step_targets(row: Mapping[str, Any], num_steps: int, num_classes: int, rule:
         else:
             neutral_class = kind == "rating" and label == 0 and num_classes == 3
             targets.append(_one_hot(1 if neutral_class else (num_classes - 1) * mark, num_classes))
-    if rule.after_error != "keep" and False in marks:
+    if rule.after_error not in ("keep", None) and False in marks:
         incorrect = marks.index(False)
         targets[incorrect + 1 :] = [None] * (num_steps - incorrect - 1)
     return targets

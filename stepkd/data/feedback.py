@@ -61,7 +61,7 @@ class FeedbackEncoder(Encoder):
         learns: Sequence[Literal["outcomes", "steps"]] = ("outcomes",),
     ) -> None:
         super().__init__(tokenizer, template, segmenter, max_length=max_length)
-        self.labels: LabelRule = labels or LabelRule(after_error="keep")
+        self.labels: LabelRule = labels or LabelRule()
         self.learns = learns
         if self.labels.scope != "steps":
             raise ConfigError(

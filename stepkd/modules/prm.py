@@ -10,7 +10,7 @@ Axes: L labelled steps, C classes from worst to best, N targets.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -184,6 +184,7 @@ class PRMModule(StepModule):
     def make_encoder(self, data: StepData) -> StepEncoder:
         """The method learns from solutions with step labels, or with an outcome."""
         labels, meaning = data.labels or LabelRule(), self.head_spec.meaning
+        labels = replace(labels, after_error=labels.after_error or "truncate")
         if (labels.scope == "outcome") != (meaning == "outcome"):
             raise ConfigError(
                 f"data.labels.scope is {labels.scope!r} and model.head.meaning is {meaning!r}: an outcome reward model "

@@ -153,6 +153,12 @@ def test_what_counts_as_the_first_error(labels: list[Any], rule: dict[str, Any],
 # ---- truncation to the context --------------------------------------------------------------------------------------
 
 
+def test_labels_are_kept_behind_an_error_whatever_else_the_rule_sets() -> None:
+    row = stepwise([True, False, True, True], outcome=False)
+    kept = encode(make(after_error=None, neutral="mask"), row).step_labels
+    assert kept == encode(make(after_error="keep"), row).step_labels
+
+
 @pytest.mark.parametrize("after_error", ["keep", "mask", "truncate"])
 @pytest.mark.parametrize("labels", [[True, True, False, True], [True, False, True, True], [True, None, True, True]])
 def test_labels_go_with_the_steps_that_do_not_fit(labels: list[Any], after_error: str) -> None:
