@@ -88,7 +88,12 @@ def check_host_room(folder: Path, dtype: str) -> None:
         ModelError: names the bytes needed and free.
     """
     # What transformers reads, not every copy of the weights that lies there.
-    files = [*folder.glob("model*.safetensors")] or [*folder.glob("pytorch_model*.bin")]
+    index = folder / "model.safetensors.index.json"
+    if index.is_file() and not (folder / "model.safetensors").is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
+        files = [folder / name for name in names if (folder / name).is_file()]
+    else:
+        files = [*folder.glob("model.safetensors")] or [*folder.glob("pytorch_model*.bin")]
     needed = sum(file.stat().st_size for file in files)
     if dtype != "auto":
         needed = needed * _BYTES[dtype] // _BYTES.get(_stored_dtype(folder), _BYTES[dtype])

@@ -6,6 +6,7 @@ Axes: B rows, T padded length, H hidden size.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
@@ -35,6 +36,8 @@ from stepkd.models.sharding import gathered
 from stepkd.models.spec import PolicyConfig, StepHeadConfig
 from stepkd.models.step_head import StepHead, named_marker, resolve_ids, saved_step_head
 
+logger = logging.getLogger(__name__)
+
 
 class Policy(nn.Module):
     """Model and tokenizer with the views that training and sampling need.
@@ -63,6 +66,14 @@ class Policy(nn.Module):
             check_head(self.causal_lm)
             check_padding(self.causal_lm)
             self.can_unpad  # noqa: B018 - looked at now, while no strategy has sharded the weights yet
+            if (steady := steady_length(self.causal_lm.config.get_text_config())) == self.max_length is not None:
+                logger.warning(
+                    "%s changes its rotary frequencies for a whole batch once a sequence is longer than %d tokens: "
+                    "that is its context here. For longer ones write its long_factor over its short_factor in "
+                    "config.json (the long frequencies at every length)",
+                    type(self.causal_lm).__name__,
+                    steady,
+                )
 
     @classmethod
     def load(cls, spec: PolicyConfig) -> Policy:

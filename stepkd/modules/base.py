@@ -206,7 +206,7 @@ class StepModule(PolicyModule):
         """
         if not any(counts.values()):
             raise TrainingError(
-                f"step {self.global_step}: no row of {batches} batch(es) in a row has a single target "
+                f"step {self.global_step}: no example of {batches} batch(es) in a row has a single target "
                 f"({', '.join(counts)} all 0); look at max_length, at what the method counts, and at the rows"
             )
         return counts

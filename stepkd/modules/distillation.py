@@ -63,7 +63,11 @@ class Distillation(Component):
     def __post_init__(self) -> None:
         own = {} if self.divergence.tempers else {"temperature": self.divergence.temperature}
         own |= {name: value for name, value in vars(self.divergence).items() if name != "temperature"}
-        self._divergence = partial(DIVERGENCES[type(self.divergence)], **own)
+        function = DIVERGENCES.get(type(self.divergence))
+        if function is None:
+            names = ", ".join(each.__name__ for each in DIVERGENCES)
+            raise ConfigError(f"divergence {type(self.divergence).__name__} has no function in DIVERGENCES ({names})")
+        self._divergence = partial(function, **own)
 
     def count(self, batch: Batch) -> dict[str, float]:
         """The denominator of ``kd``.

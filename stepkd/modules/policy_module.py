@@ -1,4 +1,4 @@
-"""PolicyModule: the model that a method trains, its running average, and what a checkpoint holds of both."""
+"""PolicyModule: the model that a method trains, and what a checkpoint holds of it."""
 
 from __future__ import annotations
 
@@ -243,9 +243,10 @@ class PolicyModule(LightningModule):
             named = {name.partition(".")[0] for name in self.resume_with}
             for name, now in self.frozen.items():
                 if name not in named and (then := section["frozen"].get(name, now)) != now:
+                    paths = " and ".join(dict.fromkeys((f"{name}.path", "policy.path")))
                     raise ModelError(
                         f"the run was begun with another {name} model (weights {then} then, {now} now): give the old "
-                        f"{name}.path and policy.path again, or start a new run in another --out"
+                        f"{paths} again, or start a new run in another --out"
                     )
             self.restore_method_state({name: value for name, value in state.items() if name not in named})
         else:

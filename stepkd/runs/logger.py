@@ -111,7 +111,9 @@ def place_loggers(settings: Any, folder: Path) -> None:
         named = "name" if str(getattr(logger, "class_path", "")).endswith("WandbLogger") else "run_name"
         for name, value in {"save_dir": str(folder), "root_dir": str(folder), named: folder.name}.items():
             if name in options and options[name] in (None, ".", "./mlruns"):  # the classes' own defaults
-                options[name] = value
+                options[name] = (
+                    str(folder / "mlruns") if options[name] == "./mlruns" else value
+                )  # MLflow reads all of it
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

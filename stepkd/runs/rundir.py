@@ -138,6 +138,8 @@ class RunDir:
         except MachineError:
             if status != "failed":
                 raise
+            with contextlib.suppress(OSError):  # a full disk has room where the old text stands, and hides no error
+                _overwrite(self.path / MARKER, marker)
 
     def abandon(self) -> bool:
         """Remove a folder in which nothing was done yet, so that a corrected command needs no flag.
@@ -255,6 +257,13 @@ def read_marker(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return marker if isinstance(marker, dict) and "stepkd" in marker and "kind" in marker else None
+
+
+def _overwrite(path: Path, marker: dict[str, Any]) -> None:
+    """Put a marker in place of one that is there: no new file, and no more than the block that it has."""
+    with open(path, "r+", encoding="utf-8") as stream:
+        stream.write(json.dumps(marker | {name: marker.get(name, "")[:500] for name in ("message", "command")}))
+        stream.truncate()
 
 
 def _launch_identity(environ: Mapping[str, str], info: LaunchInfo) -> tuple[str | None, bool]:

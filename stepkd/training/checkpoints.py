@@ -125,11 +125,12 @@ class LastCheckpoint(Checkpoint):
         """Save, on all ranks, when a request to stop is why the run ends."""
         if isinstance(exception, Preempted):
             self.save(trainer)
-        self._stop_listening()
+        self.on_train_end(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop listening, before Lightning puts back the handlers that were there before it."""
+        """Stop listening, once, before Lightning puts back the handlers that were there before it."""
         self._stop_listening()
+        self._stop_listening = lambda: None
 
     def save(self, trainer: Trainer) -> None:
         """Write it now, on all ranks.

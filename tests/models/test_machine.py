@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,22 @@ def test_memory_of_this_machine(folder: Path, dtype: str, times: float, monkeypa
         Policy.load(spec)
     monkeypatch.setattr(machine, "memory_free", lambda: needed)
     Policy.load(spec)
+
+
+@pytest.mark.parametrize(("whole", "needed"), [(False, 300), (True, 1000)])
+def test_the_files_that_are_read_count(
+    tmp_path: Path, whole: bool, needed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards by their index, whatever their names; one whole file goes before them."""
+    for name, size in {"part-1.safetensors": 100, "part-2.safetensors": 200, "model-old.safetensors": 5000}.items():
+        (tmp_path / name).write_bytes(bytes(size))
+    index = {"weight_map": {"a": "part-1.safetensors", "b": "part-2.safetensors", "c": "part-2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    if whole:
+        (tmp_path / "model.safetensors").write_bytes(bytes(1000))
+    monkeypatch.setattr(machine, "memory_free", lambda: needed - 1)
+    with pytest.raises(ModelError, match=f"needs {needed:,} bytes"):
+        machine.check_host_room(tmp_path, "auto")
 
 
 def test_a_teacher_too_large_for_this_machine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,6 +62,15 @@ def test_the_context_ends_where_the_scaling_changes() -> None:
     assert shares_a_batch_with(policy, SWITCH + 1) > 1e-3  # what is kept out
 
 
+def test_the_shorter_context_is_told_with_the_way_out(caplog: pytest.LogCaptureFixture) -> None:
+    phi3()
+    assert "longer than 24 tokens: that is its context here" in caplog.text
+    assert "long_factor over its short_factor" in caplog.text
+    caplog.clear()
+    phi3(long_factor=1.0)
+    assert not caplog.text
+
+
 def test_long_frequencies_at_every_length_are_steady() -> None:
     policy = phi3(long_factor=1.0)
     assert policy.max_length == 96

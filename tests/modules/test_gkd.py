@@ -247,7 +247,7 @@ def test_the_teachers_samples_are_the_teachers(views: Any, rows: list[Any]) -> N
 def test_prompts_without_solutions(rows: list[Any]) -> None:
     bare = [replace(row, token_ids=(), step_ends=()) for row in rows]
     assert worker.run(bare, source=worker.OWN).gradients
-    with pytest.raises(TrainingError, match=r"no row of 1 batch.* has a single target"):
+    with pytest.raises(TrainingError, match=r"no example of 1 batch.* has a single target"):
         worker.run(bare)
 
 
@@ -316,13 +316,21 @@ def test_only_incorrect_steps(average: Any, views: Any, distance: Callable[..., 
     assert float(module.trainer.callback_metrics["train/focus"]) == pytest.approx(counted / everything, rel=1e-6)
 
 
+def test_a_divergence_without_a_function_is_refused_by_name() -> None:
+    class Own(ReverseKL):
+        pass
+
+    with pytest.raises(ConfigError, match=r"divergence Own has no function in .*DIVERGENCES \(JSD, ForwardKL"):
+        GKDModule(PolicyConfig(path="tiny-0.1m"), teacher=Local("tiny-0.1m"), divergence=Own())
+
+
 def test_batches_in_which_nothing_counts_are_skipped(rows: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     from stepkd.errors import TrainingError
     from stepkd.modules import base
 
     monkeypatch.setattr(base, "MOST_SKIPPED", 3)
     with pytest.raises(
-        TrainingError, match=r"step 0: no row of 3 batch\(es\) in a row has a single target \(kd all 0\)"
+        TrainingError, match=r"step 0: no example of 3 batch\(es\) in a row has a single target \(kd all 0\)"
     ):
         worker.run(rows[:2], focus=FocusConfig("checker"))
     weighted = worker.run(rows, focus=FocusConfig("checker", correct=1.0))

@@ -124,5 +124,5 @@ def test_labels_that_all_agree_are_an_error_unless_allowed() -> None:
 def test_a_batch_without_targets_is_an_error() -> None:
     module = made("prm")
     module.count = lambda batch: {"prm": 0.0}
-    with pytest.raises(TrainingError, match=r"step 0: no row of 1 batch\(es\) in a row has a single target"):
+    with pytest.raises(TrainingError, match=r"step 0: no example of 1 batch\(es\) in a row has a single target"):
         module.loss(STEPS, template="task")

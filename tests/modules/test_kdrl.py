@@ -334,7 +334,7 @@ def test_equal_groups(rows: list[Any]) -> None:
 def test_nothing_to_learn_from_ends_the_run(rows: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stepkd.modules.base.MOST_SKIPPED", 3)
     same = [RewardConfig("format", options={"pattern": "never"})]
-    with pytest.raises(TrainingError, match=r"no row of 3 batch\(es\) in a row has a single target"):
+    with pytest.raises(TrainingError, match=r"no example of 3 batch\(es\) in a row has a single target"):
         worker.run(rows, rewards=same, teacher=None, policy_loss=PolicyLossConfig(equal_groups="drop"))
 
 

@@ -5,6 +5,7 @@ import json
 import math
 from io import FileIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,11 +14,19 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningModule, Trainer
 
 from stepkd.errors import DataError, MachineError
-from stepkd.runs.logger import JsonlLogger, read_metrics
+from stepkd.runs.logger import JsonlLogger, place_loggers, read_metrics
 
 
 def raw_lines(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_mlflows_files_have_a_folder_of_their_own_in_the_run(tmp_path: Path) -> None:
+    """It takes every folder beside its experiments for one of them."""
+    options = [{"save_dir": "./mlruns", "run_name": None}, {"save_dir": "."}, {"save_dir": "elsewhere"}]
+    place_loggers([SimpleNamespace(class_path="a.Logger", init_args=each) for each in options], tmp_path)
+    assert options[0] == {"save_dir": str(tmp_path / "mlruns"), "run_name": tmp_path.name}
+    assert [each["save_dir"] for each in options[1:]] == [str(tmp_path), "elsewhere"]
 
 
 def test_one_line_per_call_with_its_facts(tmp_path: Path) -> None:

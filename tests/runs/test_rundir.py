@@ -245,6 +245,10 @@ def test_a_full_disk_leaves_the_old_marker(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(MachineError, match="No space left"):
         run.mark("finished")
     assert tree(run.path) == before
+    run.mark("failed", "no space for metrics")
+    marker = read_marker(run.path)
+    assert marker is not None
+    assert (marker["status"], marker["message"]) == ("failed", "no space for metrics")
 
 
 def test_other_ranks_neither_fail_nor_write(tmp_path: Path) -> None:

@@ -105,3 +105,14 @@ def test_the_last_checkpoint_is_written_whenever_enough_steps_are_done(tmp_path:
         trainer.global_step = step
         callback.on_train_batch_end(trainer, module, None, None, 0)
     assert saved == [5, 8, 12]
+
+
+def test_listening_ends_once() -> None:
+    """A second end would put back a handler that is not the process's any more."""
+    ended: list[int] = []
+    last = LastCheckpoint(Path("last.ckpt"), 1)
+    last._stop_listening = lambda: ended.append(1)
+    nothing: Any = None
+    last.on_train_end(nothing, nothing)
+    last.on_exception(nothing, nothing, RuntimeError("a logger"))
+    assert ended == [1]
