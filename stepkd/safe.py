@@ -8,6 +8,9 @@ and code that a model repository ships runs only with ``policy.trust_remote_code
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Mapping
+from typing import Any
 
 from stepkd.errors import ConfigError
 
@@ -21,6 +24,8 @@ ALLOWED = (
 )
 """Import paths that a recipe may name under ``--safe``, with everything below them."""
 _VARIABLE = "STEPKD_SAFE"
+_SECRET_NAME = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD)$")
+_CREDENTIAL = re.compile(r"://[^/\s@]+:[^/\s@]+@|\bhf_[A-Za-z0-9]{16,}")
 
 
 def enter() -> None:
@@ -61,3 +66,26 @@ def check_remote_code(wanted: bool) -> None:
     """
     if wanted and is_safe():
         raise ConfigError("policy.trust_remote_code: true runs code of the model's repository, which --safe forbids")
+
+
+def refuse_credentials(settings: Mapping[str, Any]) -> None:
+    """Refuse settings that hold a credential: files, checkpoints, model cards and loggers get them as they are.
+
+    Args:
+        settings: values by dotted name.
+
+    Raises:
+        ConfigError: one holds the password of a URL, a token of the Hugging Face hub, or the value of an environment
+            variable whose name ends in TOKEN, KEY, SECRET or PASSWORD (of 12 characters or more). The message does not
+            repeat it.
+    """
+    secrets = {name: value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) >= 12}
+    for name, value in settings.items():
+        text = str(value)
+        what = next((f"the value of the variable {known}" for known, secret in secrets.items() if secret in text), "")
+        if what or _CREDENTIAL.search(text):
+            raise ConfigError(
+                f"{name} holds {what or 'a password or token'}, and settings are written into files and told to "
+                "loggers: leave it out. Credentials are read from where their owners look for them: HF_TOKEN, "
+                "WANDB_API_KEY, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or ~/.netrc for a URL"
+            )

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from stepkd.data.templates import TEMPLATES
+from stepkd.errors import ConfigError
+
 ROOT = Path(__file__).resolve().parents[1] / "recipes"
 ITERATED = sorted([*ROOT.glob("iterate_*.yaml"), *(ROOT / "tiny").glob("iterate_*.yaml")])
-METHODS = sorted(path for path in ROOT.glob("*.yaml") if path not in ITERATED)
+DEBUG = ROOT / "debug.yaml"
+METHODS = sorted(path for path in ROOT.glob("*.yaml") if path not in [*ITERATED, DEBUG])
 TINY = sorted(path for path in (ROOT / "tiny").glob("*.yaml") if path not in ITERATED)
 OVERLAYS = sorted((ROOT / "base").glob("*.yaml"))
 TEACHERS = sorted((ROOT / "teacher").glob("*.yaml"))
 ENGINES = sorted((ROOT / "engine").glob("*.yaml"))
+LOGGERS = sorted((ROOT / "logger").glob("*.yaml"))
 STRATEGIES = sorted((ROOT / "strategy").glob("*.yaml"))
 CLAIMS = sorted((ROOT / "claims").glob("*.yaml"))
 SHARED = sorted((ROOT / "claims" / "base").glob("*.yaml"))
@@ -73,10 +79,12 @@ def distilling() -> list[Path]:
 
 
 @pytest.mark.parametrize("method", METHODS + TINY, ids=name)
-def test_method_builds_with_a_tiny_model(method: Path) -> None:
+def test_method_builds_with_a_tiny_model_for_a_first_look(method: Path) -> None:
     extra = ("--model.teacher.path", "tiny-2m") if method in distilling() else ()
-    cli = instantiate(method, ROOT / "base" / "tiny.yaml", extra=extra)
+    cli = instantiate(method, ROOT / "base" / "tiny.yaml", DEBUG, extra=extra)
     assert cli.model.policy_spec.path == "tiny-0.5m"
+    assert (cli.config.trainer.max_steps, cli.config.checkpoint.every_n_steps) == (4, None)
+    assert cli.config.data.init_args.train.limit == 64
     cli.model.configure_model()
     assert cli.model.policy.trainable_parameters()
 
@@ -84,18 +92,27 @@ def test_method_builds_with_a_tiny_model(method: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "overlay"),
     [
-        pytest.param(method, overlay, id=f"{method.stem}-{overlay.stem}")
+        pytest.param(
+            method,
+            overlay,
+            id=f"{method.stem}-{overlay.stem}",
+            marks=[] if overlay.stem == "qwen2.5-1.5b-qlora" or method.stem in ("sft", "gkd") else pytest.mark.slow,
+        )
         for method in METHODS
         for overlay in OVERLAYS
-        if overlay.stem == "qwen2.5-1.5b-qlora" or method.stem in ("sft", "gkd")
     ],
 )
-def test_every_overlay_composes_with_two_methods_and_every_method_with_one(method: Path, overlay: Path) -> None:
-    cli = instantiate(method, overlay, extra=("--trainer.precision", "null"), build=False)
-    wanted = yaml.safe_load(overlay.read_text(encoding="utf-8"))["model"]["init_args"]["policy"]
+def test_every_student_composes_with_every_method_and_a_logger(method: Path, overlay: Path) -> None:
+    """Quick: every student with two methods, and every method with one student."""
+    cli = instantiate(method, overlay, LOGGERS[0], extra=("--trainer.precision", "null"), build=False)
+    wanted = yaml.safe_load(overlay.read_text(encoding="utf-8"))
     policy = cli.config.model.init_args.policy
-    assert policy.path == wanted["path"]
-    assert (policy.lora is None) == (wanted.get("lora") is None)
+    assert policy.path == wanted["model"]["init_args"]["policy"]["path"]
+    assert (policy.lora is None) == (wanted["model"]["init_args"]["policy"].get("lora") is None)
+    assert cli.config.data.init_args.chat_kwargs == wanted.get("data", {}).get("init_args", {}).get("chat_kwargs")
+    strategy = wanted["trainer"]["strategy"]["class_path"] if "fsdp2" in overlay.stem else "auto"
+    assert cli.config.trainer.logger.class_path.endswith("MLFlowLogger")
+    assert getattr(cli.config.trainer.strategy, "class_path", cli.config.trainer.strategy) == strategy
 
 
 @pytest.mark.parametrize("teacher", TEACHERS, ids=name)
@@ -142,6 +159,59 @@ def test_every_strategy_composes_with_a_method_and_every_method_with_one(method:
         assert found.class_path == wanted["trainer"]["strategy"]["class_path"]
         for setting, value in wanted["trainer"]["strategy"].get("init_args", {}).items():
             assert found.init_args[setting] == value
+
+
+@pytest.mark.parametrize("logger", LOGGERS, ids=name)
+def test_every_logger_composes_with_a_method(logger: Path) -> None:
+    cli = instantiate(ROOT / "sft.yaml", logger, build=False)
+    wanted = yaml.safe_load(logger.read_text(encoding="utf-8"))
+    assert set(wanted) == {"trainer"}
+    found = cli.config.trainer.logger
+    assert found.class_path == wanted["trainer"]["logger"]["class_path"]
+    assert found.init_args.as_dict().items() >= wanted["trainer"]["logger"]["init_args"].items()
+
+
+def chat_tokenizer(chat_template: str) -> Any:
+    """A stand-in that knows nothing but its chat template."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab={"</s>": 0}, merges=[])))
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+THINKING = (  # as Qwen3's: it thinks unless told not to, and writes the empty block itself then
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n{{ m['content'] }}<end_of_turn>\n"
+    "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+ASKED = TEMPLATES["gsm8k"].user.replace("{prompt}", "1+1?")
+
+
+@pytest.mark.parametrize("size", ["0.6b", "1.7b"])
+def test_thinking_is_off_and_on_in_the_chat_template(size: str) -> None:
+    base, on = ROOT / "base" / f"qwen3-{size}-lora.yaml", ("--data.init_args.chat_kwargs.enable_thinking", "true")
+    row, begin = {"id": "r", "prompt": "1+1?"}, f"<|im_start|>user\n{ASKED}<|im_end|>\n<|im_start|>assistant\n"
+    off = instantiate(ROOT / "sft.yaml", base).datamodule.template
+    assert off == replace(TEMPLATES["gsm8k"], chat_kwargs={"enable_thinking": False})
+    assert off.render(row, chat_tokenizer(THINKING)) == f"{begin}<think>\n\n</think>\n\n"
+    thinking = instantiate(ROOT / "sft.yaml", base, extra=on).datamodule.template
+    assert thinking.render(row, chat_tokenizer(THINKING)) == begin
+
+
+def test_a_model_without_a_system_role_gets_none_unless_one_is_asked_for() -> None:
+    template = instantiate(ROOT / "sft.yaml", ROOT / "base" / "gemma-3-1b-lora.yaml").datamodule.template
+    row = {"id": "r", "prompt": "1+1?"}
+    written = f"<start_of_turn>user\n{ASKED}<end_of_turn>\n<start_of_turn>model\n"
+    assert template.render(row, chat_tokenizer(NO_SYSTEM)) == written
+    with pytest.raises(ConfigError, match="System role not supported; drop the system message"):
+        replace(template, system="Be brief.").render(row, chat_tokenizer(NO_SYSTEM))
 
 
 def test_text_of_reward_options_stays_text() -> None:

@@ -4,7 +4,7 @@
   stepkd recipes show tiny/sft
   stepkd recipes copy sft my-sft.yaml
 
-A recipe is composed of a method and overlays, in this order: method, base, teacher, engine, strategy:
+A recipe is composed of a method and overlays, in this order: method, base, teacher, engine, strategy, logger:
   stepkd fit --config recipes/sft.yaml --config recipes/base/smollm2-135m-lora.yaml --out runs/sft
 """
 

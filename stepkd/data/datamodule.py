@@ -7,6 +7,7 @@ import logging
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,8 @@ class StepData(LightningDataModule):
             nothing can be learnt.
         keep_prompts_together: shuffle prompts in place of examples, so that completions of one prompt meet in a batch
             and the prompt is read once.
+        chat_kwargs: further arguments of the model's chat template, on top of those of ``template``, for instance
+            ``enable_thinking: false`` for Qwen3.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class StepData(LightningDataModule):
         labels: LabelRule | None = None,
         allow_one_class: bool = False,
         keep_prompts_together: bool = False,
+        chat_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if overlap_ngram < 0:
@@ -87,6 +91,7 @@ class StepData(LightningDataModule):
         self.ratings = labels is not None and labels.kind == "rating"
         self.allow_one_class = allow_one_class
         self.keep_prompts_together = keep_prompts_together
+        self.chat_kwargs = chat_kwargs or {}
         self._given_template = None if template is None else get_template(template)
         self.segmenter = get_segmenter(segmenter)
         self.max_length = max_length
@@ -107,6 +112,7 @@ class StepData(LightningDataModule):
         trained = self._module.trained_template() if hasattr(self._module, "trained_template") else None
         default = getattr(self._module, "default_template", "gsm8k")
         used = self._given_template or trained or get_template(default)
+        used = replace(used, chat_kwargs={**used.chat_kwargs, **self.chat_kwargs})
         if trained not in (None, used) and getattr(self.trainer, "global_rank", 0) == 0:
             logger.warning(
                 "prompt template: data.template is %s, which this run uses; the policy was trained with %s",

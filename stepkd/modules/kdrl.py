@@ -159,7 +159,7 @@ class KDRLModule(DistillationModule):
     def begin(self) -> None:
         """Load what rewards and credits, so that a mistake there is said before anything is sampled."""
         _ = self.sampler, self.step_scorer
-        folder = None if self.trainer.logger is None else self.trainer.logger.save_dir
+        folder = self.trainer.loggers[-1].save_dir if self.trainer.loggers else None  # the run's own stands last
         self._sample_log = SampleLog(self.samples, folder, self.rollout_spec.sampling.longest)
 
     def distils(self, micro_batch: Batch) -> bool:

@@ -19,6 +19,10 @@ from stepkd.steps.labels import tally
 from stepkd.steps.segment import get_segmenter, segment, step_ends
 from stepkd.steps.text import text_from_ids
 
+SHOWN = ("prompt", "completion", "expected", "verdict", "tokens", "finish")
+"""Columns of the table that loggers get of every validation: the first completion of its first problems."""
+MOST_SHOWN = 16
+
 
 @dataclass(frozen=True)
 class ValidationConfig:
@@ -53,10 +57,16 @@ class SampledAccuracy:
         self.sampler = TransformersSampler(policy, max_rows=spec.max_rows)
         self.segmenter = get_segmenter(spec.segmenter)
         self.grader = Grader(spec.grading)
+        self.shown: list[list[Any]] = []
 
     def __call__(self, batch: StepBatch, phases: PhaseTracker) -> dict[str, float]:
         """Sums over this rank's problems; ``correct_flawed`` of :func:`~stepkd.steps.labels.tally`."""
         _, judged = self._judged(batch, phases, "validation")
+        for example, (first, *_) in list(zip(batch.examples, judged, strict=True))[: MOST_SHOWN - len(self.shown)]:
+            prompt = example.row["prompt"]
+            asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+            told = [first[name] for name in ("verdict", "tokens", "finish")]
+            self.shown.append([asked, first["completion"], str(example.row["answer"]), *told])
         together = [sample for samples in judged for sample in samples]
         verdicts, labels = ([sample[name] for sample in together] for name in ("verdict", "step_labels"))
         known = [steps for steps in labels if steps is not None]

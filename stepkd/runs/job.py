@@ -36,6 +36,7 @@ from stepkd.runs.files import delete, json_text, write_file, write_json, write_j
 from stepkd.runs.launcher import check_launch, rank_device
 from stepkd.runs.process import check_unused, this_process
 from stepkd.runs.progress import WorkLine, metric
+from stepkd.safe import refuse_credentials
 from stepkd.yaml_files import as_yaml, yaml_text
 
 SETTINGS_NAME, SUMMARY_NAME, RESULTS_NAME = "settings.json", "summary.json", "results.jsonl"
@@ -214,8 +215,10 @@ class Job:
             The settings that the folder holds.
 
         Raises:
-            ConfigError: the folder holds something else, or the job under other settings (they are named).
+            ConfigError: the folder holds something else, or the job under other settings (they are named); or a
+                setting holds a credential.
         """
+        refuse_credentials(flat(settings) | flat(self.options.config or {}))
         self.check()
         wanted = json.loads(json_text({"kind": self.kind, **settings}, path=self.out / SETTINGS_NAME))
         if self.options.overwrite:  # the settings go last: a kill in between leaves what --overwrite still accepts

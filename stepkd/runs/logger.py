@@ -7,18 +7,21 @@ Lightning's ``CSVLogger`` deletes the earlier lines when a run is resumed. Here 
 from __future__ import annotations
 
 import json
+import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from importlib.util import find_spec
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import IO, Any
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 from typing_extensions import override
 
-from stepkd.errors import DataError, disk_error
+from stepkd.errors import ConfigError, DataError, disk_error
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -99,21 +102,63 @@ for _logger in (CSVLogger, TensorBoardLogger):
         _logger.__init__.__defaults__ = (None, *_logger.__init__.__defaults__)  # type: ignore[misc]
 
 
+_PACKAGES = {
+    "TensorBoardLogger": "tensorboard",
+    "WandbLogger": "wandb",
+    "MLFlowLogger": "mlflow",
+    "TrackioLogger": "trackio",
+}
+
+
 def place_loggers(settings: Any, folder: Path) -> None:
     """Give loggers that are told no folder the run's, and the run's name to those that have a place for one.
 
     Args:
         settings: of one logger or several, as parsed; changed in place.
         folder: the run folder.
+
+    Raises:
+        ConfigError: a logger's package is missing, or MLflow is not allowed to write files.
     """
     for logger in settings if isinstance(settings, list) else [settings]:
         options = getattr(logger, "init_args", None) or {}
-        named = "name" if str(getattr(logger, "class_path", "")).endswith("WandbLogger") else "run_name"
-        for name, value in {"save_dir": str(folder), "root_dir": str(folder), named: folder.name}.items():
+        kind = str(getattr(logger, "class_path", "")).rpartition(".")[2]
+        if kind in _PACKAGES and find_spec(_PACKAGES[kind]) is None:
+            raise ConfigError(f"trainer.logger: {kind} needs {_PACKAGES[kind]}: pip install 'stepkd[loggers]'")
+        if kind == "MLFlowLogger" and not (options["tracking_uri"] or os.environ.get("MLFLOW_ALLOW_FILE_STORE")):
+            raise ConfigError(
+                "trainer.logger: MLflow writes files under MLFLOW_ALLOW_FILE_STORE=true only: set that variable, or "
+                "name a server in MLFLOW_TRACKING_URI"
+            )
+        named = "name" if kind in ("WandbLogger", "TrackioLogger") else "run_name"
+        place = folder / "mlruns" if kind == "MLFlowLogger" else folder
+        for name, value in {"save_dir": str(place), "root_dir": str(folder), named: folder.name}.items():
             if name in options and options[name] in (None, ".", "./mlruns"):  # the classes' own defaults
                 options[name] = (
                     str(folder / "mlruns") if options[name] == "./mlruns" else value
                 )  # MLflow reads all of it
+
+
+def log_table(logger: Logger, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
+    """Give a logger a table, if it has a place for one: any with a ``log_table`` as that for W&B has it, MLflow (one
+    file, to which every table is appended), TensorBoard (as text).
+
+    Args:
+        logger: of any kind; rank 0 only.
+        name: of the table, for instance ``val/samples``.
+        columns: their names.
+        rows: values in the order of ``columns``.
+        step: that of the metrics which belong to it.
+    """
+    if isinstance(logger, MLFlowLogger):
+        table = {"step": [step] * len(rows)} | {column: [row[i] for row in rows] for i, column in enumerate(columns)}
+        logger.experiment.log_table(str(logger.run_id), table, f"{name}.json")
+    elif isinstance(logger, TensorBoardLogger):
+        cells = [[escape(str(cell)).replace("|", "&#124;").replace("\n", "<br>") for cell in row] for row in rows]
+        lines = [list(columns), ["---"] * len(columns), *cells]
+        logger.experiment.add_text(name, "\n".join(f"| {' | '.join(line)} |" for line in lines), step)
+    elif hasattr(logger, "log_table"):
+        logger.log_table(name, columns=list(columns), data=[list(row) for row in rows], step=step)
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

@@ -22,8 +22,9 @@ from stepkd.data.rows import COMPLETION, validate
 from stepkd.data.templates import PromptTemplate
 from stepkd.errors import check_bounds, disk_error
 from stepkd.models.source import save_template
+from stepkd.modules.validation import SHOWN
 from stepkd.runs.files import replaced
-from stepkd.runs.logger import append
+from stepkd.runs.logger import append, log_table
 from stepkd.runs.process import STOP_REQUEST, Preempted
 from stepkd.runs.rundir import find_last_checkpoint, read_checkpoint
 
@@ -32,8 +33,9 @@ from stepkd.runs.rundir import find_last_checkpoint, read_checkpoint
 class CheckpointConfig:
     """When checkpoints are written."""
 
-    every_n_steps: int = 100
-    """``last.ckpt`` is written every so many optimiser steps, and at the end."""
+    every_n_steps: int | None = 100
+    """``last.ckpt`` is written every so many optimiser steps, 1 or more, and at the end; null: never, so that there is
+    nothing to resume or export."""
     monitor: str | None = "val/loss"
     """``best.ckpt`` is the checkpoint with the best value of this; needs validation data. Null: there is none."""
     mode: Literal["min", "max"] = "min"
@@ -91,10 +93,10 @@ class LastCheckpoint(Checkpoint):
 
     Args:
         path: the file.
-        every_n_steps: optimiser steps between checkpoints, >= 1.
+        every_n_steps: optimiser steps between checkpoints, >= 1; None: none is ever written.
     """
 
-    def __init__(self, path: Path, every_n_steps: int) -> None:
+    def __init__(self, path: Path, every_n_steps: int | None) -> None:
         self.path = path
         self.every_n_steps = every_n_steps
         self._saved_at: int | None = None
@@ -111,7 +113,7 @@ class LastCheckpoint(Checkpoint):
     ) -> None:
         """Save now, or after the validation that follows."""
         assert self._saved_at is not None
-        if trainer.global_step // self.every_n_steps > self._saved_at // self.every_n_steps:
+        if self.every_n_steps and trainer.global_step // self.every_n_steps > self._saved_at // self.every_n_steps:
             self._due = True
             if not _validation_follows(trainer):
                 self.save(trainer)
@@ -140,7 +142,8 @@ class LastCheckpoint(Checkpoint):
         """
         self._due = False
         self._saved_at = trainer.global_step
-        trainer.save_checkpoint(self.path, weights_only=False)
+        if self.every_n_steps:
+            trainer.save_checkpoint(self.path, weights_only=False)
 
 
 def _validation_follows(trainer: Trainer) -> bool:
@@ -177,7 +180,7 @@ class BestCheckpoint(ModelCheckpoint):
 
 
 class RunFacts(Callback):
-    """Tells every logger the run's settings, and writes its prompt template beside them.
+    """Tells every logger the run's settings and what validation samples, and writes the prompt template beside them.
 
     Args:
         folder: the run folder.
@@ -192,6 +195,17 @@ class RunFacts(Callback):
         """Before Lightning saves the loggers without settings."""
         for logger in trainer.loggers if trainer.enable_autolog_hparams else ():
             logger.log_hyperparams(self.settings)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell the loggers what was sampled."""
+        sampled = vars(pl_module).get("sampled_accuracy")  # made where it first samples
+        if sampled is None:
+            return
+        rows, sampled.shown = sampled.shown, []
+        if rows and trainer.is_global_zero and not trainer.sanity_checking:
+            step = trainer.fit_loop.epoch_loop._batches_that_stepped  # that of the metrics
+            for logger in trainer.loggers:
+                log_table(logger, "val/samples", SHOWN, rows, step)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Not before, because a folder in which nothing has begun is removed when the run fails."""

@@ -39,6 +39,7 @@ from stepkd.runs.launcher import check_launch, trainer_defaults
 from stepkd.runs.logger import JsonlLogger, place_loggers
 from stepkd.runs.process import Preempted, quiet_libraries
 from stepkd.runs.rundir import RunDir, changed_settings, find_last_checkpoint, free_path, recipe_settings, short_name
+from stepkd.safe import refuse_credentials
 from stepkd.settings import OneLineErrors, explain, show_help, user_mistake, with_recipe_files
 from stepkd.training.checkpoints import (
     AtomicCheckpointIO,
@@ -304,6 +305,7 @@ class StepkdCLI(LightningCLI):
         config = self.config[self.subcommand]
         settings = config.trainer.as_dict()
         check_trainer_settings(settings, self.subcommand)
+        refuse_credentials(self._settings())
         _find_model(config, self.subcommand)
         info = check_launch(trainer_settings=settings)
         for name, value in trainer_defaults(info, settings).items():
@@ -406,7 +408,7 @@ class StepkdCLI(LightningCLI):
         self.run_dir.mark("finished")
         if self.trainer.is_global_zero and not self.quiet:
             print(f"\nfinished after {self.trainer.global_step} steps: {self.run_dir.path}")
-            for line in self.model.next_commands(str(self.config["fit"].out)):
+            for line in self.model.next_commands(str(self.config["fit"].out)) if self.last.every_n_steps else ():
                 print(f"  {line}")
 
     def mark_stopped(self, stopped: Preempted) -> None:

@@ -40,7 +40,8 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 """Values that change nothing, and what to do in place of others."""
 CALLBACKS = {
-    "LearningRateFinder": "set model.init_args.optimizer.lr",
+    "LearningRateFinder": "set model.init_args.optimizer.lr, and try a few values for some steps each "
+    "(--config debug, --trainer.max_steps 30)",
     "BatchSizeFinder": "set model.init_args.micro_batch_tokens; `stepkd doctor --recipe ...` measures the memory",
     "GradientAccumulationScheduler": REFUSED["accumulate_grad_batches"][1],
     "StochasticWeightAveraging": _AVERAGE,
@@ -67,7 +68,10 @@ def check_trainer_settings(settings: dict[str, Any], subcommand: str) -> None:
     for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
         name = str(callback.get("class_path")).rpartition(".")[2]
         if name in CALLBACKS:
-            raise ConfigError(f"trainer.callbacks: {name} does not work here: {CALLBACKS[name]}")
+            raise ConfigError(
+                f"trainer.callbacks: {name} does not work here, because it needs Lightning's automatic optimisation, "
+                f"and a step here is several micro-batches with one denominator: {CALLBACKS[name]}"
+            )
     precision = str(settings.get("precision"))
     if precision.startswith(CONVERTED):
         raise ConfigError(
