@@ -12,6 +12,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from stepkd.yaml_files import read_yaml
 
 _CREDENTIAL = re.compile(r"(?<=://)[^/\s@]+@|\b(hf|sk|ghp|wandb)[_-][\w-]{8,}|\b[0-9a-f]{40}\b")
 _SECRET_NAME = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD)$")
-_ABSOLUTE = re.compile(r"(?<![\w:/.])(?:~|[A-Za-z]:\\)?[/\\](?:[^\s/\\,;\"']+[/\\])*")
+_ABSOLUTE = re.compile(r"(?<![\w:/.])~?/(?:[^\s/,;\"']+/)*")
 _METRICS = re.compile(r"(pass|maj)@\d+|step_accuracy|correct_with_wrong_step|truncated_rate|f1|acc_\w+|auroc")
 
 
@@ -66,6 +67,7 @@ def write_card(
         "dtype": str(next(policy.parameters()).dtype).removeprefix("torch."),
         "versions": ", ".join(f"{name} {version}" for name, version in package_versions().items()),
         "meaning": head and head.spec.meaning,
+        "format": head and ", ".join(f"{name} {value!r}" for name, value in asdict(head.spec.format).items()),
     }
     metrics: list[dict[str, str]] = []
     if found is not None:

@@ -153,6 +153,7 @@ def test_a_reward_model_says_how_it_is_loaded(
     front, body = card(made(folder, head=Classifier(layers=1, meaning="value")), tmp_path / "out", **settings)
     assert front["tags"] == ["stepkd", "reward-model"]
     assert "A process reward model: it scores every step of a solution (value)." in body
+    assert "| step format | marker '&#126;', separator '&#92;n', marker_place 'step_end', tokenize 'whole' |" in body
     assert all(each in body for each in loads)
     assert not any(each in body for each in not_loads)
 
