@@ -226,7 +226,7 @@ def test_print_config_is_what_a_job_leaves_beside_its_result(
         read(*words, "--print_config")
     printed = yaml.safe_load(capsys.readouterr().out)
     config, started = read(*words).start({})
-    Job(Path(config.out), "example job", options=started.options).begin({})
+    Job(Path(config.out), "example job", options=started).begin({})
     written = tmp_path / "job" / CONFIG_NAME
     del printed["overwrite"]  # what repeats a job deletes nothing
     assert yaml.safe_load(written.read_text()) == printed
