@@ -231,10 +231,10 @@ def test_print_config_is_what_a_job_leaves_beside_its_result(
     del printed["overwrite"]  # what repeats a job deletes nothing
     assert yaml.safe_load(written.read_text()) == printed
     assert read("--config", str(written)) == read(*words)
-    anew = read(*words, "--overwrite").start({})[1].options
+    anew = read(*words, "--overwrite").start({})[1]
     Job(Path(config.out), "example job", options=anew).begin({})
     assert not read("--config", str(written)).overwrite
-    other = read(*words, "--mode", "slow").start({})[1].options
+    other = read(*words, "--mode", "slow").start({})[1]
     Job(Path(config.out), "example job", options=other).begin({})  # not compared: what decides is in settings.json
     assert "mode: slow" in written.read_text()
 
