@@ -125,6 +125,7 @@ LONG_FILES = {
     "data/rows.py": 500,  # the row contracts, one page
     "statistics.py": 620,  # every interval and paired test, a third of it docstrings
     "training/fit.py": 490,
+    "runs/rundir.py": 430,  # the run folder, and how a run resumes
     "quickstart.py": 460,
     "settings.py": 460,
     "modules/base.py": 500,  # the optimiser step that every method shares, and what a method may define

@@ -30,7 +30,7 @@ from stepkd.modules.distributed import all_reduce, check_micro_batches, gradient
 from stepkd.modules.in_memory import loss_of_rows
 from stepkd.modules.optim import build_optimizer, build_schedule, put_back
 from stepkd.modules.policy_module import PolicyModule
-from stepkd.modules.step_metrics import Throughput, accumulate, means, require_finite
+from stepkd.modules.step_metrics import Throughput, accumulate, means, require_counts, require_finite
 from stepkd.modules.validation import SampledAccuracy
 from stepkd.randomness import stream_key
 from stepkd.runs.process import STOP_REQUEST, Preempted
@@ -194,23 +194,6 @@ class StepModule(PolicyModule):
                 total[name] += count
         return total
 
-    def require_counts(self, counts: dict[str, float], batches: int) -> dict[str, float]:
-        """The counts of an optimiser step, of which one is positive.
-
-        Args:
-            counts: by component, over all ranks.
-            batches: how many batches in a row had these counts.
-
-        Raises:
-            TrainingError: all are 0.
-        """
-        if not any(counts.values()):
-            raise TrainingError(
-                f"step {self.global_step}: no example of {batches} batch(es) in a row has a single target "
-                f"({', '.join(counts)} all 0); look at max_length, at what the method counts, and at the rows"
-            )
-        return counts
-
     def loss_terms(self, micro_batch: Batch) -> LossTerms:
         """Named sums and metrics of all components, from one forward pass of the policy.
 
@@ -353,7 +336,7 @@ class StepModule(PolicyModule):
         if self._skipped:
             if self.skip_empty_steps and self._skipped < MOST_SKIPPED:  # a run that has nothing else would never end
                 return
-            self.require_counts(counts, self._skipped)
+            require_counts(counts, step=self.global_step, batches=self._skipped)
         self.loss_scales = component_scales(self.loss_names, counts, self.loss_weights, self.trainer.world_size)
         longest = int(all_reduce({"n": float(len(micro_batches))}, self.device, op="max")["n"])
         check_micro_batches(self.trainer.strategy, longest)

@@ -14,6 +14,7 @@ from stepkd.data.batching import Position
 from stepkd.data.config import Rows
 from stepkd.data.datamodule import StepData
 from stepkd.losses import component_scales
+from stepkd.modules.step_metrics import require_counts
 from stepkd.randomness import stream_key
 
 _ALL = 10**9
@@ -30,7 +31,8 @@ def loss_of_rows(module: Any, rows: Rows, **data: Any) -> Tensor:
         module.begin()
         micro_batches = next(iter(module.prepare(next(iter(feed.train_dataloader())))))
         torch.manual_seed(stream_key(module.seed, "dropout", module.global_step, 0) % 2**63)
-        counts = module.require_counts(module.count_all(micro_batches), 1)
+        counts = module.count_all(micro_batches)
+        require_counts(counts, step=module.global_step, batches=1)
         module.loss_scales = component_scales(module.loss_names, counts, module.loss_weights, 1)
         losses = [module.model(module._micro_loss, each.to(module.device))[0] for each in micro_batches]
     return torch.stack(losses).sum()

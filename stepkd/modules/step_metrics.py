@@ -57,6 +57,24 @@ def means(
     return losses, {name: value / numbers[name] for name, value in metrics.items() if numbers[name]}
 
 
+def require_counts(counts: Mapping[str, float], *, step: int, batches: int) -> None:
+    """Make sure that an optimiser step has something to learn from.
+
+    Args:
+        counts: by component, over all ranks.
+        step: its number, for the message.
+        batches: how many batches in a row had these counts.
+
+    Raises:
+        TrainingError: all counts are 0.
+    """
+    if not any(counts.values()):
+        raise TrainingError(
+            f"step {step}: no example of {batches} batch(es) in a row has a single target ({', '.join(counts)} all 0); "
+            "look at max_length, at what the method counts, and at the rows"
+        )
+
+
 def require_finite(losses: list[Tensor], norm: float, micro: list[Batch], *, step: int, device: torch.device) -> None:
     """Check the losses of all micro-batches and the gradient norm, between the backward passes and the optimiser step.
 
