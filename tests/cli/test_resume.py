@@ -157,8 +157,10 @@ def test_a_lost_last_checkpoint_sends_back_to_the_best(
     path.unlink()
     if lost == "torn":
         path.write_bytes(whole[:-60])
+    step = last(run, "best")["global_step"]
     assert fit(overlay, run, "--resume", "--trainer.max_steps", "12") == 0
-    assert "resuming from best.ckpt (last.ckpt is torn or missing)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"resuming from best.ckpt at step {step} (last.ckpt is torn or missing)" in said
     assert same_weights(run, twelve)
     assert last(run, "best")["global_step"] == last(twelve, "best")["global_step"]
 
