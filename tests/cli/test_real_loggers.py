@@ -96,7 +96,9 @@ def wandb_reader(run: Path) -> Found:
         for name in ("optimizer.lr", "policy.path")
     }
     losses = [float(value) for value in dict.fromkeys(re.findall(rb"train/loss\x82\x01.([0-9.]+)", held, re.DOTALL))]
-    tables = [json.loads(path.read_text())["columns"] for path in run.glob("wandb/*/files/media/table/val/*.json")]
+    tables = [
+        json.loads(path.read_text())["columns"] for path in run.glob("wandb/offline-run-*/files/media/table/val/*.json")
+    ]
     return settings, losses, tables
 
 
