@@ -85,7 +85,7 @@ def print_solutions(console: Any, solutions: Sequence[Solution]) -> None:
             verdict += f": {each.found}"
         facts = [f"{each.run}, {each.sample}", verdict]
         facts += [f"{each.tokens} tokens"] * (each.tokens is not None) + ["cut off"] * each.cut_off
-        facts += [f"{each.value[0]} {each.value[1]:.3g}"] if each.value else []
+        facts += [f"{name} {'none' if value is None else format(value, '.3g')}" for name, value in each.values.items()]
         console.print(Text(", ".join(facts), style=MARKS[each.correct][1]))
         for i, step in enumerate(each.steps):
             mark, style = MARKS[each.labels[i] if each.labels else None]

@@ -110,7 +110,7 @@ def step_targets(row: Mapping[str, Any], num_steps: int, num_classes: int, rule:
         else:
             neutral_class = kind == "rating" and label == 0 and num_classes == 3
             targets.append(_one_hot(1 if neutral_class else (num_classes - 1) * mark, num_classes))
-    if rule.after_error not in ("keep", None) and False in marks:
+    if rule.after_error != "keep" and False in marks:
         incorrect = marks.index(False)
         targets[incorrect + 1 :] = [None] * (num_steps - incorrect - 1)
     return targets

@@ -13,7 +13,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from typing import Any, Literal
 
@@ -61,7 +61,8 @@ class FeedbackEncoder(Encoder):
         learns: Sequence[Literal["outcomes", "steps"]] = ("outcomes",),
     ) -> None:
         super().__init__(tokenizer, template, segmenter, max_length=max_length)
-        self.labels: LabelRule = labels or LabelRule()
+        labels = labels or LabelRule()
+        self.labels: LabelRule = replace(labels, after_error=labels.after_error or "keep")
         self.learns = learns
         if self.labels.scope != "steps":
             raise ConfigError(

@@ -10,7 +10,7 @@ Axes: L labelled steps, C classes from worst to best, N targets.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -184,7 +184,6 @@ class PRMModule(StepModule):
     def make_encoder(self, data: StepData) -> StepEncoder:
         """The method learns from solutions with step labels, or with an outcome."""
         labels, meaning = data.labels or LabelRule(), self.head_spec.meaning
-        labels = replace(labels, after_error=labels.after_error or "truncate")
         if (labels.scope == "outcome") != (meaning == "outcome"):
             raise ConfigError(
                 f"data.labels.scope is {labels.scope!r} and model.head.meaning is {meaning!r}: an outcome reward model "
@@ -193,9 +192,8 @@ class PRMModule(StepModule):
         if meaning == "value" and labels.after_error != "keep":
             logger.warning(
                 "labels of future success (head.meaning: value) are cut off after the first incorrect step "
-                "(labels.after_error: %s): the last step, which scores are reduced by, is then learnt from nearly "
-                "correct solutions only; keep them, or reduce by the minimum",
-                labels.after_error,
+                "(labels.after_error): the last step, which scores are reduced by, is then learnt from nearly "
+                "correct solutions only; keep them, or reduce by the minimum"
             )
         return StepEncoder(
             self.tokenizer,

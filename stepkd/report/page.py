@@ -110,7 +110,7 @@ def _problems(solutions: Sequence[tuple[Solution, Sequence[str]]]) -> list[dict[
                 anchor += "-"
             head = {"id": each.problem, "anchor": anchor, "prompt": _cut(each.prompt, room // 4), "answer": each.answer}
             problems[each.problem] = head | {"solutions": []}
-        names = ("run", "sample", "scored_by", "disagrees", "correct", "found", "cut_off", "tokens", "value")
+        names = ("run", "sample", "scored_by", "disagrees", "correct", "found", "cut_off", "tokens", "values")
         own, steps = {name: getattr(each, name) for name in names}, _beginning(each.steps, room)
         marks = {"labels": each.labels[: len(steps)], "scores": each.scores[: len(steps)]}
         problems[each.problem]["solutions"].append({**own, **marks, "tags": tags, "steps": steps})

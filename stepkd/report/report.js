@@ -97,7 +97,8 @@
       solution.correct === false && solution.found !== null ? `answered ${solution.found}` : "",
       solution.tokens === null ? "" : `${solution.tokens} tokens`,
       solution.cut_off ? "cut off" : "",
-      solution.value ? `${solution.value[0]} ${Number(solution.value[1].toPrecision(3))}` : "",
+      ...Object.entries(solution.values).map(([name, value]) =>
+        `${name} ${value === null ? "none" : Number(value.toPrecision(3))}`),
     ];
     const head = make("h4", "", make("span", "", ...names), verdict);
     const steps = make("ol", "", ...solution.steps.map((text, i) => stepRow(solution, text, i)));

@@ -62,8 +62,8 @@ class Solution:
     """Whether it ended at the token limit."""
     tokens: int | None
     """Its tokens, where they were counted."""
-    value: tuple[str, float] | None
-    """Name and value of its reward, or of its score as a whole."""
+    values: Mapping[str, float | None]
+    """Its reward with the parts of several, or its score as a whole; None where a reward passed it over."""
     step: int | None
     """Optimiser step at which it was sampled, for rollouts."""
     key: tuple[str, ...]
@@ -123,7 +123,8 @@ def solution(run: str, row: Row) -> Solution | None:
         prompt = prompt[-1].get("content", "")
     labels = next((row[column] for column in ("step_labels", "labels") if row.get(column)), ())
     column = next((column for column in SCORES if row.get(column) and len(row[column]) == len(steps)), None)
-    value = next(((name, row[name]) for name in ("reward", "score") if row.get(name) is not None), None)
+    values = {name: row[name] for name in ("reward", "score") if name in row}
+    values |= rewards if len(rewards := row.get("rewards") or {}) > 1 else {}
     answer, found = (None if row.get(each) is None else visible(str(row[each])) for each in ("answer", "extracted"))
     return Solution(
         run=run,
@@ -139,7 +140,7 @@ def solution(run: str, row: Row) -> Solution | None:
         found=found,
         cut_off=row.get("finish") == "length",
         tokens=row.get("tokens", len(row.get("token_ids") or ()) or None),
-        value=value,
+        values=values,
         step=row.get("step"),
         key=(name, str(row["model"]), *steps) if "model" in row else (),
     )
@@ -173,7 +174,7 @@ def merged(solutions: Iterable[Solution]) -> list[Solution]:
         key = each.key or (str(number),)
         earlier = found.pop(key, None)
         if earlier is not None and not each.scores and earlier.scored_by == "scorer":
-            each = replace(each, scores=earlier.scores, scored_by=earlier.scored_by, value=earlier.value)
+            each = replace(each, scores=earlier.scores, scored_by=earlier.scored_by, values=earlier.values)
         found[key] = each
     return list(found.values())
 

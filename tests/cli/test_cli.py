@@ -57,7 +57,7 @@ def test_help_of_fit_tells_what_every_setting_and_data_module_is(capsys: pytest.
     text = " ".join(shown.split())
     assert "A run folder, a model folder, a hub id (``org/name``)" in text, "a field's docstring"
     assert "written every so many optimiser steps" in text
-    assert "stepkd.data.StepData" in text
+    assert "stepkd.StepData" in text
     assert "--data.labels" in text
     for option in ("--config", "--resume", "--overwrite", "--checkpoint.every_n_steps", "--trainer.help"):
         assert option in shown

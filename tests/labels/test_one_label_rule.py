@@ -30,7 +30,7 @@ from stepkd.labels.settings import StepPairConfig
 from stepkd.labels.step_pairs import first_incorrect_step
 from stepkd.losses import step_kto
 from stepkd.modules.step_scores import FocusConfig
-from stepkd.modules.validation import SampledAccuracy
+from stepkd.modules.validation import MOST_SHOWN, SampledAccuracy
 from stepkd.runs.files import write_jsonl
 from stepkd.runs.job import read_results
 from stepkd.scorers.scorer import Meaning, Solutions
@@ -213,8 +213,8 @@ def claims(judged: Sequence[Judged]) -> float | None:
 
 
 def validation(judged: Sequence[Judged]) -> float | None:
-    batch = SimpleNamespace(_judged=lambda *_: (None, [problem(judged)[0]["samples"]]))
-    sums = SampledAccuracy.__call__(batch, None, None)  # type: ignore[arg-type]
+    sampled = SimpleNamespace(_judged=lambda *_: (None, [problem(judged)[0]["samples"]]), shown=[None] * MOST_SHOWN)
+    sums = SampledAccuracy.__call__(sampled, SimpleNamespace(examples=[None]), None)  # type: ignore[arg-type]
     return SampledAccuracy.rates(sums).get("correct_with_incorrect_step")
 
 

@@ -70,7 +70,7 @@ def test_a_batch_without_targets_is_refused(examples: Any, trainer: Any) -> None
             return {"ce": 0.0}
 
     module = Blind(PolicyConfig(path="tiny-0.1m"), STEADY)
-    with pytest.raises(TrainingError, match=r"no row of 1 batch.* has a single target"):
+    with pytest.raises(TrainingError, match=r"no example of 1 batch.* has a single target"):
         trainer().fit(module, train_dataloaders=loader_of(examples, module))
 
 

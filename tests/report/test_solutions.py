@@ -113,7 +113,7 @@ def test_rollouts_have_their_step_credit_and_optimiser_step() -> None:
     found = solution("run", row)
     assert found is not None
     assert (found.problem, found.sample, found.step) == ("r", "step 7, 0", 7)
-    assert (found.scored_by, found.scores, found.value) == ("step credit", (0.5,), ("reward", 1.0))
+    assert (found.scored_by, found.scores, found.values) == ("step credit", (0.5,), {"reward": 1.0})
     assert found.cut_off
 
 

@@ -77,6 +77,8 @@ class Source:
             ConfigError: an unknown option or a value of the wrong type.
         """
         for name, value in options.items():
+            if not self.options:
+                raise ConfigError(f"source {self.name!r} has no options of its own: drop {name}")
             check_choice(f"option (source {self.name})", name, self.options)
             default, place = self.options[name], f"option {name} of source {self.name!r}"
             if isinstance(default, list) and default:
