@@ -7,7 +7,9 @@ section to ``summary.json``. A new method adds a job and a stage.
 from __future__ import annotations
 
 import json
+import shlex
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -26,7 +28,8 @@ from stepkd.grading.judge import solution_steps
 from stepkd.grading.pool import GradingConfig
 from stepkd.runs.files import write_json
 from stepkd.runs.job import RESULTS_NAME, SUMMARY_NAME, Job, read_results
-from stepkd.statistics import shown
+from stepkd.runs.progress import Pace, duration
+from stepkd.statistics import cluster_bootstrap, shown
 from stepkd.yaml_files import read_yaml
 
 StageName = Literal["teacher", "student", "evaluate", "samples", "prm", "step_kto", "gkd", "kdrl"]
@@ -34,6 +37,10 @@ StageName = Literal["teacher", "student", "evaluate", "samples", "prm", "step_kt
 FILE: Mapping[str, Any] = read_yaml(Path(__file__).with_suffix(".yaml"), "quick start")
 JOBS: Mapping[str, Any] = FILE["jobs"]
 """Job -> its kind with its settings."""
+FIGURES = "figures"
+"""Folder of the pictures, below the run folder."""
+ROUNDING = 1e-9
+"""A difference of shares up to here is none."""
 
 
 @dataclass
@@ -119,16 +126,25 @@ def train(context: Context, name: str) -> dict[str, Any]:
     return {"model": f"{name}/model", "steps": context.named[f"{name}_steps"]}
 
 
+def _train_teacher(context: Context) -> dict[str, Any]:
+    """A teacher that has seen no mistake."""
+    section = train(context, "teacher")
+    _tell(context, "teacher")
+    return section
+
+
 def _train_student(context: Context) -> dict[str, Any]:
     """A student that knows, but does not do reliably."""
-    return train(context, "student") | {"noise": context.named["noise"]}
+    section = train(context, "student") | {"noise": context.named["noise"]}
+    _tell(context, "student")
+    return section
 
 
 def _train_prm(context: Context) -> dict[str, Any]:
     """Labels of the student's solutions, a reward model from the student's weights, best-of-8."""
     section, labels = train(context, "prm"), _summary_of(context.run("labels")[0])
     section |= {"labelled_solutions": labels["labelled"], "monte_carlo": monte_carlo(context)}
-    return section | best_of_n(context)
+    return section | best_of_n(context, section["labelled_solutions"])
 
 
 def _train_step_kto(context: Context) -> dict[str, Any]:
@@ -136,7 +152,9 @@ def _train_step_kto(context: Context) -> dict[str, Any]:
     section, labels = train(context, "step_kto"), _summary_of(context.run("labels")[0])
     conflicts = labels["correct_answers_with_an_incorrect_step"]
     section |= {"labelled_solutions": labels["labelled"], "conflicts": conflicts}
-    return section | {"evaluation": _compare_with_student(context, "step_kto")}
+    section["evaluation"] = _compare_with_student(context, "step_kto")
+    _tell(context, "step_kto", _differences(context, "step_kto"), **section)
+    return section
 
 
 def _train_gkd(context: Context) -> dict[str, Any]:
@@ -148,12 +166,15 @@ def _train_gkd(context: Context) -> dict[str, Any]:
         f"reverse KL to the teacher on own samples of {context.named['fidelity_problems']} problems, nats a token: "
         f"{alike['student']['reverse_kl']:.3f} before, {alike['gkd']['reverse_kl']:.3f} after"
     )
+    _tell(context, "gkd", _differences(context, "gkd"))
     return {**section, "evaluation": evaluation, "fidelity": alike}
 
 
 def _train_kdrl(context: Context) -> dict[str, Any]:
     """KDRL from the student's weights: one objective of rewards and distillation, on the same samples."""
-    return train(context, "kdrl") | {"evaluation": _compare_with_student(context, "kdrl")}
+    section = train(context, "kdrl") | {"evaluation": _compare_with_student(context, "kdrl")}
+    _tell(context, "kdrl", _differences(context, "kdrl"))
+    return section
 
 
 def monte_carlo(context: Context) -> dict[str, Any]:
@@ -171,10 +192,19 @@ def monte_carlo(context: Context) -> dict[str, Any]:
     return quality
 
 
-def best_of_n(context: Context) -> dict[str, Any]:
-    """Best-of-8 by the reward model against the majority, and how well it tells correct steps from incorrect ones."""
+def best_of_n(context: Context, labelled: int) -> dict[str, Any]:
+    """Best-of-8 by the reward model against the majority, and how well it tells correct steps from incorrect ones.
+
+    Args:
+        context: the quick start; the figures go to its folder.
+        labelled: solutions that the reward model was trained on.
+
+    Returns:
+        The curves, the metrics of its step scores, and the number of solutions without scores.
+    """
     from stepkd.evaluation.best_of_n import best_of_n_from_files
-    from stepkd.evaluation.step_metrics import labelled_steps, step_metrics
+    from stepkd.evaluation.figures import best_of_n_figure, reliability_diagram
+    from stepkd.evaluation.step_metrics import calibration_report, labelled_steps, step_metrics
 
     scores, choices = str(context.run("scores")[0]), context.named["choices"]
     ks = [2**i for i in range(choices.bit_length())]
@@ -199,11 +229,26 @@ def best_of_n(context: Context) -> dict[str, Any]:
             f"correct against incorrect steps, up to the first error: AUROC {shown(auroc)}",
             highlight=False,
         )
+    own, best = curve.per_problem["prm"], int(curve.per_problem["prm"].mean(axis=0).argmax())
+    before = {"one": own[:, 0], "majority": curve.per_problem["majority"][:, -1], "best": own[:, best]}
+    found = {name: cluster_bootstrap(own[:, -1] - each, seed=context.seed).to_dict() for name, each in before.items()}
+    if curve.ks[best] in (curve.ks[0], curve.ks[-1]):  # the other two say that
+        del found["best"]
+    _tell(context, "prm", found, labelled_solutions=labelled, best=curve.ks[best])
+    # The figure shows no interval: one resample.
+    calibration = calibration_report(steps.scores, steps.labels, problems=steps.problems, n_resamples=1).to_dict()
+    for path in (
+        best_of_n_figure(curve.to_dict(), context.out / FIGURES / "best_of_n.png"),
+        reliability_diagram(calibration, context.out / FIGURES / "reliability.png"),
+    ):
+        context.console.print(f"figure: {path}", markup=False, highlight=False, soft_wrap=True)
     return {"best_of_n": curve.to_dict(), "step_metrics": metrics, "unscored": len(rows) - len(judged)}
 
 
 def _show_samples(context: Context) -> dict[str, Any]:
     """Sampled solutions of the student, each step marked by the exact checker."""
+    from stepkd.evaluation.metrics import problem_counts
+
     folder = context.out / "evaluations" / "student-sampled"
     if not (folder / RESULTS_NAME).is_file():
         raise ConfigError(
@@ -223,6 +268,8 @@ def _show_samples(context: Context) -> dict[str, Any]:
                 context.console.print(marked_solution(row["prompt"], sample))
                 examples.append({"id": row["id"], "kind": title, "completion": sample["completion"]})
                 break
+    counts: Mapping[str, Any] = sum((problem_counts(row).counts for row in rows), Counter())
+    _tell(context, "samples", **{"correct": 0, "correct_flawed": 0, **counts})
     return {"shown": examples}
 
 
@@ -272,14 +319,69 @@ def _compare_with_student(context: Context, name: str) -> dict[str, Any]:
     return dict(_evaluate_models(context, ("student", name))[name]["sampled"])
 
 
+def _evaluate(context: Context) -> dict[str, Any]:
+    """Teacher and student side by side, and what the slips in the student's demonstrations did."""
+    section = _evaluate_models(context, ("teacher", "student"), greedy=True)
+    _tell(context, "evaluate", _differences(context, "student", "teacher"))
+    return section
+
+
+# ---- words -----------------------------------------------------------------------------------------------------------
+
+
+def _differences(context: Context, name: str, base: str = "student") -> dict[str, Any]:
+    """A stage's model minus another one on the same problems, sampled, with the report's intervals."""
+    from stepkd.evaluation.metrics import paired_differences
+    from stepkd.report.content import RESAMPLES
+
+    rows, before = (read_results(context.out / "evaluations" / f"{each}-sampled") for each in (name, base))
+    found = paired_differences(rows, before, n_resamples=RESAMPLES)
+    return {"correct": found["pass@1"], "flawed": found["correct_with_incorrect_step"]}
+
+
+def paragraph(stage: str, facts: Mapping[str, Any], differences: Mapping[str, Mapping[str, Any] | None]) -> str:
+    """What a stage trained on what, how its numbers moved, and why: the figures choose the words.
+
+    Args:
+        stage: name of the stage, or of a part of ``paragraphs`` in ``quickstart.yaml``.
+        facts: what these words name.
+        differences: a number there -> its paired difference (:meth:`~stepkd.statistics.Interval.to_dict`), a share; one
+            that is undefined is left out.
+    """
+    words = FILE["paragraphs"][stage]
+    sentences = [words["trained"].format_map(facts)]
+    for name, difference in differences.items():
+        if difference is not None and difference["low"] is not None:
+            rose, fell = difference["low"] > ROUNDING, difference["high"] < -ROUNDING
+            verdict = "rose" if rose else "fell" if fell else "no clear change"
+            number = shown(difference, "+.1f", scale=100.0)
+            sentences.append(f"{words[name]['what'].format_map(facts)}: {verdict}, {number} points.")
+            sentences.append(words[name].get(verdict, ""))
+    return " ".join(filter(None, sentences))
+
+
+def _tell(
+    context: Context, stage: StageName, differences: Mapping[str, Mapping[str, Any] | None] | None = None, **facts: Any
+) -> None:
+    """Print the paragraph of a stage."""
+    text = paragraph(stage, context.named | facts, differences or {})
+    context.console.print(text, style="italic", markup=False, highlight=False)
+
+
+def next_commands(out: Path) -> list[str]:
+    """Commands that look closer at a quick start, or train from its models: those whose folders are there."""
+    from stepkd.runs.rundir import free_path
+
+    names = {"out": shlex.quote(str(out)), "new": free_path(Path("runs/tiny-gkd"))}
+    commands = [line.format_map(names) for line in FILE["next"]]
+    named = {line: [word for word in shlex.split(line) if word.startswith(f"{out}/")] for line in commands}
+    return [line for line, words in named.items() if all(Path(word).exists() for word in words)]
+
+
 STAGES: list[Stage] = [
-    Stage("teacher", "train a 0.5M-parameter teacher on clean step-by-step solutions", partial(train, name="teacher")),
+    Stage("teacher", "train a 0.5M-parameter teacher on clean step-by-step solutions", _train_teacher),
     Stage("student", "make a noisy student of it: a little more training, on solutions with slips", _train_student),
-    Stage(
-        "evaluate",
-        "evaluate both on problems they have not seen",
-        partial(_evaluate_models, names=("teacher", "student"), greedy=True),
-    ),
+    Stage("evaluate", "evaluate both on problems they have not seen", _evaluate),
     Stage("samples", "the student's solutions, every step checked", _show_samples),
     Stage("prm", "a process reward model from the student's own completions, and best-of-8 with it", _train_prm),
     Stage(
@@ -296,13 +398,16 @@ PHASE = "stages"
 
 
 def run_stages(context: Context, stages: Sequence[Stage], job: Job) -> None:
-    """Run stages in order, each with its title and wall time; finished ones are not repeated.
+    """Run stages in order, each with its title, its wall time and the time left; finished ones are not repeated.
 
     Args:
         context: the quick start.
         stages: what to run, in order.
         job: the quick start's job, begun; ``summary.json`` holds one section per finished stage.
     """
+    seconds, pace, done_seconds = FILE["seconds"], Pace(0), 0
+    total = seconds["report"] + sum(seconds[each.name] for each in stages if job.missing(PHASE, [each.name]))
+    context.console.print(f"at --scale 1 on two CPU cores this takes about {duration(total)} minutes\n", style="dim")
     for number, stage in enumerate(stages, start=1):
         context.console.rule(f"[bold]{number}/{len(stages)} {stage.name}[/bold]: {stage.title}", align="left")
         if not job.missing(PHASE, [stage.name]):
@@ -315,4 +420,7 @@ def run_stages(context: Context, stages: Sequence[Stage], job: Job) -> None:
         sections = {name: job.once(PHASE, name, dict) for name in done}
         settings = {"seed": context.seed, "scale": context.scale, "task": context.named["task"]}
         write_json(job.out / SUMMARY_NAME, {"settings": settings, "stages": sections})
-        context.console.print(f"{stage.name} took {time.perf_counter() - start:.0f} s\n", style="dim")
+        done_seconds += seconds[stage.name]
+        left = pace.left(done_seconds, total).strip()
+        left = left and f"; all stages and the report: about {left}"
+        context.console.print(f"{stage.name} took {time.perf_counter() - start:.0f} s{left}\n", style="dim")

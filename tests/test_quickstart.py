@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import json
 import random
+import re
+import shlex
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import forked
 import pytest
 
 from stepkd.cli import main
-from stepkd.quickstart import STAGES
+from stepkd.quickstart import FILE, STAGES, next_commands, paragraph
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +104,112 @@ def test_help_names_every_stage(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["quickstart", "--help"])
     assert ", ".join(repr(stage.name) for stage in STAGES) in " ".join(capsys.readouterr().out.split())
+
+
+def interval(low: float, high: float) -> dict[str, Any]:
+    return {"value": (low + high) / 2, "low": low, "high": high, "method": "bootstrap"}
+
+
+FACTS = {"noise": {"rate": 0.15, "recover": 0.5}} | dict.fromkeys(
+    set(re.findall(r"\{(\w+)", str(FILE["paragraphs"]))) - {"noise"}, 7
+)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"), [(0.1, 0.3, "rose"), (-0.3, -0.1, "fell"), (-0.1, 0.2, "no clear change")]
+)
+def test_a_paragraph_says_what_the_interval_says(low: float, high: float, verdict: str) -> None:
+    for name, words in FILE["paragraphs"].items():
+        numbers = [key for key in words if key != "trained"]
+        text = paragraph(name, FACTS, dict.fromkeys(numbers, interval(low, high)))
+        assert text.count(f": {verdict}, {100 * (low + high) / 2:+.1f} (") == len(numbers)
+        for key in numbers:
+            reasons = {each: str(words[key][each]).format_map(FACTS) for each in words[key] if each != "what"}
+            assert [each for each, reason in reasons.items() if reason in text] == [verdict] * (verdict in reasons)
+
+
+def test_a_paragraph_leaves_out_what_is_undefined() -> None:
+    undefined = {"value": 0.1, "low": None, "high": None, "method": "bootstrap"}
+    assert paragraph("kdrl", FACTS, {"correct": undefined, "flawed": None}) == paragraph("kdrl", FACTS, {})
+    rounding = {"correct": interval(1e-17, 2e-17)}
+    assert "no clear change" in paragraph("kdrl", FACTS, rounding)
+
+
+def test_every_stage_has_a_paragraph_and_its_time() -> None:
+    names = [stage.name for stage in STAGES]
+    assert list(FILE["paragraphs"]) == names
+    assert list(FILE["seconds"]) == [*names, "report"]
+
+
+def test_time_left_is_that_of_the_stages_to_come(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rich.console import Console
+
+    from stepkd import quickstart
+    from stepkd.runs.job import Job
+    from stepkd.runs.progress import Pace
+
+    now = [0.0]
+
+    def takes(seconds: float) -> Any:
+        def run(context: quickstart.Context) -> dict[str, Any]:
+            now[0] += seconds
+            return {}
+
+        return run
+
+    monkeypatch.setattr(quickstart, "FILE", FILE | {"seconds": {"teacher": 30, "student": 10, "prm": 20, "report": 5}})
+    monkeypatch.setattr(quickstart, "Pace", lambda done: Pace(done, lambda: now[0]))
+    stages = [quickstart.Stage("teacher", "", takes(60.0)), quickstart.Stage("student", "", takes(20.0))]
+    job = Job(tmp_path / "run", "quick start", ["summary.json"])
+    job.begin({})
+    context = quickstart.Context(tmp_path / "run", Console(width=200))
+    quickstart.run_stages(context, stages, job)
+    said = capsys.readouterr().out
+    assert "at --scale 1 on two CPU cores this takes about 0:45" in said
+    assert re.findall(r"about (\d:\d\d) left", said) == ["0:30", "0:10"]  # twice as slow as that machine
+    quickstart.run_stages(context, [*stages, quickstart.Stage("prm", "", takes(20.0))], job)
+    said = capsys.readouterr().out
+    assert "at --scale 1 on two CPU cores this takes about 0:25" in said
+    assert re.findall(r"about (\d:\d\d) left", said) == ["0:05"]
+
+
+def test_next_commands_parse_and_name_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from stepkd.training.fit import StepkdCLI
+
+    out, ran = tmp_path / "a folder", list[str]()
+    assert next_commands(out) == []
+    for name in ("evaluations/student-sampled", "evaluations/step_kto-sampled", "student/model", "teacher/model"):
+        (out / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)  # not a checkout
+    for name in ("before_instantiate_classes", "instantiate_classes", "_run_subcommand"):
+        monkeypatch.setattr(StepkdCLI, name, lambda *arguments: None)
+    for name in ("samples", "compare"):
+        module = importlib.import_module(f"stepkd.cli.{name}")
+
+        @functools.wraps(module.run)  # the command line reads the settings' class off it
+        def run(config: Any) -> int:
+            ran.append(type(config).__name__)
+            return 0
+
+        monkeypatch.setattr(module, "run", run)
+    commands = [shlex.split(line) for line in next_commands(out)]
+    assert [words[1] for words in commands] == ["samples", "compare", "fit"]
+    for program, *words in commands:
+        assert (program, main(words)) == ("stepkd", 0)
+        assert all(Path(word).is_dir() for word in words if word.startswith(str(out)))
+    assert ran == ["SamplesConfig", "CompareConfig"]
+
+
+@pytest.mark.slow
+def test_pictures_and_next_commands_are_there(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("best_of_n.png", "reliability.png"):
+        assert (folder / "figures" / name).read_bytes().startswith(b"\x89PNG")
+    samples, compare, fit = (shlex.split(line)[1:] for line in next_commands(folder))
+    assert main(samples) == main(compare) == 0
+    assert "first sample" in capsys.readouterr().out
+    assert all(Path(word).exists() for word in fit if word.startswith(str(folder)))
 
 
 @pytest.mark.slow

@@ -3,8 +3,8 @@
   stepkd quickstart
   stepkd quickstart --out runs/first --stages teacher student
 
-The same command resumes a killed quick start. Leaves report.html, summary.json, per-problem results and
-the models in --out.
+The same command resumes a killed quick start. Leaves report.html, figures, summary.json,
+per-problem results and the models in --out.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stepkd.errors import check_bounds
-from stepkd.quickstart import JOBS, STAGES, Context, StageName, run_stages
+from stepkd.quickstart import FIGURES, JOBS, STAGES, Context, StageName, next_commands, run_stages
 from stepkd.runs.job import SUMMARY_NAME, Job, JobOptions
 from stepkd.yaml_files import as_yaml
 
@@ -51,7 +51,7 @@ def run(config: QuickstartConfig) -> int:
     check_alone("the quick start")
     chosen = [stage for stage in STAGES if config.stages is None or stage.name in config.stages]
     out = Path(config.out) if config.out else free_path(Path("runs/quickstart"))
-    outputs = [SUMMARY_NAME, "evaluations", *JOBS]
+    outputs = [SUMMARY_NAME, "evaluations", FIGURES, *JOBS]
     job = Job(out, "quick start", outputs, JobOptions(overwrite=config.overwrite, config=as_yaml(config)))
     console = Console()
     context = Context(out, console, seed=config.seed, scale=config.scale)
@@ -62,6 +62,6 @@ def run(config: QuickstartConfig) -> int:
         run_stages(context, chosen, job)
     console.print(f"[bold]done in {time.perf_counter() - start:.0f} s[/bold]; results in {out / SUMMARY_NAME}")
     console.print(f"report: {write_report([out])}", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"look closer:  stepkd compare {out}/evaluations/teacher-sampled {out}/evaluations/student-sampled")
-    console.print("train on your own data:  stepkd recipes list")
+    for command in next_commands(out):
+        console.print(f"next: {command}", markup=False, highlight=False, soft_wrap=True)
     return 0
