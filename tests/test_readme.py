@@ -116,7 +116,11 @@ def is_in(name: str, folder: str) -> bool:
     return bool(folder) and (name == folder or name.startswith(f"{folder}/"))
 
 
-@pytest.mark.parametrize("words", [*commands(), *header_commands()], ids=lambda words: "_".join(words)[:60])
+@pytest.mark.parametrize(
+    "words",
+    [*commands(), *(pytest.param(words, marks=pytest.mark.slow) for words in header_commands())],
+    ids=lambda words: "_".join(words)[:60],
+)
 def test_commands_of_documents_and_of_recipes_parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Every command's own parser takes it; nothing is run."""
     monkeypatch.chdir(ROOT)
