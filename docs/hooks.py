@@ -108,11 +108,11 @@ def _as_blocks(text: str) -> str:
     """Indented command lines as blocks of code."""
     lines, block = [], False
     for line in text.splitlines():
-        code = line.startswith("  ")
+        code = line.startswith(("  ", "stepkd ", "accelerate ", "torchrun "))
         if code != block and line.strip():
             lines.append("```")
             block = code
-        lines.append(line[2:] if code else line)
+        lines.append(line.removeprefix("  ") if code else line)
     return "\n".join([*lines, *(["```"] if block else [])])
 
 

@@ -445,6 +445,7 @@ def _part(hint: Any, value: Any, place: str) -> Any:
             if is_dataclass(own):
                 return built(own, value, place)
         elif chosen := _class(value.class_path, own):
-            given = (vars(value.get(name, Namespace())) for name in ("init_args", "dict_kwargs"))
+            parts = (value.get(name) or {} for name in ("init_args", "dict_kwargs"))
+            given = (part if isinstance(part, dict) else vars(part) for part in parts)
             return built(chosen, Namespace(**dict(chain.from_iterable(each.items() for each in given))), place)
     return value

@@ -31,7 +31,7 @@ from stepkd.yaml_files import read_yaml
 _CREDENTIAL = re.compile(r"(?<=://)[^/\s@]+@|\b(hf|sk|ghp|wandb)[_-][\w-]{8,}|\b[0-9a-f]{40}\b")
 _SECRET_NAME = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD)$")
 _ABSOLUTE = re.compile(r"(?<![\w:/.])~?/(?:[^\s/,;\"']+/)*")
-_METRICS = re.compile(r"(pass|maj)@\d+|step_accuracy|correct_with_wrong_step|truncated_rate|f1|acc_\w+|auroc")
+_METRICS = re.compile(r"(pass|maj)@\d+|step_accuracy|correct_with_incorrect_step|truncated_rate|f1|acc_\w+|auroc")
 
 
 def write_card(
@@ -155,7 +155,7 @@ def _intervals(values: Any, at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[st
     """Metrics worth a line of a summary, with their place; baselines are others' metrics."""
     for key, value in values.items() if isinstance(values, Mapping) else ():
         if isinstance(value, Mapping) and {"value", "low", "high"} <= set(value):
-            if _METRICS.fullmatch(key):
+            if _METRICS.fullmatch(key) and None not in (value["value"], value["low"], value["high"]):
                 yield (*at, key), value
         elif key not in ("baselines", "tuned"):
             yield from _intervals(value, (*at, key))

@@ -211,7 +211,7 @@ class StepModule(PolicyModule):
         return ForwardPass(self.model, micro_batch, self.chunk_size, self.loss_scales if self.training else {})
 
     def loss(self, rows: Rows, **data: Any) -> Tensor:
-        """Loss of rows with its graph, for a loop of one's own or to look at: what a training step makes of them.
+        """Loss of rows with its graph, to look at or to differentiate: what the first training step makes of them.
 
         Encoder, :meth:`prepare` (which samples, scores and grades where a method does), components and the one
         normalisation are those of training, over all rows as one optimiser step of this process. No step is taken, no
@@ -228,7 +228,8 @@ class StepModule(PolicyModule):
 
         Raises:
             DataError, ConfigError, ModelError: rows, settings or a model that training refuses, too.
-            TrainingError: no row has a single target.
+            TrainingError: no row has a single target, or a Trainer trains the module just now: counts and logs of the
+                run would take in these rows.
         """
         return loss_of_rows(self, rows, **data)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from stepkd.data.batching import Position
 from stepkd.data.config import Rows
 from stepkd.data.datamodule import StepData
+from stepkd.errors import TrainingError
 from stepkd.losses import component_scales
 from stepkd.modules.step_metrics import require_counts
 from stepkd.randomness import stream_key
@@ -22,6 +23,8 @@ _ALL = 10**9
 
 def loss_of_rows(module: Any, rows: Rows, **data: Any) -> Tensor:
     """What :meth:`stepkd.modules.base.StepModule.loss` says."""
+    if module._trainer is not None and module._trainer.training:
+        raise TrainingError("loss(rows) of a module that a Trainer trains would change the run: make a second module")
     module.configure_model()
     module.model.to(module.device)
     module.train()

@@ -218,7 +218,7 @@ class RunDir:
         if config is None or not (self.path / METRICS_FILE).is_file():
             return False
         every = read_yaml(config, "run's settings")["checkpoint"]["every_n_steps"]
-        return any(row["step"] + 1 > every for row in read_metrics(self.path))
+        return every is not None and any(row["step"] + 1 > every for row in read_metrics(self.path))
 
     def _begin(self, earlier: Mapping[str, Any], launch: str | None) -> None:
         self.path.mkdir(parents=True, exist_ok=True)

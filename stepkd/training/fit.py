@@ -305,7 +305,6 @@ class StepkdCLI(LightningCLI):
         config = self.config[self.subcommand]
         settings = config.trainer.as_dict()
         check_trainer_settings(settings, self.subcommand)
-        refuse_credentials(self._settings())
         _find_model(config, self.subcommand)
         info = check_launch(trainer_settings=settings)
         for name, value in trainer_defaults(info, settings).items():
@@ -314,6 +313,7 @@ class StepkdCLI(LightningCLI):
             print(f"trainer.precision: {config.trainer.precision} (accelerate asks for mixed precision bf16)")
         if config.trainer.accelerator == "auto" and not torch.cuda.is_available():
             config.trainer.accelerator = "cpu"  # never Apple's MPS: it has no float64, which sampling needs
+        refuse_credentials(self._settings())
         if self.subcommand in ("fit", "predict"):
             if config.out is None:
                 raise ConfigError(f"stepkd {self.subcommand} writes files: give --out FOLDER, for instance runs/first")

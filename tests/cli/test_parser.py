@@ -325,6 +325,7 @@ def test_a_class_of_ones_own_that_is_no_dataclass_is_built() -> None:
     made = build_settings(HasTeacher, {"teacher": given}, "here").teacher
     assert isinstance(made, Plain)
     assert (made.sampling, made.n) == (Sampling(0.5), 2)
+    assert build_settings(HasTeacher, {"teacher": given | {"dict_kwargs": {}}}, "here").teacher.n == 2
     given["init_args"] |= {"n": 0}
     with pytest.raises(ConfigError, match=r"here: teacher\.n=0 must be at least 1"):
         build_settings(HasTeacher, {"teacher": given}, "here")

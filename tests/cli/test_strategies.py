@@ -114,6 +114,7 @@ def test_half_precision_in_parts(runs: Callable[[str], Any]) -> None:
     asked = made.fit("two", ranks=2, strategy="fsdp2", launcher="accelerate-bf16")
     assert_done(asked)
     assert asked.stdout.count("trainer.precision: bf16-mixed (accelerate asks") == 1
+    assert "precision: bf16-mixed" in (made.folder / "two" / "config.yaml").read_text()
     assert losses(made.folder / "two") == pytest.approx(losses(made.folder / "one"), rel=0.02)
     assert {value.dtype for value in made.last("two")["state_dict"].values()} == {torch.float32}
     refused = made.fit("half", "--model.init_args.policy.dtype", "bfloat16", ranks=2, strategy="fsdp2")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 
 import stepkd
 from stepkd.data.encode import LabelRule
@@ -69,7 +69,7 @@ def made(name: str) -> Any:
     return kind(policy, micro_batch_tokens=40, optimizer=OptimizerConfig(lr=1e-2), **settings)
 
 
-def step(module: Any, rows: list[dict[str, Any]], steps: int = 1) -> tuple[float, float]:
+def step(module: Any, rows: list[dict[str, Any]], steps: int = 1, **settings: Any) -> tuple[float, float]:
     """Loss and gradient norm of the last of some training steps."""
     trainer = Trainer(
         max_steps=steps,
@@ -78,6 +78,7 @@ def step(module: Any, rows: list[dict[str, Any]], steps: int = 1) -> tuple[float
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        **settings,
     )
     trainer.fit(module, stepkd.StepData(train=rows, template="task", overlap_ngram=0, shuffle=False))
     return float(trainer.callback_metrics["train/loss"]), float(trainer.callback_metrics["train/grad_norm"])
@@ -105,6 +106,15 @@ def test_training_is_the_same_after_it(name: str) -> None:
     before = module.trainer
     module.loss(rows, template="task")
     assert module.trainer is before
+
+
+def test_a_module_that_is_being_trained_is_left_alone() -> None:
+    class Looks(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            pl_module.loss(METHODS["step kto"][1], template="task")
+
+    with pytest.raises(TrainingError, match="make a second module"):
+        step(made("step kto"), METHODS["step kto"][1], 1, callbacks=[Looks()])
 
 
 def test_rows_that_teach_nothing_are_refused() -> None:
