@@ -76,8 +76,8 @@ def print_solutions(console: Any, solutions: Sequence[Solution]) -> None:
 
     problem = None
     for each in solutions:
-        if each.problem != problem:
-            problem = each.problem
+        if each.problem_key != problem:
+            problem = each.problem_key
             answer = "" if each.answer is None else f"  (answer {each.answer})"
             console.print(Text(f"\n{each.prompt}{answer}", style="bold"))
         verdict = {True: "✓ correct", False: "✗ incorrect", None: "not graded"}[each.correct]

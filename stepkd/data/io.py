@@ -186,14 +186,17 @@ def read_samples(path: str | Path) -> list[dict[str, Any]]:
         path: ``samples.jsonl``, or the run folder that holds it.
 
     Raises:
-        DataError: there is no such file, or nothing whole in it.
+        DataError: there is no such file, nothing whole in it, or it is of another program.
     """
     path = Path(path)
     path = path / SAMPLES_FILE if path.is_dir() else path
     if not path.is_file():
         raise DataError(f"no samples here; GRPO and KDRL runs write {SAMPLES_FILE} into their --out", path=path)
     whole = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]  # a crash tears one
-    entries = {entry["step"]: entry for entry in map(json.loads, whole)}
+    try:
+        entries = {entry["step"]: entry for entry in map(json.loads, whole) if "samples" in entry}
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError("not the samples of a run, or damaged", path=path) from error
     if not entries:
         raise DataError("not one whole entry in this file", path=path)
     return [entries[step] for step in sorted(entries)]

@@ -17,7 +17,7 @@ LENGTH_BINS = 16
 METHODS = {"pass": "some sample correct (ceiling)", "majority": "majority vote"}
 """Methods of best-of-N that are no scorers."""
 MOST_COMPARED = 8
-"""With more evaluations of one benchmark, each is compared with the first one only."""
+"""With more evaluations of one benchmark, each is compared with the first one of its sampling only."""
 ENDS = ("value", "low", "high")
 RESAMPLES = 2_000
 """Resamples of differences of step metrics: fewer than elsewhere, since there are many pairs."""
@@ -103,9 +103,12 @@ def _pairs(same: Sequence[Folder]) -> Iterator[tuple[Folder, Folder, dict[str, A
     def sampling(folder: Folder) -> list[Any]:
         return [folder.settings.get(f"sampling.{name}") for name in ("n", "temperature")]
 
-    pairs = list(combinations(same, 2))
-    pairs = [pair for pair in pairs if sampling(pair[0]) == sampling(pair[1])] or pairs
-    for a, b in pairs if len(same) <= MOST_COMPARED else [pair for pair in pairs if pair[0] is pairs[0][0]]:
+    pairs, firsts = list(combinations(same, 2)), dict[str, Folder]()
+    alike = [pair for pair in pairs if sampling(pair[0]) == sampling(pair[1])]
+    for a, b in alike or pairs:
+        first = firsts.setdefault(str(sampling(a)) if alike else "", a)
+        if len(same) > MOST_COMPARED and a is not first:
+            continue
         try:
             found = compare_runs(a.path, b.path)
         except StepkdError:  # no problem in common
@@ -237,10 +240,8 @@ def _curves(trainings: Sequence[Folder]) -> Iterator[Figure]:
 
 def _logged(folder: Folder) -> dict[str, list[tuple[int, float]]]:
     """Metric -> steps with values, of those that change."""
-    from stepkd.runs.logger import METRICS_FILE, read_metrics
-
     found: dict[str, list[tuple[int, float]]] = defaultdict(list)
-    for row in read_metrics(folder.path) if (folder.path / METRICS_FILE).is_file() else ():
+    for row in folder.metrics:
         for name, value in row.items():
             if isinstance(value, int | float) and value - value == 0 and not name.startswith(NOT_DRAWN):
                 found[name].append((row["step"], value))

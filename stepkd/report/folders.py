@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from stepkd.data.config import LABELS_NAME
 from stepkd.data.io import SAMPLES_FILE, read_rows, read_samples
@@ -21,8 +23,10 @@ from stepkd.yaml_files import read_yaml
 TRAINING, EVALUATION, SCORES, JUDGEMENT = "fit", "evaluation", "scoring job", "judgement of a step scorer"
 LABELS, CLAIM, ITERATED, QUICKSTART = "labelling job", "claim", "iterated training", "quick start"
 BEST_OF_N, BEST_OF_N_NAME = "best of N", "best_of_n.json"
-LOGS = ("metrics.jsonl", SAMPLES_FILE)
-"""What a training logs."""
+LOGS = {"metrics.jsonl": "run", SAMPLES_FILE: "samples"}
+"""What a training logs -> what each of its lines has, beside the step."""
+SECRET = re.compile(r"(?:^|[._])(?:token|(?:api)?key|password|secret)$", re.IGNORECASE)
+"""Names of settings whose values nobody is shown."""
 CLOSED = (PARTS, LOG, "checkpoints", "model", "units")
 """Folders that are not looked into: parts of others."""
 
@@ -47,8 +51,7 @@ class Folder:
     @cached_property
     def summary(self) -> dict[str, Any]:
         """Its numbers; empty while it is not finished."""
-        path = self.path / (BEST_OF_N_NAME if self.kind == BEST_OF_N else SUMMARY_NAME)
-        return dict(json.loads(path.read_bytes())) if path.is_file() else {}
+        return _summary(self.path / (BEST_OF_N_NAME if self.kind == BEST_OF_N else SUMMARY_NAME))
 
     @cached_property
     def rows(self) -> list[Mapping[str, Any]]:
@@ -59,7 +62,14 @@ class Folder:
         if self.kind == LABELS:
             path = self.path / LABELS_NAME
             return [row for row, _ in read_rows(path)] if path.is_file() else []
-        return [*read_samples(self.path)] if self.kind == TRAINING and (self.path / SAMPLES_FILE).is_file() else []
+        return [*read_samples(self.path)] if self.kind == TRAINING and _is_log(self.path / SAMPLES_FILE) else []
+
+    @cached_property
+    def metrics(self) -> list[dict[str, Any]]:
+        """What a training logged, a row per step."""
+        from stepkd.runs.logger import read_metrics
+
+        return read_metrics(self.path) if _is_log(self.path / "metrics.jsonl") else []
 
     @cached_property
     def solutions(self) -> list[Solution]:
@@ -79,9 +89,13 @@ def find_folders(paths: Sequence[str | Path]) -> list[Folder]:
         DataError: a damaged file.
     """
     found: dict[Path, Folder] = {}
-    for given in map(Path, paths):
-        root = (given if given.is_dir() else given.parent).resolve()
-        below = {path: _folder(path, root, several=len(paths) > 1) for path in _walk(root) if given.exists()}
+    roots = {given: (given if given.is_dir() else given.parent).resolve() for given in map(Path, paths)}
+    above = {root: root.parent for root in roots.values()}
+    if len({root.name for root in above}) < len(above):  # of one last name: longer ones tell them apart
+        above = dict.fromkeys(above, Path(os.path.commonpath(above.values())))
+    for given, root in roots.items():
+        own = root if len(paths) == 1 else above[root]
+        below = {path: _folder(path, root.parent if path == own else own) for path in _walk(root) if given.exists()}
         here = {path: folder for path, folder in below.items() if folder is not None}
         if not here:
             problem = "holds nothing that a command left" if given.exists() else "does not exist"
@@ -98,8 +112,38 @@ def _walk(folder: Path) -> Iterator[Path]:
             yield from _walk(path)
 
 
-def _folder(path: Path, root: Path, *, several: bool) -> Folder | None:
-    """A folder that a command left; None for any other."""
+def _is_log(path: Path) -> bool:
+    """Whether this is what a training logged, and its first line is whole: other programs have files of these names."""
+    with contextlib.suppress(OSError, ValueError), open(path, "rb") as lines:
+        line = lines.readline()
+        record = json.loads(line)
+        return line.endswith(b"\n") and isinstance(record, dict) and {"step", LOGS[path.name]} <= record.keys()
+    return False
+
+
+def _state(path: Path, kind: str) -> str:
+    """How far a job is; a quick start and an iterated training write their numbers after every part of them."""
+    if not any((path / each).is_file() for each in (SUMMARY_NAME, RESULTS_NAME)):
+        return "unfinished"
+    done, total, parts = 0, 0, "stages"
+    if kind in (QUICKSTART, ITERATED) and (config := newest_config(path)) is not None:
+        from stepkd.quickstart import StageName
+
+        told, summary = read_yaml(config, "job's settings"), _summary(path / SUMMARY_NAME)
+        if kind == QUICKSTART:
+            stages = told.get("stages") or get_args(StageName)
+            done, total = sum(name in summary["stages"] for name in stages), len(stages)
+        else:
+            done, total, parts = len(summary["models"]), 1 + told["iterations"], "models"
+    return f"{done} of {total} {parts}" if done < total else "finished"
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_bytes())) if path.is_file() else {}
+
+
+def _folder(path: Path, above: Path) -> Folder | None:
+    """A folder that a command left, named by its path from one above it; None for any other."""
     settings: dict[str, Any] = {}
     state, began = "finished", _began(path)
     if (marker := read_marker(path)) is not None:
@@ -112,16 +156,16 @@ def _folder(path: Path, root: Path, *, several: bool) -> Folder | None:
         except DataError:  # of another program
             return None
         kind, settings = settings.pop("kind"), flat(settings)
-        state = "finished" if any((path / each).is_file() for each in (SUMMARY_NAME, RESULTS_NAME)) else "unfinished"
+        state = _state(path, kind)
     elif (path / BEST_OF_N_NAME).is_file():
         kind = BEST_OF_N
-    elif any((path / name).is_file() for name in LOGS):  # of a Trainer of one's own
+    elif any(_is_log(path / name) for name in LOGS):  # of a Trainer of one's own
         kind = TRAINING
     else:
         return None
-    name = path.relative_to(root.parent if several or path == root else root).as_posix()
     known = {key: at for key, at in settings.items() if at not in (None, "", [], {})}
-    return Folder(path, visible(name), kind, known, state, began)
+    known = {key: "(hidden)" if SECRET.search(key) else at for key, at in known.items()}
+    return Folder(path, visible(path.relative_to(above).as_posix()), kind, known, state, began)
 
 
 def _began(path: Path) -> str:
@@ -136,9 +180,13 @@ def best_of_n(folders: Sequence[Folder]) -> list[tuple[str, dict[str, Any]]]:
     """Names and results of the best-of-N curves that were stored; without any, those that scored rows give."""
     from stepkd.evaluation.best_of_n import best_of_n_from_files
 
-    runs = [folder.summary.get("stages", {}) for folder in folders if folder.kind == QUICKSTART]
-    stages = [each for stages in runs for each in stages.items()]
-    found = [(name, dict(stage["best_of_n"])) for name, stage in stages if "best_of_n" in stage]
+    runs = [folder for folder in folders if folder.kind == QUICKSTART]
+    found = [
+        (name if len(runs) == 1 else f"{run.name}, {name}", dict(stage["best_of_n"]))
+        for run in runs
+        for name, stage in run.summary.get("stages", {}).items()
+        if "best_of_n" in stage
+    ]
     found += [(folder.name, folder.summary) for folder in folders if folder.kind == BEST_OF_N]
     for folder in folders if not found else ():
         if folder.kind == SCORES:

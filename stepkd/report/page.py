@@ -30,7 +30,6 @@ from stepkd.statistics import shown
 
 TEXT_BYTES = 3_000_000
 """Bytes of all solutions' texts; of a longer solution the page has the beginning."""
-SECRET = re.compile(r"(?:^|[._])(?:token|api_key|password|secret)$")
 
 
 def write_report(paths: Sequence[str | Path], out: str | Path | None = None, *, solutions: int = 500) -> Path:
@@ -81,7 +80,6 @@ def page_html(title: str, folders: Sequence[Folder], most: int) -> str:
         listed=len(chosen),
         filters=[(name, each, counted[name]) for name, (each, _) in FILTERS.items() if counted[name]],
         total=len(solutions),
-        hidden=SECRET.search,
         version=stepkd.__version__,
     )
 
@@ -102,18 +100,21 @@ def _json(value: Any) -> str:
 def _problems(solutions: Sequence[tuple[Solution, Sequence[str]]]) -> list[dict[str, Any]]:
     """What the page's script shows: problems with their solutions, each under an anchor of its own."""
     room = TEXT_BYTES // max(len(solutions), 1)
-    problems: dict[str, dict[str, Any]] = {}
+    problems: dict[tuple[str, str | None], dict[str, Any]] = {}
     for each, tags in solutions:
-        if each.problem not in problems:
+        if each.problem_key not in problems:
             anchor = f"problem-{re.sub(r'[^A-Za-z0-9_-]+', '-', each.problem)[:80]}"
             while any(anchor == other["anchor"] for other in problems.values()):
                 anchor += "-"
             head = {"id": each.problem, "anchor": anchor, "prompt": _cut(each.prompt, room // 4), "answer": each.answer}
-            problems[each.problem] = head | {"solutions": []}
-        names = ("run", "sample", "scored_by", "disagrees", "correct", "found", "cut_off", "tokens", "values")
+            problems[each.problem_key] = head | {"solutions": []}
+        names = ("run", "sample", "scored_by", "correct", "found", "cut_off", "tokens", "values")
         own, steps = {name: getattr(each, name) for name in names}, _beginning(each.steps, room)
-        marks = {"labels": each.labels[: len(steps)], "scores": each.scores[: len(steps)]}
-        problems[each.problem]["solutions"].append({**own, **marks, "tags": tags, "steps": steps})
+        kept, missing = len(steps), len(each.steps) - len(steps)
+        own |= {"labels": each.labels[:kept], "scores": each.scores[:kept]}
+        own |= {"disagrees": [i for i in each.disagrees if i < kept], "tags": tags, "steps": steps}
+        own["more"] = f"… {missing:,} more steps" if missing else ""
+        problems[each.problem_key]["solutions"].append(own)
     return list(problems.values())
 
 
@@ -124,7 +125,7 @@ def _beginning(steps: Sequence[str], room: int) -> list[str]:
         kept.append(_cut(step.strip("\n"), room))
         room -= len(step.encode()) + 64
         if room <= 0:
-            return [*kept, f"… {len(steps) - len(kept):,} more steps"] if len(kept) < len(steps) else kept
+            break
     return kept
 
 

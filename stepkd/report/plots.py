@@ -205,12 +205,15 @@ def _axis(
 ) -> Axis:
     """An axis that holds the values, and ends with them where it is tight; its ticks are round unless given."""
     low, high = min(values, default=0.0), max(values, default=1.0)
-    if low == high:
-        low, high = low - (abs(low) or 1) / 10, high + (abs(high) or 1) / 10
-    power = 10.0 ** math.floor(math.log10((high - low) / 4))
+    size = max(abs(low), abs(high))
+    if high - low <= 1e-9 * max(size, 1e-3):  # by rounding only
+        low, high = low - (size or 1) / 10, high + (size or 1) / 10
+    exponent = math.floor(math.log10((high - low) / 4))
+    power = 10.0**exponent
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= (high - low) / 4 * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    marks = {at: _tick(at) for i in range(first, last + 1) if low <= (at := round(i * step, 12)) <= high or not tight}
+    places = [round(i * step, 1 - exponent) for i in range(first, last + 1)]
+    marks = {at: _tick(at) for at in places if low <= at <= high or not tight}
     ends = (low, high) if tight else (min(marks), max(marks))
     return Axis(*ends, start, end, marks if ticks is None else ticks)
 

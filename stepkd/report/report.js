@@ -76,8 +76,8 @@
   const together = (solutions) => {
     const groups = new Map();
     for (const entry of solutions) {
-      const [{ steps, labels, scores, correct }] = entry;
-      const key = JSON.stringify([steps, labels, scores, correct]);
+      const [{ steps, more, labels, scores, correct }] = entry;
+      const key = JSON.stringify([steps, more, labels, scores, correct]);
       groups.set(key, [...(groups.get(key) ?? []), entry]);
     }
     return [...groups.values()].sort((a, b) => b[0][0].tags.length - a[0][0].tags.length);
@@ -101,7 +101,8 @@
         `${name} ${value === null ? "none" : Number(value.toPrecision(3))}`),
     ];
     const head = make("h4", "", make("span", "", ...names), verdict);
-    const steps = make("ol", "", ...solution.steps.map((text, i) => stepRow(solution, text, i)));
+    const more = solution.more && make("li", "step", make("span", "text", solution.more));
+    const steps = make("ol", "", ...solution.steps.map((text, i) => stepRow(solution, text, i)), more);
     const element = make("article", "solution", head, facts.some(Boolean) ? make("p", "facts", facts.filter(Boolean).join(" · ")) : "", steps);
     element.id = `${problem.anchor}.${number}`;
     element.dataset.numbers = group.map(([, each]) => each).join(" ");

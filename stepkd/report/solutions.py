@@ -70,6 +70,11 @@ class Solution:
     """Equal where rows of several jobs hold one solution; empty: no other job has it."""
 
     @property
+    def problem_key(self) -> tuple[str, str | None]:
+        """Equal for solutions of one problem: ids of two data sets may be the same, and prompts differ by template."""
+        return self.problem, self.answer
+
+    @property
     def disagrees(self) -> list[int]:
         """Steps on which score and label disagree, up to the first incorrect one: what is correct after it is a matter
         of convention. None where the labels are made of the scores."""
@@ -124,7 +129,8 @@ def solution(run: str, row: Row) -> Solution | None:
     labels = next((row[column] for column in ("step_labels", "labels") if row.get(column)), ())
     column = next((column for column in SCORES if row.get(column) and len(row[column]) == len(steps)), None)
     values = {name: row[name] for name in ("reward", "score") if name in row}
-    values |= rewards if len(rewards := row.get("rewards") or {}) > 1 else {}
+    rewards = row.get("rewards") or {}
+    values |= {visible(str(name)): value for name, value in rewards.items()} if len(rewards) > 1 else {}
     answer, found = (None if row.get(each) is None else visible(str(row[each])) for each in ("answer", "extracted"))
     return Solution(
         run=run,
@@ -191,12 +197,12 @@ def pick(solutions: Sequence[Solution], tags: Sequence[Sequence[str]], most: int
     Returns:
         Ascending numbers.
     """
-    of_problem: dict[str, list[int]] = defaultdict(list)
-    lists: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)
+    of_problem: dict[tuple[str, str | None], list[int]] = defaultdict(list)
+    lists: dict[tuple[str, str], dict[tuple[str, str | None], None]] = defaultdict(dict)
     for number, (each, own) in enumerate(zip(solutions, tags, strict=True)):
-        of_problem[each.problem].append(number)
+        of_problem[each.problem_key].append(number)
         for name in ("", *own):
-            lists[each.run, name][each.problem] = None
+            lists[each.run, name][each.problem_key] = None
     order = dict.fromkeys(each for group in zip_longest(*lists.values()) for each in group if each is not None)
     chosen: list[int] = []
     for problem in order:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from left import evaluation_rows, scored_rows
+from left import begin, evaluation_rows, scored_rows
 
 from stepkd.evaluation.best_of_n import best_of_n_from_files
 from stepkd.evaluation.metrics import compare_runs
@@ -41,6 +41,23 @@ def test_many_evaluations_are_compared_with_the_first_one(evaluation: Callable[.
     paths = [evaluation(f"runs/e{i}", "ci", minute=i) for i in range(9)]
     (found,) = of(paths[0].parent)["benchmarks"]
     assert [pair["a"] for pair in found["pairs"]] == ["e0"] * 8
+
+
+def test_many_evaluations_of_two_samplings_are_compared_with_the_first_one_of_theirs(
+    evaluation: Callable[..., Path],
+) -> None:
+    paths = [evaluation(f"runs/e{i}", "ci", minute=i, temperature=float(i % 2)) for i in range(10)]
+    (found,) = of(paths[0].parent)["benchmarks"]
+    assert sorted(pair["a"] for pair in found["pairs"]) == ["e0"] * 4 + ["e1"] * 4
+
+
+def test_best_of_n_of_several_quick_starts_names_them(tmp_path: Path, write: Callable[..., None]) -> None:
+    curve = {"ks": [1, 2], "problems": 9, "curves": {"pass": [{"value": 0.5, "low": 0.4, "high": 0.6}] * 2}}
+    for name in ("one", "two"):
+        begin(tmp_path / name, "quick start", 1)
+        write(tmp_path / name / "summary.json", {"stages": {"prm": {"best_of_n": curve}}})
+    assert [each["name"] for each in of(tmp_path)["best_of_n"]] == ["one, prm", "two, prm"]
+    assert [each["name"] for each in of(tmp_path / "one")["best_of_n"]] == ["prm"]
 
 
 def test_an_evaluation_without_step_labels_has_no_step_metrics(evaluation: Callable[..., Path]) -> None:

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from stepkd.data.io import read_samples
 from stepkd.errors import ConfigError, DataError
 from stepkd.report.folders import find_folders
+from stepkd.report.page import page_html
 
 
 def test_folders_below_a_path_are_found_in_the_order_in_which_they_were_begun(
@@ -73,3 +75,32 @@ def test_damaged_rows_are_refused_with_their_file(evaluation: Callable[..., Path
     (folder / "results.jsonl").write_text('{"id": "a"\n')
     with pytest.raises(DataError, match=r"broken/results.jsonl: a damaged part"):
         _ = find_folders([folder])[0].rows
+
+
+def test_folders_of_one_last_name_have_names_that_tell_them_apart(evaluation: Callable[..., Path]) -> None:
+    a, b = evaluation("exp1/gsm8k", minute=1), evaluation("exp2/gsm8k", minute=2)
+    assert [folder.name for folder in find_folders([a, b])] == ["exp1/gsm8k", "exp2/gsm8k"]
+    other = evaluation("exp2/math", minute=3)
+    assert [folder.name for folder in find_folders([a, other])] == ["gsm8k", "math"]
+    assert [folder.name for folder in find_folders([a, a])] == ["gsm8k"]
+
+
+@pytest.mark.parametrize("text", ['{"id": "a"}\n', '["step"]\n', "3\n", "no JSON\n", "", '{"step": 0, "samples": []}'])
+def test_files_of_other_programs_and_torn_ones_are_no_training(
+    tmp_path: Path, scores: Path, training: Callable[..., Path], text: str
+) -> None:
+    run = training("run")
+    (tmp_path / "data").mkdir()
+    for name in ("samples.jsonl", "metrics.jsonl"):
+        (tmp_path / "data" / name).write_text(text)
+    (run / "samples.jsonl").write_text(text)
+    found = find_folders([tmp_path])
+    assert [(folder.name, len(folder.solutions)) for folder in found] == [("run", 0), ("scores", 8)]
+    assert page_html("t", found, 5)
+
+
+def test_samples_of_another_program_are_refused(tmp_path: Path) -> None:
+    for text in ("3\n", "no JSON\n", '{"samples": []}\n'):
+        (tmp_path / "samples.jsonl").write_text(text)
+        with pytest.raises(DataError, match="not the samples of a run"):
+            read_samples(tmp_path)

@@ -176,8 +176,7 @@ def test_500_long_solutions_stay_below_5_mb(tmp_path: Path) -> None:
     assert path.stat().st_size < 5_000_000
     found = Parsed(path.read_text())
     assert len(found.data) == 500
-    last = found.data[7]["solutions"][0]["steps"][-1]
-    assert re.fullmatch(r"… \d+ more steps", last)
+    assert re.fullmatch(r"… \d+ more steps", found.data[7]["solutions"][0]["more"])
     assert found.data[7]["prompt"].endswith(" more characters")
 
 
@@ -199,3 +198,60 @@ def test_an_evaluation_that_is_not_finished_shows_what_is_done(evaluation: Calla
     found = page(evaluation("running", finished=False))
     assert "unfinished" in found.words
     assert "75.0" in found.words
+
+
+def test_scores_without_labels_have_a_page_without_first_incorrect_steps(scores: Path) -> None:
+    write_jsonl(scores / "results.jsonl", [{**row, "step_labels": None} for row in scored_rows()])
+    found = page(scores)
+    assert "scores: lowest score" in found.words
+    assert "First incorrect steps" not in found.words
+
+
+def test_secrets_are_hidden_where_settings_differ(tmp_path: Path) -> None:
+    for number, name in enumerate(("a", "b")):
+        secrets = {"api_key": f"k1-{number}", "access_key": f"k2-{number}", "env": {"HF_TOKEN": f"k3-{number}"}}
+        begin(tmp_path / name, "evaluation", number, seed=number, tokens=64 + number, **secrets)
+    found = page(tmp_path)
+    assert "Settings that differ" in found.words
+    assert "tokens 64 65" in found.words
+    assert not re.search(r"k[123]-[01]", found.words)
+    assert "access_key (hidden)" in found.words
+
+
+def test_what_a_shortened_solution_lacks_has_no_mark(tmp_path: Path) -> None:
+    (row,) = scored_rows(scores=False)[:1]
+    steps = [f"{i} " + "x" * 40_000 for i in range(100)]
+    for end in range(70, 80):  # the first incorrect step and a disagreement, about where the page's part ends
+        marks = {"step_labels": [i != end for i in range(100)], "step_scores": [0.9] * 100}
+        begin(tmp_path / f"{end}", "scoring job", 1)
+        write_jsonl(tmp_path / f"{end}" / "results.jsonl", [{**row, **marks, "steps": steps}])
+        (solution,) = page(tmp_path / f"{end}").data[0]["solutions"]
+        kept = len(solution["steps"])
+        assert 70 < kept < 80
+        assert solution["more"] == f"… {100 - kept} more steps"
+        assert len(solution["labels"]) == len(solution["scores"]) == kept
+        assert all(i < kept for i in solution["disagrees"])
+
+
+def test_problems_of_one_id_stand_under_their_own_prompts_and_answers(evaluation: Callable[..., Path]) -> None:
+    (row,) = evaluation_rows("c")
+    a = evaluation("a", rows=[row | {"id": "test/0", "prompt": "one", "answer": "1"}])
+    b = evaluation("b", rows=[row | {"id": "test/0", "prompt": "two", "answer": "2"}])
+    for most in (500, 4):
+        found = page(a, b, most=most).data
+        heads = [(each["prompt"], each["answer"], {own["run"] for own in each["solutions"]}) for each in found]
+        assert heads == [("one", "1", {"a"}), ("two", "2", {"b"})]
+    assert len({each["anchor"] for each in found}) == 2
+
+
+def test_killed_quick_starts_and_iterated_trainings_say_how_far_they_came(quickstart: Path, iterated: Path) -> None:
+    folders = quickstart, iterated
+    for stages, iterations, states in (
+        ("null", 2, ("2 of 8 stages", "2 of 3 models")),
+        ("[teacher, prm]", 1, ("finished", "finished")),
+    ):
+        (quickstart / "config.yaml").write_text(f"stages: {stages}\n")
+        (iterated / "config.yaml").write_text(f"iterations: {iterations}\n")
+        found = {folder.path: folder.state for folder in find_folders([quickstart])}
+        assert tuple(found[each] for each in folders) == states
+        assert all((each in page(quickstart).words) == (each != "finished") for each in states)

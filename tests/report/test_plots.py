@@ -71,3 +71,12 @@ def test_long_curves_are_means_of_neighbours() -> None:
     assert len(found) == MOST_POINTS
     assert found[0] == 1
     assert found[-1] == pytest.approx(MOST_POINTS * 3 - 2.5)
+
+
+@pytest.mark.parametrize(
+    "values", [[0.1, 0.09999999999999999], [0.0, 1e-14], [-1e-14, 1e-14], [1e9, 1e9 + 1e-6], [1e-13, 1e-13], [0, 2e-12]]
+)
+def test_values_that_differ_by_rounding_only_are_drawn_as_equal_ones(values: list[float]) -> None:
+    figure = plot("t", [Series("s", [0, 1], values)], "x", "y")
+    assert len(figure.up.ticks) > 2
+    assert all(TOP <= figure.up(value) <= FLOOR for value in values)

@@ -159,3 +159,9 @@ def test_whole_problems_are_shown_some_for_every_filter_and_run_first() -> None:
     assert all(sum(each.problem == name for each in chosen) == 8 for name in problems)
     assert pick(solutions, tags_of(solutions), 0) == []
     assert pick(plain[:8], tags_of(plain[:8]), 500) == list(range(8))
+
+
+def test_names_of_rewards_are_visible() -> None:
+    found = solution("run", {"id": "a", "completion": "x", "rewards": {"a\u202eb": 1.0, "c": 0.5}})
+    assert found is not None
+    assert found.values == {"a⟨U+202E⟩b": 1.0, "c": 0.5}
