@@ -133,7 +133,8 @@ def _state(path: Path, kind: str) -> str:
     if kind in (QUICKSTART, ITERATED) and (config := newest_config(path)) is not None:
         told, summary = read_yaml(config, "job's settings"), _summary(path / SUMMARY_NAME)
         if kind == QUICKSTART:
-            stages = told.get("stages") or read_yaml(_STAGES, "quick start")["seconds"]
+            known = (name for name in read_yaml(_STAGES, "quick start")["seconds"] if name != "report")
+            stages = told.get("stages") or list(known)
             done, total = sum(name in summary["stages"] for name in stages), len(stages)
         else:
             done, total, parts = len(summary["models"]), 1 + told["iterations"], "models"
