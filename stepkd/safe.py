@@ -24,7 +24,8 @@ ALLOWED = (
 )
 """Import paths that a recipe may name under ``--safe``, with everything below them."""
 _VARIABLE = "STEPKD_SAFE"
-_SECRET_NAME = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD)$")
+SECRET_NAME = re.compile(r"(?:token|key|secret|password)$", re.IGNORECASE)
+"""Names of variables and settings whose values are credentials: not written by commands, and not shown by reports."""
 _CREDENTIAL = re.compile(r"://[^/\s@]+:[^/\s@]+@|\bhf_[A-Za-z0-9]{16,}")
 
 
@@ -76,10 +77,10 @@ def refuse_credentials(settings: Mapping[str, Any]) -> None:
 
     Raises:
         ConfigError: one holds the password of a URL, a token of the Hugging Face hub, or the value of an environment
-            variable whose name ends in TOKEN, KEY, SECRET or PASSWORD (of 12 characters or more). The message does not
+            variable whose name :data:`SECRET_NAME` matches (of 12 characters or more). The message does not
             repeat it.
     """
-    secrets = {name: value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) >= 12}
+    secrets = {name: value for name, value in os.environ.items() if SECRET_NAME.search(name) and len(value) >= 12}
     for name, value in settings.items():
         text = str(value)
         what = next((f"the value of the variable {known}" for known, secret in secrets.items() if secret in text), "")

@@ -26,10 +26,11 @@ from stepkd.models.source import as_trained, find_checkpoint, model_file
 from stepkd.models.spec import TINY_PRESETS
 from stepkd.runs.job import package_versions
 from stepkd.runs.rundir import newest_config, read_checkpoint, read_marker
+from stepkd.safe import SECRET_NAME
 from stepkd.yaml_files import read_yaml
 
 _CREDENTIAL = re.compile(r"(?<=://)[^/\s@]+@|\b(hf|sk|ghp|wandb)[_-][\w-]{8,}|\b[0-9a-f]{40}\b")
-_SECRET_NAME = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD)$")
+"""More than commands refuse (:func:`stepkd.safe.refuse_credentials`): what it hides by mistake stops nobody."""
 _ABSOLUTE = re.compile(r"(?<![\w:/.])~?/(?:[^\s/,;\"']+/)*")
 _METRICS = re.compile(r"(pass|maj)@\d+|step_accuracy|correct_with_incorrect_step|truncated_rate|f1|acc_\w+|auroc")
 
@@ -95,7 +96,7 @@ def _clean(value: object) -> str:
     """A text on one line without control and direction marks, credentials and folders of this machine."""
     text = "".join(char if unicodedata.category(char)[0] != "C" else " " for char in str(value))
     for name, secret in os.environ.items():
-        if _SECRET_NAME.search(name.upper()) and len(secret) >= 8:
+        if SECRET_NAME.search(name) and len(secret) >= 8:
             text = text.replace(secret, "...")
     text = _ABSOLUTE.sub("", _CREDENTIAL.sub("...", text))
     return " ".join(text.split())[:300]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +17,7 @@ from stepkd.errors import ConfigError, DataError, StepkdError
 from stepkd.report.solutions import Solution, rollout_rows, sampled_rows, solution, visible
 from stepkd.runs.job import LOG, PARTS, RESULTS_NAME, SETTINGS_NAME, SUMMARY_NAME, flat, read_results, read_settings
 from stepkd.runs.rundir import newest_config, read_marker, recipe_settings
+from stepkd.safe import SECRET_NAME
 from stepkd.yaml_files import read_yaml
 
 TRAINING, EVALUATION, SCORES, JUDGEMENT = "fit", "evaluation", "scoring job", "judgement of a step scorer"
@@ -25,8 +25,6 @@ LABELS, CLAIM, ITERATED, QUICKSTART = "labelling job", "claim", "iterated traini
 BEST_OF_N, BEST_OF_N_NAME = "best of N", "best_of_n.json"
 LOGS = {"metrics.jsonl": "run", SAMPLES_FILE: "samples"}
 """What a training logs -> what each of its lines has, beside the step."""
-SECRET = re.compile(r"(?:^|[._])(?:token|(?:api)?key|password|secret)$", re.IGNORECASE)
-"""Names of settings whose values nobody is shown."""
 CLOSED = (PARTS, LOG, "checkpoints", "model", "units")
 """Folders that are not looked into: parts of others."""
 
@@ -167,7 +165,7 @@ def _folder(path: Path, above: Path) -> Folder | None:
     else:
         return None
     known = {key: at for key, at in settings.items() if at not in (None, "", [], {})}
-    known = {key: "(hidden)" if SECRET.search(key) else at for key, at in known.items()}
+    known = {key: "(hidden)" if SECRET_NAME.search(key) else at for key, at in known.items()}
     return Folder(path, visible(path.relative_to(above).as_posix()), kind, known, state, began)
 
 

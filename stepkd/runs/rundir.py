@@ -133,13 +133,8 @@ class RunDir:
             return
         marker = read_marker(self.path) or {"kind": self.kind, "stepkd": stepkd.__version__}
         marker.update(status=status, message=message, ended=_now())
-        try:
-            write_json(self.path / MARKER, marker)
-        except MachineError:
-            if status != "failed":
-                raise
-            with contextlib.suppress(OSError):  # a full disk has room where the old text stands, and hides no error
-                _overwrite(self.path / MARKER, marker)
+        write = _write_anyhow if status == "failed" else write_json  # a full disk hides no error
+        write(self.path / MARKER, marker)
 
     def abandon(self) -> bool:
         """Remove a folder in which nothing was done yet, so that a corrected command needs no flag.
@@ -182,7 +177,7 @@ class RunDir:
         if marker.get("status") == "running":
             check_unused(self.path, marker)
         if overwrite:
-            write_json(self.path / MARKER, {**marker, "status": "deleting"})
+            _write_anyhow(self.path / MARKER, {**marker, "status": "deleting"})
             for entry in sorted(self.path.iterdir(), key=lambda entry: entry.name == MARKER):
                 delete(entry)  # the marker last, so that an interrupted deletion is recognised and can be repeated
             return f"{self.path}: the earlier run ({described}) was deleted, starting fresh"
@@ -259,11 +254,14 @@ def read_marker(path: Path) -> dict[str, Any] | None:
     return marker if isinstance(marker, dict) and "stepkd" in marker and "kind" in marker else None
 
 
-def _overwrite(path: Path, marker: dict[str, Any]) -> None:
-    """Put a marker in place of one that is there: no new file, and no more than the block that it has."""
-    with open(path, "r+", encoding="utf-8") as stream:
-        stream.write(json.dumps(marker | {name: marker.get(name, "")[:500] for name in ("message", "command")}))
-        stream.truncate()
+def _write_anyhow(path: Path, marker: dict[str, Any]) -> None:
+    """Write a marker; on a full disk in place of the one that is there, with no more than the block that it has."""
+    try:
+        write_json(path, marker)
+    except MachineError:
+        with contextlib.suppress(OSError), open(path, "r+", encoding="utf-8") as stream:
+            stream.write(json.dumps(marker | {name: marker.get(name, "")[:500] for name in ("message", "command")}))
+            stream.truncate()
 
 
 def _launch_identity(environ: Mapping[str, str], info: LaunchInfo) -> tuple[str | None, bool]:

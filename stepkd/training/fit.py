@@ -417,11 +417,11 @@ class StepkdCLI(LightningCLI):
         self.status = "stopped"
         self.run_dir.mark("stopped", str(stopped))
         if self.trainer.is_global_zero and not self.quiet:
-            print(
-                f"\n{stopped}: {self.run_dir.path} holds the state after {self.trainer.global_step} steps; give the "
-                "same command with --resume to continue",
-                flush=True,
-            )
+            steps = self.trainer.global_step
+            held = f"holds the state after {steps} steps; give the same command with --resume to continue"
+            if self.last is not None and not self.last.every_n_steps:
+                held = "keeps no state (checkpoint.every_n_steps: null); give --overwrite to start again"
+            print(f"\n{stopped}: {self.run_dir.path} {held}", flush=True)
 
     def mark_failed(self, error: BaseException) -> None:
         """Record the failure in the run folder, or remove the folder when nothing had begun."""

@@ -24,7 +24,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "barebones": ((None, False), "a run always keeps its metrics and checkpoints"),
     "enable_checkpointing": (
         (None, True),
-        "a run always keeps its state. checkpoint.every_n_steps says how often it is written",
+        "checkpoint.every_n_steps says how often a run writes its state; null keeps none",
     ),
     "gradient_clip_algorithm": ((None,), f"gradients are clipped by their norm: {_CLIP}"),
     "gradient_clip_val": ((None, 0), _CLIP),

@@ -258,6 +258,23 @@ def test_a_full_disk_leaves_the_old_marker(tmp_path: Path, monkeypatch: pytest.M
     assert (marker["status"], marker["message"]) == ("failed", "no space for metrics")
 
 
+def test_a_full_disk_does_not_keep_an_overwrite_from_deleting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = start(tmp_path / "r")
+    checkpoint(run.checkpoints, "last.ckpt")
+    run.mark("finished")
+    left: list[bool] = []
+
+    def full_until_deleted(fd: int) -> None:
+        left.append((run.checkpoints / "last.ckpt").exists())
+        if left[-1]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_until_deleted)
+    assert start(run.path, overwrite=True).resume_from is None
+    assert left[0], "the disk was full when it began"
+    assert not (run.checkpoints / "last.ckpt").exists()
+
+
 def test_other_ranks_neither_fail_nor_write(tmp_path: Path) -> None:
     path = tmp_path / "r"
     early = start(path, environ=RANK1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ import torch
 import yaml
 
 from stepkd.errors import ConfigError
-from stepkd.training.fit import FitResult, check_fit, fit, run, validate
+from stepkd.runs.process import Preempted
+from stepkd.training.fit import FitResult, StepkdCLI, check_fit, fit, run, validate
 
 RECIPES = ["tiny/sft"]
 
@@ -100,3 +102,14 @@ def test_checking_builds_module_and_data_and_writes_nothing(tmp_path: Path, monk
 def test_a_mistake_in_the_settings_is_told_as_on_the_command_line(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_fit(RECIPES, change)
+
+
+@pytest.mark.parametrize(("every", "said"), [(100, "holds the state after 7 steps"), (None, "keeps no state")])
+def test_a_run_asked_to_stop_says_what_is_left_of_it(
+    every: int | None, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = SimpleNamespace(path=Path("runs/first"), mark=lambda *_: None)
+    trainer = SimpleNamespace(is_global_zero=True, global_step=7)
+    cli = SimpleNamespace(run_dir=run, trainer=trainer, quiet=False, last=SimpleNamespace(every_n_steps=every))
+    StepkdCLI.mark_stopped(cli, Preempted("asked to stop"))  # type: ignore[arg-type]
+    assert f"asked to stop: runs/first {said}" in capsys.readouterr().out
