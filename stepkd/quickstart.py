@@ -150,8 +150,10 @@ def _train_prm(context: Context) -> dict[str, Any]:
 def _train_step_kto(context: Context) -> dict[str, Any]:
     """Step-KTO from the student's weights, and what it does to correct answers and to the incorrect steps in them."""
     section, labels = train(context, "step_kto"), _summary_of(context.run("labels")[0])
-    conflicts = labels["correct_answers_with_an_incorrect_step"]
-    section |= {"labelled_solutions": labels["labelled"], "conflicts": conflicts}
+    section |= {
+        "labelled_solutions": labels["labelled"],
+        "correct_with_incorrect_step": labels["correct_with_incorrect_step"],
+    }
     section["evaluation"] = _compare_with_student(context, "step_kto")
     _tell(context, "step_kto", _differences(context, "step_kto"), **section)
     return section
@@ -269,7 +271,7 @@ def _show_samples(context: Context) -> dict[str, Any]:
                 examples.append({"id": row["id"], "kind": title, "completion": sample["completion"]})
                 break
     counts: Mapping[str, Any] = sum((problem_counts(row).counts for row in rows), Counter())
-    _tell(context, "samples", **{"correct": 0, "correct_flawed": 0, **counts})
+    _tell(context, "samples", **{"correct": 0, "correct_with_incorrect_step": 0, **counts})
     return {"shown": examples}
 
 
@@ -298,7 +300,7 @@ def _evaluate_models(context: Context, names: Sequence[str], *, greedy: bool = F
         "correct, sampled": ("sampled", "pass@1"),
         "majority of 4": ("sampled", "maj@4"),
         "steps correct": ("sampled", "step_accuracy"),
-        "correct answer, incorrect step": ("sampled", "correct_with_incorrect_step"),
+        "correct with an incorrect step": ("sampled", "correct_with_incorrect_step"),
     }
     columns = {title: each for title, each in columns.items() if greedy or each[0] == "sampled"}
     table = Table("model", *(Column(title, justify="right") for title in columns), title_justify="left")
@@ -336,7 +338,7 @@ def _differences(context: Context, name: str, base: str = "student") -> dict[str
 
     rows, before = (read_results(context.out / "evaluations" / f"{each}-sampled") for each in (name, base))
     found = paired_differences(rows, before, n_resamples=RESAMPLES)
-    return {"correct": found["pass@1"], "flawed": found["correct_with_incorrect_step"]}
+    return {"correct": found["pass@1"], "correct_with_incorrect_step": found["correct_with_incorrect_step"]}
 
 
 def paragraph(stage: str, facts: Mapping[str, Any], differences: Mapping[str, Mapping[str, Any] | None]) -> str:

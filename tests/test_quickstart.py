@@ -130,7 +130,9 @@ def test_a_paragraph_says_what_the_interval_says(low: float, high: float, verdic
 
 def test_a_paragraph_leaves_out_what_is_undefined() -> None:
     undefined = {"value": 0.1, "low": None, "high": None, "method": "bootstrap"}
-    assert paragraph("kdrl", FACTS, {"correct": undefined, "flawed": None}) == paragraph("kdrl", FACTS, {})
+    assert paragraph("kdrl", FACTS, {"correct": undefined, "correct_with_incorrect_step": None}) == paragraph(
+        "kdrl", FACTS, {}
+    )
     rounding = {"correct": interval(1e-17, 2e-17)}
     assert "no clear change" in paragraph("kdrl", FACTS, rounding)
 

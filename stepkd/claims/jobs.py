@@ -343,8 +343,8 @@ def problem_columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
             "pass@1": counts["correct"] / n,
             "mean_tokens": counts["tokens"] / n,
             "step_accuracy": [counts["correct_steps"], counts["steps"]],
-            "correct_with_incorrect_step": [counts["correct_flawed"], counts["correct_labelled"]],
-            "clean@1": (counts["correct"] - counts["correct_flawed"]) / n,
+            "correct_with_incorrect_step": [counts["correct_with_incorrect_step"], counts["correct_labelled"]],
+            "clean@1": (counts["correct"] - counts["correct_with_incorrect_step"]) / n,
             "distinct": len({sample.get("completion") for sample in row["samples"]}) / n,
         }
         for name, value in values.items():

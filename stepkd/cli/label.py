@@ -41,7 +41,7 @@ def print_summary(job: JobOptions, summary: Mapping[str, Any]) -> None:
         f"{summary['labelled']} of {summary['solutions']} solutions of {summary['problems']} problems labelled"
         + dropped(summary),
         f"answers: {summary['correct_answers']} correct "
-        f"({summary['correct_answers_with_an_incorrect_step']} of them with an incorrect step), "
+        f"({summary['correct_with_incorrect_step']} of them with an incorrect step), "
         f"{summary['incorrect_answers']} incorrect; {summary['cut_off']} solutions cut off",
         "" if summary["threshold"] is None else f"segmenter threshold: {summary['threshold']:.6g}",
         *(f"{name}: {found}" for name in ("sampling", "labelling") if (found := facts(summary[name]))),

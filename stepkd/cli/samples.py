@@ -2,7 +2,7 @@
 
 stepkd samples runs/kdrl                           rollouts of a GRPO or KDRL run, those of its last entry
 stepkd samples runs/kdrl --step 40 --number 3      of one optimiser step
-stepkd samples runs/quickstart --show flawed       correct answers with an incorrect step, of all its stages
+stepkd samples runs/quickstart --show correct_with_incorrect_step    of all its stages
 
 ✓ and green: labelled correct, ✗ and red: labelled incorrect; without labels the colour is that of the score.
 """
@@ -18,7 +18,7 @@ from stepkd.errors import ConfigError, check_bounds
 if TYPE_CHECKING:
     from stepkd.report.solutions import Solution
 
-Filter = Literal["flawed", "disagrees", "incorrect", "clean", "cut-off", "longest"]
+Filter = Literal["correct_with_incorrect_step", "disagrees", "incorrect", "clean", "cut-off", "longest"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +30,8 @@ class SamplesConfig:
     paths: tuple[str, ...] = ()
     """Folders that commands left (fit, evaluate, label, score, ...), or that hold some."""
     show: Filter | None = None
-    """Only solutions of a kind: ``flawed`` (correct answer, an incorrect step), ``disagrees`` (scores and labels),
-    ``incorrect``, ``clean`` (incorrect answer, no incorrect step), ``cut-off``, ``longest``; null: all."""
+    """Only solutions of a kind: ``correct_with_incorrect_step`` (a correct answer with one), ``disagrees`` (scores and
+    labels), ``incorrect``, ``clean`` (incorrect answer, no incorrect step), ``cut-off``, ``longest``; null: all."""
     step: int | Literal["last", "all"] = "last"
     """Optimiser step of the rollouts of a training; ``last`` is the newest entry, ``all`` shows every one."""
     number: int = 8

@@ -157,8 +157,8 @@ def feedback_counts(examples: Iterable[Completion]) -> dict[str, int]:
         examples: encoded rows.
 
     Returns:
-        ``correct_outcomes``, ``incorrect_outcomes``, ``correct_steps``, ``incorrect_steps``, and ``conflicts``: correct
-        answers with an incorrect step (:func:`~stepkd.steps.labels.tally`).
+        ``correct_outcomes``, ``incorrect_outcomes``, ``correct_steps``, ``incorrect_steps``, and
+        ``correct_with_incorrect_step`` (:class:`~stepkd.steps.labels.Tally`).
     """
     found = [completion for example in examples for completion in example.completions]
     outcomes = Counter(example.outcome for example in found)
@@ -168,10 +168,10 @@ def feedback_counts(examples: Iterable[Completion]) -> dict[str, int]:
         "incorrect_outcomes": outcomes[INCORRECT],
         "correct_steps": steps[CORRECT],
         "incorrect_steps": steps[INCORRECT],
-        "conflicts": tally(
+        "correct_with_incorrect_step": tally(
             (example.outcome == CORRECT for example in found),
             ([None if label == UNKNOWN else label == CORRECT for label in example.step_labels] for example in found),
-        ).flawed,
+        ).correct_with_incorrect_step,
     }
 
 

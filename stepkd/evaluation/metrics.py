@@ -160,7 +160,7 @@ def summarise(
         name to ``{"value", "low", "high", "method"}``. Names: ``pass@K``, ``maj@K``, ``unparsed_rate``,
         ``timeout_rate``, ``truncated_rate``, ``truncated_answered_rate`` (samples cut off behind a complete answer),
         ``mean_tokens``, and with step labels ``step_accuracy`` (correct steps among labelled steps) and
-        ``correct_with_incorrect_step`` (:func:`~stepkd.steps.labels.tally`). A ratio without
+        ``correct_with_incorrect_step`` (:class:`~stepkd.steps.labels.Tally`). A ratio without
         denominator has the value None. The result does not depend on the order of the rows.
 
     Raises:
@@ -190,7 +190,9 @@ def summarise(
     metrics["mean_tokens"] = cluster_bootstrap(counted("tokens") / n, **settings)
     if counted("labelled").any():
         metrics["step_accuracy"] = ratio(counted("correct_steps"), counted("steps"))
-        metrics["correct_with_incorrect_step"] = ratio(counted("correct_flawed"), counted("correct_labelled"))
+        metrics["correct_with_incorrect_step"] = ratio(
+            counted("correct_with_incorrect_step"), counted("correct_labelled")
+        )
     return {
         "problems": len(problems),
         "samples": int(n.sum()),
@@ -219,7 +221,7 @@ def problem_counts(row: Mapping[str, Any]) -> ProblemCounts:
     Returns:
         For each sample its vote (None: unparsed) and whether it is correct; and counts over the samples: of every
         verdict, ``samples``, ``truncated``, ``truncated_answered``, ``tokens``, ``labelled``, ``steps``,
-        ``correct_steps``, ``correct_labelled`` and ``correct_flawed``.
+        ``correct_steps``, ``correct_labelled`` and ``correct_with_incorrect_step``.
 
     Raises:
         DataError: no id, or no samples.
@@ -237,7 +239,7 @@ def problem_counts(row: Mapping[str, Any]) -> ProblemCounts:
     counts["tokens"] = sum(sample["tokens"] for sample in samples)
     counts["labelled"] = sum(steps is not None for steps in labels)
     counts["steps"], counts["correct_steps"] = len(marks) - marks.count(None), sum(map(bool, marks))
-    _, counts["correct_labelled"], counts["correct_flawed"] = tally(correct, labels)
+    _, counts["correct_labelled"], counts["correct_with_incorrect_step"] = tally(correct, labels)
     return ProblemCounts(str(row["id"]), [sample.get("vote") for sample in samples], correct, counts)
 
 
@@ -249,7 +251,7 @@ def _too_few_samples(metric: str, k: int, n: int) -> str:
 
 PAIRED = {
     "pass@1": ("correct", "samples"),
-    "correct_with_incorrect_step": ("correct_flawed", "correct_labelled"),
+    "correct_with_incorrect_step": ("correct_with_incorrect_step", "correct_labelled"),
     "step_accuracy": ("correct_steps", "steps"),
     "mean_tokens": ("tokens", "samples"),
 }

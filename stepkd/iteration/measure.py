@@ -170,7 +170,7 @@ def summarise_run(spec: IterateConfig, folders: Sequence[Path], facts: Sequence[
 
     Returns:
         ``models``: per model ``name``, ``metrics`` (95% intervals over problems), ``minus_M0`` (paired differences on
-        the same problems) and ``training`` (None for M0: solutions, rows, what was dropped and why, conflicts); and
+        the same problems) and ``training`` (None for M0: solutions, rows, what was dropped and why); and
         ``samples``, ``problems``, ``labeller``.
     """
     rows = [read_results(folder / "evaluation") for folder in folders]
@@ -200,9 +200,7 @@ def summarise_run(spec: IterateConfig, folders: Sequence[Path], facts: Sequence[
 def _training(facts: Mapping[str, Any]) -> dict[str, Any]:
     """What an iteration learnt from, by the facts of its stages."""
     label = facts["label"]
-    same = ("problems", "solutions", "labelled", "dropped", "correct_answers", "incorrect_answers")
-    return {name: label[name] for name in same} | {
-        "conflicts": label["correct_answers_with_an_incorrect_step"],
+    return {name: label[name] for name in _TRAINED_ON if name in label} | {
         "steps": label["balance"],
         "converted": facts.get("convert") or facts.get("pairs"),
         "rows": facts["train"]["rows"],
@@ -215,7 +213,7 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
         "greedy_pass@1": "correct answers, greedy",
         "pass@1": "correct answers, sampled",
         f"maj@{summary['samples']}": f"majority of {summary['samples']}",
-        "correct_with_incorrect_step": "incorrect step in\ncorrect answers",
+        "correct_with_incorrect_step": "correct answers with\nan incorrect step",
         "step_accuracy": "correct steps",
         "mean_tokens": "tokens per solution",
         "truncated_rate": "cut off",
@@ -248,7 +246,7 @@ _TRAINED_ON = {
     "labelled": "labelled",
     "dropped": "dropped",
     "correct_answers": "correct answers",
-    "conflicts": "with an incorrect step",
+    "correct_with_incorrect_step": "with an incorrect step",
     "incorrect_answers": "incorrect answers",
     "converted": "converted",
     "rows": "rows",

@@ -179,7 +179,7 @@ def summarise_labels(
         "correct_answers": sum(graded),
         "incorrect_answers": len(graded) - sum(graded),
         "cut_off": sum(row.get("finish") == "length" for row in rows),
-        "correct_answers_with_an_incorrect_step": tally(known, marks).flawed,
+        "correct_with_incorrect_step": tally(known, marks).correct_with_incorrect_step,
         "steps": sum(map(len, marks)),
         "balance": _balance(marks),
         "by_position": [

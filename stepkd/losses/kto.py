@@ -132,8 +132,8 @@ def step_kto(
 
     Returns:
         ``sums["outcome"]`` and ``sums["step"]``, whose denominators are :func:`step_kto_counts`. Metrics: those of
-        :func:`kto`, the same with ``step_`` before them, and ``conflicts`` (correct answers
-        with an incorrect step among those whose steps are labelled, :func:`~stepkd.steps.labels.is_settled`).
+        :func:`kto`, the same with ``step_`` before them, and
+        ``labels/correct_with_incorrect_step``: what the batch's labels say, :class:`~stepkd.steps.labels.Tally`.
 
     Raises:
         ValueError: an unknown reduction, or shapes that differ.
@@ -148,7 +148,7 @@ def step_kto(
     share_S = _step_shares(step_labels_S, completion_S, len(labels_R), reduction).to(step_logratios_S.dtype)
     step, step_metrics = _value_loss(step_logratios_S, step_labels_S, z0_step, beta, step_weights, share_S)
     metrics |= {f"step_{name}": value for name, value in step_metrics.items()}
-    metrics["conflicts"] = _conflicts(step_labels_S, completion_S, labels_R)
+    metrics["labels/correct_with_incorrect_step"] = _tallied(step_labels_S, completion_S, labels_R)
     return LossTerms({"outcome": outcome, "step": step}, metrics)
 
 
@@ -215,8 +215,8 @@ def _step_shares(labels_S: Tensor, completion_S: Tensor, completions: int, reduc
     return 1.0 / counts_R.clamp(min=1.0)[completion_S]
 
 
-def _conflicts(step_labels_S: Tensor, completion_S: Tensor, labels_R: Tensor) -> tuple[Tensor, Tensor]:
-    """Correct answers with an incorrect step, and correct answers whose steps are labelled."""
+def _tallied(step_labels_S: Tensor, completion_S: Tensor, labels_R: Tensor) -> tuple[Tensor, Tensor]:
+    """The counts of :class:`~stepkd.steps.labels.Tally` behind its share."""
 
     def count(chosen_S: Tensor) -> Tensor:
         return segment_sum(chosen_S.float(), completion_S, len(labels_R))

@@ -60,7 +60,7 @@ class SampledAccuracy:
         self.shown: list[list[Any]] = []
 
     def __call__(self, batch: StepBatch, phases: PhaseTracker) -> dict[str, float]:
-        """Sums over this rank's problems; ``correct_flawed`` of :func:`~stepkd.steps.labels.tally`."""
+        """Sums over this rank's problems; see :func:`~stepkd.steps.labels.tally`."""
         _, judged = self._judged(batch, phases, "validation")
         for example, (first, *_) in list(zip(batch.examples, judged, strict=True))[: MOST_SHOWN - len(self.shown)]:
             prompt = example.row["prompt"]
@@ -80,7 +80,7 @@ class SampledAccuracy:
             "labelled_steps": sum(len(steps) - steps.count(None) for steps in known),
             "correct_steps": sum(steps.count(True) for steps in known),
             "correct_labelled": counts.labelled,
-            "correct_flawed": counts.flawed,
+            "correct_with_incorrect_step": counts.correct_with_incorrect_step,
         }
 
     @staticmethod
@@ -93,7 +93,7 @@ class SampledAccuracy:
         if sums["labelled_steps"]:
             rates["step_accuracy"] = sums["correct_steps"] / sums["labelled_steps"]
             if sums["correct_labelled"]:
-                rates["correct_with_incorrect_step"] = sums["correct_flawed"] / sums["correct_labelled"]
+                rates["correct_with_incorrect_step"] = sums["correct_with_incorrect_step"] / sums["correct_labelled"]
         return rates
 
     def completion_rows(self, batch: StepBatch, phases: PhaseTracker, *, model_id: str) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ DRAWN = {
     "greedy_pass@1": "correct, greedy",
     "pass@1": "correct (pass@1)",
     "step_accuracy": "correct steps",
-    "correct_with_incorrect_step": "incorrect step in correct answers",
+    "correct_with_incorrect_step": "correct answers with an incorrect step",
 }
 """Metrics of a model that have a plot."""
 NOT_DRAWN = ("perf/", "epoch", "run", "step", "seconds", "train/tokens")
@@ -213,8 +213,8 @@ def _label_plot(folder: Folder) -> Figure:
     summary, names = folder.summary, ("correct", "incorrect", "unlabelled")
     places = [at for at in summary["by_position"] if 100 * sum(at[name] for name in names) >= summary["labelled"]]
     stack = {name: [each[name] for each in places] for name in names}
-    flawed = summary["correct_answers_with_an_incorrect_step"]
-    words = f"{summary['correct_answers']:,} correct answers, {flawed:,} of them with an incorrect step"
+    mistaken = summary["correct_with_incorrect_step"]
+    words = f"{summary['correct_answers']:,} correct answers, {mistaken:,} of them with an incorrect step"
     parts, ticks = bars(range(len(places) + 1), stack), {at + 0.5: str(at + 1) for at in range(len(places))}
     return plot(f"{folder.name}: {summary['labelled']:,} solutions", parts, "step", "steps", ticks=ticks, note=words)
 

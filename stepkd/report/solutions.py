@@ -90,7 +90,10 @@ class Solution:
 
 
 FILTERS: Mapping[str, tuple[str, Callable[[Solution], bool]]] = {
-    "flawed": ("correct answer with an incorrect step", lambda s: s.correct is True and False in s.labels),
+    "correct_with_incorrect_step": (
+        "correct answer with an incorrect step",
+        lambda s: s.correct is True and False in s.labels,
+    ),
     "disagrees": ("scores disagree with labels", lambda s: bool(s.disagrees)),
     "incorrect": ("incorrect answer", lambda s: s.correct is False),
     "clean": (

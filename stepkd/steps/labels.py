@@ -136,16 +136,14 @@ class Tally(NamedTuple):
     """Completions whose answer is correct."""
     labelled: int
     """Of these, those whose steps are all labelled. Labels up to an incorrect step are enough: they settle it."""
-    flawed: int
-    """Of these, those with an incorrect step (Step-KTO's conflicts, arXiv 2501.10799)."""
+    correct_with_incorrect_step: int
+    """Of these, those with an incorrect step (Step-KTO's conflicts, arXiv 2501.10799). Summaries, logs, claims and
+    reports have this number and its :attr:`share` under this name."""
 
     @property
     def share(self) -> float | None:
-        """Correct answers with an incorrect step as a share in [0, 1] of those whose steps are all labelled.
-
-        None where none is labelled: nothing is known then, which is not the same as 0.
-        """
-        return self.flawed / self.labelled if self.labelled else None
+        """``correct_with_incorrect_step`` over ``labelled``, in [0, 1]; None where none is labelled: that is not 0."""
+        return self.correct_with_incorrect_step / self.labelled if self.labelled else None
 
 
 def tally(outcomes: Iterable[bool | None], marks: Iterable[Sequence[bool | None] | None]) -> Tally:

@@ -115,7 +115,7 @@ def test_counts_of_labels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
         "incorrect_outcomes": 1,
         "correct_steps": 4,
         "incorrect_steps": 3,
-        "conflicts": 2,
+        "correct_with_incorrect_step": 2,
     }
     assert feedback_counts(data.examples["train"]) == expected
     assert f"train: 4 of 5 rows, {str(expected)[:-1]}" in caplog.text

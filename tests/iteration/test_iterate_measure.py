@@ -212,7 +212,7 @@ def test_the_table_names_what_was_dropped() -> None:
         "dropped": {"duplicate": 1},
         "correct_answers": 3,
         "incorrect_answers": 2,
-        "conflicts": 1,
+        "correct_with_incorrect_step": 1,
         "converted": {"to": "demonstrations", "counts": {"rows": 3, "incorrect_answer": 2}},
         "rows": 3,
     }

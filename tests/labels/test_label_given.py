@@ -130,7 +130,7 @@ def test_step_labelled_rows_keep_their_steps(spec: LabelConfig, run: Any, tmp_pa
     assert [row["outcome"] for row in out] == [True, True, False, True], "graded by the answer"
     assert out[0]["labelling"]["segmenter"] == {"name": "of the row"}
     assert summary is not None
-    assert summary["correct_answers_with_an_incorrect_step"] == 1
+    assert summary["correct_with_incorrect_step"] == 1
 
 
 def test_a_solution_that_stops_early_is_continued(spec: LabelConfig, run: Any, tmp_path: Path) -> None:

@@ -226,7 +226,9 @@ def training(judged: Sequence[Judged]) -> float | None:
     steps = [(number, label) for number, (_, labels) in enumerate(judged) for label in signs(labels)]
     numbers, labels = (torch.tensor(each) for each in zip(*steps, strict=True))
     outcomes = torch.tensor([int(good) for good, _ in judged])
-    flawed, among = step_kto(torch.zeros(len(steps)), labels, numbers, outcomes, beta=0.1).metrics["conflicts"]
+    flawed, among = step_kto(torch.zeros(len(steps)), labels, numbers, outcomes, beta=0.1).metrics[
+        "labels/correct_with_incorrect_step"
+    ]
     return float(flawed / among) if among else None
 
 
@@ -251,11 +253,11 @@ def as_targets(labels: Sequence[int]) -> tuple[tuple[float, ...] | None, ...]:
     "count",
     [
         lambda judged: summarise_labels([{"row": row} for row in labelled(judged)], 7, 0, [])[
-            "correct_answers_with_an_incorrect_step"
+            "correct_with_incorrect_step"
         ],
         lambda judged: feedback_counts(
             [Completion(NO_IDS, NO_IDS, outcome=int(good), targets=as_targets(signs(s))) for good, s in judged]
-        )["conflicts"],
+        )["correct_with_incorrect_step"],
     ],
     ids=["labelling", "Step-KTO's data"],
 )

@@ -158,14 +158,14 @@ def test_metrics() -> None:
     assert not any(tensor.requires_grad for pair in metrics.values() for tensor in pair)
 
 
-def test_step_metrics_and_conflicts() -> None:
+def test_step_metrics_and_correct_answers_with_an_incorrect_step() -> None:
     ratios, labels, completions, outcomes = tensors(SOLUTIONS)
     metrics = step_kto(ratios, labels, completions, outcomes, beta=0.1).metrics
     values = {name: (total.item(), count.item()) for name, (total, count) in metrics.items()}
     assert values["reward_correct"] == pytest.approx((0.1 * (1.25 + 3.0), 2))
     assert values["step_reward_correct"] == pytest.approx((0.1 * (0.5 + 2.0 - 0.75 + 0.75 + 0.1), 5))
     assert values["step_reward_incorrect"] == pytest.approx((0.1 * (-1.25 + 0.25 - 2.0), 3))
-    assert values["conflicts"] == (1.0, 1.0), "the other correct answer has no judged step"
+    assert values["labels/correct_with_incorrect_step"] == (1.0, 1.0), "the other correct answer has no judged step"
     assert not any(tensor.requires_grad for pair in metrics.values() for tensor in pair)
 
 

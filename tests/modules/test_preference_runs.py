@@ -237,7 +237,7 @@ def test_validation_measures_what_training_does(rows: Path, tmp_path: Path) -> N
     found = trainer.validate(module, data(rows), verbose=False)[0]
     assert found["val/outcome"] == pytest.approx(0.5, abs=1e-6)  # the policy is its reference
     assert found["val/step"] == pytest.approx(0.5, abs=1e-6)
-    assert 0 < found["val/conflicts"] <= 1
+    assert 0 < found["val/labels/correct_with_incorrect_step"] <= 1
 
 
 def test_one_class_is_refused(rows: Path, tmp_path: Path) -> None:

@@ -130,8 +130,10 @@ def test_filters_are_links_that_the_keyboard_reaches_and_select_solutions(opened
     link = page.locator(".filters a", has_text="correct answer with an incorrect step")
     link.focus()
     page.keyboard.press("Enter")
-    assert page.url.endswith("#show-flawed")
-    page.wait_for_selector(".filters a[href='#show-flawed'][aria-current=true]")  # the address changes first
+    assert page.url.endswith("#show-correct_with_incorrect_step")
+    page.wait_for_selector(
+        ".filters a[href='#show-correct_with_incorrect_step'][aria-current=true]"
+    )  # the address changes first
     cards = page.locator(".solution")
     assert cards.count() >= 2
     for card in cards.all():

@@ -33,7 +33,7 @@ def made(**more: Any) -> Solution:
 
 
 FITTING: dict[str, dict[str, Any]] = {
-    "flawed": {"labels": (False, True)},
+    "correct_with_incorrect_step": {"labels": (False, True)},
     "disagrees": {"scores": (0.4, 0.9)},
     "incorrect": {"correct": False, "labels": (True, None)},
     "clean": {"correct": False},
@@ -49,7 +49,7 @@ def test_a_filter_passes_what_it_names_and_not_a_plain_correct_solution(name: st
 
 
 def test_what_filters_leave_out() -> None:
-    assert not FILTERS["flawed"][1](made(correct=None, labels=(False, True)))  # not graded
+    assert not FILTERS["correct_with_incorrect_step"][1](made(correct=None, labels=(False, True)))  # not graded
     assert not FILTERS["incorrect"][1](made(correct=None))
     assert not FILTERS["clean"][1](made(correct=False, labels=(True, None)))  # not settled
     assert not FILTERS["clean"][1](made(correct=False, labels=()))
