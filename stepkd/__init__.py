@@ -31,8 +31,8 @@ if TYPE_CHECKING:  # what type checkers and editors see of _HOMES
     from stepkd.modules.kto import StepKTOModule as StepKTOModule
     from stepkd.modules.prm import PRMModule as PRMModule
     from stepkd.modules.sft import SFTModule as SFTModule
-    from stepkd.sampling.sampler import SamplingConfig as SamplingConfig
-    from stepkd.sampling.transformers_sampler import sample as sample
+    from stepkd.sampling.engine import SamplingConfig as SamplingConfig
+    from stepkd.sampling.transformers_engine import sample as sample
     from stepkd.scorers.load import load_scorer as load_scorer
     from stepkd.scorers.scorer import score_rows as score_rows
 
@@ -44,7 +44,7 @@ _HOMES = {
     "models.checkpoint": "export_model load_policy",
     "modules": "DPOModule GKDModule KDRLModule KTOModule PRMModule SFTModule StepKTOModule",
     "sampling": "SamplingConfig",
-    "sampling.transformers_sampler": "sample",
+    "sampling.transformers_engine": "sample",
     "scorers.load": "load_scorer",
     "scorers.scorer": "score_rows",
 }

@@ -64,11 +64,11 @@ def test_sample_takes_texts_chats_and_rows(policy: Any) -> None:
 
 
 def test_sample_is_what_the_sampler_draws_under_the_template(policy: Any) -> None:
-    from stepkd.sampling import TransformersSampler
+    from stepkd.sampling import TransformersEngine
 
     (drawn,) = stepkd.sample(policy, ["4+8="], SHORT, template="task")
     ids = policy.tokenizer("4+8=").input_ids
-    (expected,) = TransformersSampler(policy).sample([ids], SHORT, purpose="script")
+    (expected,) = TransformersEngine(policy).generate([ids], SHORT, purpose="script")
     assert [each.token_ids.tolist() for each in drawn] == [each.token_ids.tolist() for each in expected]
     assert drawn[0].prompt_ids.tolist() == ids
     assert len({each.text for each in drawn}) == 3

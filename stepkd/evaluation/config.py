@@ -12,7 +12,7 @@ from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, check_bounds, check_choice, nearest
 from stepkd.grading.pool import GradingConfig
 from stepkd.runs.job import JobConfig
-from stepkd.sampling.sampler import SamplingConfig
+from stepkd.sampling.engine import SamplingConfig
 from stepkd.scorers.load import DType
 from stepkd.scorers.scorer import Reduction, ScorerConfig
 from stepkd.steps.labels import check_threshold

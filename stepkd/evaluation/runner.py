@@ -32,7 +32,7 @@ from stepkd.models.checkpoint import load_trained, tokenizer_fingerprint, weight
 from stepkd.models.policy import Policy
 from stepkd.models.source import template_for
 from stepkd.runs.job import ALONE, RESULTS_NAME, SUMMARY_NAME, Job, JobOptions, numbered
-from stepkd.sampling.transformers_sampler import TransformersSampler, encode_prompts, fixed_batches
+from stepkd.sampling.transformers_engine import TransformersEngine, encode_prompts, fixed_batches
 from stepkd.scorers.load import pick_device
 
 logger = logging.getLogger(__name__)
@@ -93,11 +93,11 @@ def evaluate(config: EvaluateConfig, *, policy: Policy | None = None, options: J
             **config.grading.decides(),
         }
     )
-    sampler = TransformersSampler(policy, max_rows=config.max_rows)
+    engine = TransformersEngine(policy, max_rows=config.max_rows)
     decode = partial(policy.tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def work(batch: list[int]) -> list[dict[str, Any]]:
-        drawn = sampler.sample([prompts[i].prompt_ids for i in batch], sampling, purpose="evaluate", indices=batch)
+        drawn = engine.generate([prompts[i].prompt_ids for i in batch], sampling, purpose="evaluate", indices=batch)
         return [
             {
                 "id": str(rows[i]["id"]),

@@ -33,7 +33,7 @@ from stepkd.labels.solutions import at_temperature_one
 from stepkd.models.checkpoint import load_trained
 from stepkd.runs.job import read_results, read_settings
 from stepkd.sampling.annotate import annotate
-from stepkd.sampling.transformers_sampler import encode_prompts
+from stepkd.sampling.transformers_engine import encode_prompts
 from stepkd.scorers.load import pick_device
 from stepkd.statistics import Resampling, cluster_bootstrap, ratio_of_sums, shown
 from stepkd.steps.labels import verdicts

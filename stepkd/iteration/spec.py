@@ -30,7 +30,7 @@ from stepkd.labels.settings import (
 )
 from stepkd.randomness import stream_key
 from stepkd.runs.job import flat
-from stepkd.sampling.sampler import SamplingConfig
+from stepkd.sampling.engine import SamplingConfig
 from stepkd.settings import read_value
 from stepkd.yaml_files import as_yaml, find_recipe, nested, read_yaml
 

@@ -298,7 +298,7 @@ def _greedy(it: Iteration, drawn: LabelConfig, folder: Path) -> dict[str, Any]:
     from stepkd.data.templates import PromptTemplate
     from stepkd.evaluation.config import EvaluateConfig
     from stepkd.evaluation.runner import evaluate
-    from stepkd.sampling.sampler import SamplingConfig
+    from stepkd.sampling.engine import SamplingConfig
 
     benchmark, data = it.spec.evaluated_benchmark()
     how = read_settings(drawn.out)

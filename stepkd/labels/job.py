@@ -42,8 +42,8 @@ from stepkd.models.checkpoint import load_trained, weights_fingerprint
 from stepkd.models.policy import Policy
 from stepkd.runs.files import write_json
 from stepkd.runs.job import ALONE, SUMMARY_NAME, Job, JobOptions, finished_rows, numbered
-from stepkd.sampling.sampler import Sampler
-from stepkd.sampling.transformers_sampler import TransformersSampler
+from stepkd.sampling.engine import Engine
+from stepkd.sampling.transformers_engine import TransformersEngine
 from stepkd.steps.confidence import SegmentThreshold, fit_threshold
 from stepkd.steps.labels import verdicts
 from stepkd.steps.segment import Segmenter, get_segmenter, segmenter_settings
@@ -60,7 +60,7 @@ def run_label_job(
     *,
     options: JobOptions = ALONE,
     policy: Policy | None = None,
-    sampler: Sampler | None = None,
+    engine: Engine | None = None,
     labeller: Labeller | None = None,
 ) -> dict[str, Any] | None:
     """Run a labelling job, resume it, or do one rank's share of it.
@@ -68,7 +68,7 @@ def run_label_job(
     Args:
         config: what to label, how, and where to write.
         options: how this process takes part.
-        policy, sampler, labeller: already made ones to use in place of those that ``config`` describes.
+        policy, engine, labeller: already made ones to use in place of those that ``config`` describes.
 
     Returns:
         The summary, written to ``summary.json`` beside ``labels.jsonl``; None while units of other ranks are missing
@@ -82,7 +82,7 @@ def run_label_job(
     """
     job = Job(Path(config.out), KIND, (LABELS_NAME, SUMMARY_NAME, THRESHOLD_NAME), options)
     job.check()
-    labelling = Labelling(config, policy, sampler, labeller)
+    labelling = Labelling(config, policy, engine, labeller)
     if options.rank == 0:
         _warn_of_foreign_threshold(config, labelling.bench.model)
     with labelling.bench.grader:
@@ -102,14 +102,14 @@ class Labelling:
 
     Args:
         config: the job's settings.
-        policy, sampler, labeller: see :func:`run_label_job`.
+        policy, engine, labeller: see :func:`run_label_job`.
 
     Raises:
         ConfigError, DataError, ModelError: settings, data or models that cannot be used.
     """
 
     def __init__(
-        self, config: LabelConfig, policy: Policy | None, sampler: Sampler | None, labeller: Labeller | None
+        self, config: LabelConfig, policy: Policy | None, engine: Engine | None, labeller: Labeller | None
     ) -> None:
         solutions, steps = config.solutions, config.steps
         drawn = solutions if isinstance(solutions, Sampled) else None
@@ -124,12 +124,12 @@ class Labelling:
         if continues or drawn is not None:
             bench.policy.to(bench.device)  # else only its tokenizer is used
         teacher = None if steps.teacher is None else load_trained(steps.teacher, dtype=config.dtype).to(bench.device)
-        sampler = sampler or TransformersSampler(bench.policy, max_rows=config.max_rows)
-        self.labeller = labeller or config.labeller.build(bench, sampler)
+        engine = engine or TransformersEngine(bench.policy, max_rows=config.max_rows)
+        self.labeller = labeller or config.labeller.build(bench, engine)
         sampling = None if drawn is None else bench.limited(drawn.sampling)
         self.source: SampledSolutions | ExistingSolutions
         if sampling is not None:
-            self.source = SampledSolutions(bench, sampler, sampling, steps.signals, teacher)
+            self.source = SampledSolutions(bench, engine, sampling, steps.signals, teacher)
         else:
             keep = isinstance(steps, OwnSteps)
             self.source = ExistingSolutions(bench, keep_steps=keep, signals=steps.signals, teacher=teacher)
@@ -250,7 +250,7 @@ def run_pair_job(config: PairJobConfig, *, options: JobOptions = ALONE, **made: 
     Args:
         config: its settings.
         options: how this process takes part.
-        **made: an already made ``policy``, ``sampler`` or (for trees) ``scorer`` to use in place of the one that
+        **made: an already made ``policy``, ``engine`` or (for trees) ``scorer`` to use in place of the one that
             ``config`` describes.
 
     Returns:

@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 
 from stepkd.data.completion import Completion
 from stepkd.errors import ConfigError, DataError, check_bounds
-from stepkd.sampling.sampler import SamplingConfig
+from stepkd.sampling.engine import SamplingConfig
 from stepkd.scorers.load import load_scorer
 from stepkd.scorers.scorer import ScorerConfig, Solutions, StepScorer
 from stepkd.steps.labels import Label, check_threshold, passes
@@ -119,12 +119,12 @@ class LabellerConfig(ABC):
     """What a row must have; one that lacks it is refused before any work is done."""
 
     @abstractmethod
-    def build(self, bench: Any, sampler: Any) -> Labeller:
+    def build(self, bench: Any, engine: Any) -> Labeller:
         """The labeller.
 
         Args:
             bench: what the job works with (:class:`~stepkd.labels.workbench.Workbench`).
-            sampler: draws from its policy.
+            engine: draws from its policy.
         """
 
 
@@ -139,7 +139,7 @@ class TaskChecker(LabellerConfig):
     def __post_init__(self) -> None:
         check_bounds("", self)
 
-    def build(self, bench: Any, sampler: Any) -> Labeller:
+    def build(self, bench: Any, engine: Any) -> Labeller:
         """Itself."""
         return self
 
@@ -156,7 +156,7 @@ class TaskChecker(LabellerConfig):
 class Sums(LabellerConfig):
     """The sums that a step writes out, done again; a step without one has no label."""
 
-    def build(self, bench: Any, sampler: Any) -> Labeller:
+    def build(self, bench: Any, engine: Any) -> Labeller:
         """A :class:`ScorerLabeller`."""
         from stepkd.scorers.rules import Arithmetic
 
@@ -179,7 +179,7 @@ class Outcome(LabellerConfig):
     def __post_init__(self) -> None:
         check_bounds("", self)
 
-    def build(self, bench: Any, sampler: Any) -> Labeller:
+    def build(self, bench: Any, engine: Any) -> Labeller:
         """Itself."""
         return self
 
@@ -209,7 +209,7 @@ class Scored(LabellerConfig):
         if self.threshold is not None:
             check_threshold(self.threshold)
 
-    def build(self, bench: Any, sampler: Any) -> Labeller:
+    def build(self, bench: Any, engine: Any) -> Labeller:
         """A :class:`ScorerLabeller`."""
         scorer = load_scorer(self.scorer, device=bench.config.device, max_rows=bench.config.max_rows)
         return ScorerLabeller(scorer, threshold=self.threshold)

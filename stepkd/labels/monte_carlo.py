@@ -18,7 +18,7 @@ from stepkd.errors import DataError, check_bounds
 from stepkd.grading.extract import extract_answer
 from stepkd.grading.pool import Grader
 from stepkd.labels.labellers import Labeller, LabellerConfig, Solution, StepLabels, check_noise
-from stepkd.sampling.sampler import Branch, SamplingConfig, decode_text
+from stepkd.sampling.engine import Branch, SamplingConfig, decode_text
 from stepkd.steps.labels import Reduce, reduce_values
 
 _MARKS = ("hash", "boxed")
@@ -47,17 +47,17 @@ class MonteCarlo(LabellerConfig):
         check_bounds("", self)
         check_noise(self.sampling, "continuations of a step")
 
-    def build(self, bench: Any, sampler: Any) -> Labeller:
+    def build(self, bench: Any, engine: Any) -> Labeller:
         """A :class:`MonteCarloLabeller`."""
-        return MonteCarloLabeller(sampler, bench.policy, bench.grader, bench.limited(self.sampling), reduce=self.reduce)
+        return MonteCarloLabeller(engine, bench.policy, bench.grader, bench.limited(self.sampling), reduce=self.reduce)
 
 
 class MonteCarloLabeller:
     """Label steps by continuing every prefix.
 
     Args:
-        sampler: draws the continuations (:class:`~stepkd.sampling.transformers_sampler.TransformersSampler`).
-        policy: the sampler's model (:class:`~stepkd.models.policy.Policy`), whose tokenizer turns ids into text.
+        engine: draws the continuations (:class:`~stepkd.sampling.transformers_engine.TransformersEngine`).
+        policy: the engine's model (:class:`~stepkd.models.policy.Policy`), whose tokenizer turns ids into text.
         grader: compares the final answers with the row's ``answer``.
         sampling: how to draw; ``n`` is J, the continuations per step. Its ``seed`` and the solution's ``index`` key the
             noise.
@@ -66,14 +66,14 @@ class MonteCarloLabeller:
 
     def __init__(
         self,
-        sampler: Any,
+        engine: Any,
         policy: Any,
         grader: Grader,
         sampling: SamplingConfig,
         *,
         reduce: Reduce = "any",
     ) -> None:
-        self.sampler, self.policy, self.grader, self.sampling, self.reduce = sampler, policy, grader, sampling, reduce
+        self.engine, self.policy, self.grader, self.sampling, self.reduce = engine, policy, grader, sampling, reduce
 
     def label(self, solutions: Sequence[Solution]) -> list[StepLabels]:
         """See :class:`~stepkd.labels.labellers.Labeller`.
@@ -96,7 +96,7 @@ class MonteCarloLabeller:
                 raise DataError(what, path=each.id)
         cuts = [[s.spans[step][1] for step in steps] for s, steps in zip(solutions, open_steps, strict=True)]
         branches = [continued(solution, ends) for solution, ends in zip(solutions, cuts, strict=True)]
-        results = self.sampler.sample_branches(branches, self.sampling, purpose="monte-carlo")
+        results = self.engine.continue_branches(branches, self.sampling, purpose="monte-carlo")
         drawn = [
             (solution, end, continuations)
             for solution, ends, result in zip(solutions, cuts, results, strict=True)

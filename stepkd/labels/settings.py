@@ -15,7 +15,7 @@ from stepkd.grading.pool import GradingConfig
 from stepkd.labels.labellers import LabellerConfig, check_noise
 from stepkd.labels.monte_carlo import MonteCarlo
 from stepkd.runs.job import JobConfig
-from stepkd.sampling.sampler import SamplingConfig
+from stepkd.sampling.engine import SamplingConfig
 from stepkd.scorers.load import load_scorer
 from stepkd.scorers.scorer import Reduction, ScorerConfig, StepScorer
 from stepkd.search.mcts import PairConfig, SearchConfig

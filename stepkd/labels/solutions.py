@@ -16,8 +16,8 @@ from stepkd.labels.labellers import PROBLEM_COLUMNS, Row, Solution, StepLabels, 
 from stepkd.labels.workbench import Workbench
 from stepkd.models.policy import Policy
 from stepkd.sampling.annotate import annotate
-from stepkd.sampling.sampler import Sampler, SamplingConfig
-from stepkd.sampling.transformers_sampler import encode_prompts, fixed_batches
+from stepkd.sampling.engine import Engine, SamplingConfig
+from stepkd.sampling.transformers_engine import encode_prompts, fixed_batches
 from stepkd.steps.format import written_steps
 from stepkd.steps.segment import Segmenter, get_segmenter, segment, spans_from_ends, step_ends
 from stepkd.steps.text import TokenizedText, text_from_ids, tokenize_text
@@ -37,7 +37,7 @@ class SampledSolutions:
 
     bench: Workbench
     """Problems, policy, template and grader."""
-    sampler: Sampler
+    engine: Engine
     """Draws the solutions."""
     sampling: SamplingConfig
     """How they are drawn."""
@@ -56,7 +56,7 @@ class SampledSolutions:
     def work(self, items: Sequence[int]) -> list[dict[str, Any]]:
         """Draw and grade the solutions of these problems: records with ``id``, ``index`` and other JSON values."""
         prompts = [self.prompts[item] for item in items]
-        drawn = self.sampler.sample(
+        drawn = self.engine.generate(
             [prompt.prompt_ids for prompt in prompts], self.sampling, purpose=PURPOSE, indices=list(items)
         )
         flat = [each for group in drawn for each in group]
@@ -68,7 +68,7 @@ class SampledSolutions:
         signals = _signals([name for name in self.signals if name != "logprobs"], self.bench, self.teacher, flat)
         samples = [
             {
-                name: None if (values := getattr(each, name)) is None else values.tolist()  # unknown to a sampler
+                name: None if (values := getattr(each, name)) is None else values.tolist()  # unknown to an engine
                 for name in ("token_ids", "logprobs", "raw_logprobs")
             }
             | {"finish": each.finish, "text": each.text, "correct": grade.verdict == "correct"}

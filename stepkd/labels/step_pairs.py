@@ -25,7 +25,7 @@ from stepkd.labels.workbench import Workbench, pair_record
 from stepkd.models.checkpoint import weights_fingerprint
 from stepkd.models.policy import Policy
 from stepkd.sampling.annotate import annotate
-from stepkd.sampling.transformers_sampler import TransformersSampler
+from stepkd.sampling.transformers_engine import TransformersEngine
 from stepkd.scorers.load import load_scorer
 from stepkd.scorers.rules import Checker
 from stepkd.steps.confidence import EntropySegmenter
@@ -90,8 +90,8 @@ def next_step(continuation: Completion, known: int, segmenter: Segmenter, policy
     Args:
         continuation: the continuation.
         known: how many of the ids before it are of its solution, not of the prompt.
-        segmenter: what cuts it; ``adaptive_step`` reads the sampler's log-probabilities at temperature 1.
-        policy: the sampler's model; reads the continuation once more where the segmenter needs its entropies.
+        segmenter: what cuts it; ``adaptive_step`` reads the engine's log-probabilities at temperature 1.
+        policy: the engine's model; reads the continuation once more where the segmenter needs its entropies.
 
     Returns:
         None when it has no text (an end token alone), or is cut off by the length limit.
@@ -139,7 +139,7 @@ class StepPairBuilder:
 
     Args:
         config: the job's settings.
-        policy, sampler: already made ones to use in place of those that ``config`` describes.
+        policy, engine: already made ones to use in place of those that ``config`` describes.
 
     Raises:
         ConfigError, DataError, ModelError: settings, data or models that cannot be used.
@@ -150,7 +150,7 @@ class StepPairBuilder:
         config: StepPairConfig,
         *,
         policy: Policy | None = None,
-        sampler: TransformersSampler | None = None,
+        engine: TransformersEngine | None = None,
     ) -> None:
         needs = (*NEEDS, A_TASK) if config.check in ("checker", Checker()) else NEEDS
         self.config = config
@@ -165,7 +165,7 @@ class StepPairBuilder:
         if config.check is not None:
             scorer = load_scorer(config.check, device=config.device, max_rows=config.max_rows)
             self.check = ScorerLabeller(scorer, threshold=config.threshold)
-        self.sampler = sampler or TransformersSampler(bench.policy, max_rows=config.max_rows)
+        self.engine = engine or TransformersEngine(bench.policy, max_rows=config.max_rows)
         self.sampling = bench.limited(config.sampling)
         self._source = ExistingSolutions(bench, keep_steps=True)
         sampling = asdict(self.sampling)
@@ -229,7 +229,7 @@ class StepPairBuilder:
         if not flawed_ones:
             return []
         branches = [continued(flawed.solution, [flawed.known]) for flawed in flawed_ones]
-        drawn = self.sampler.sample_branches(branches, self.sampling, purpose=PURPOSE)
+        drawn = self.engine.continue_branches(branches, self.sampling, purpose=PURPOSE)
         to_grade = [
             (each.solution, each.known, result.continuations[0])
             for each, result in zip(flawed_ones, drawn, strict=True)

@@ -13,8 +13,8 @@ from stepkd.labels.labellers import A_TASK, PROBLEM_COLUMNS
 from stepkd.labels.settings import StepScore, TreePairConfig
 from stepkd.labels.workbench import Workbench, pair_record
 from stepkd.models.policy import Policy
-from stepkd.sampling.sampler import Sampler
-from stepkd.sampling.transformers_sampler import TransformersSampler, encode_prompts, fixed_batches
+from stepkd.sampling.engine import Engine
+from stepkd.sampling.transformers_engine import TransformersEngine, encode_prompts, fixed_batches
 from stepkd.scorers.rules import Checker
 from stepkd.scorers.scorer import StepScorer
 from stepkd.search.generate import SampledSteps
@@ -28,7 +28,7 @@ class TreePairBuilder:
 
     Args:
         config: the job's settings.
-        policy, sampler, scorer: already made ones to use in place of those that ``config`` describes.
+        policy, engine, scorer: already made ones to use in place of those that ``config`` describes.
 
     Raises:
         ConfigError, DataError, ModelError: settings, data or models that cannot be used.
@@ -39,7 +39,7 @@ class TreePairBuilder:
         config: TreePairConfig,
         *,
         policy: Policy | None = None,
-        sampler: Sampler | None = None,
+        engine: Engine | None = None,
         scorer: StepScorer | None = None,
     ) -> None:
         exact = isinstance(config.value, StepScore) and config.value.scorer in ("checker", Checker())
@@ -48,7 +48,7 @@ class TreePairBuilder:
         self.bench = bench = Workbench(config, config.problems, config.model, needs, problems=True, policy=policy)
         bench.policy.to(bench.device)
         self.generator = SampledSteps(
-            sampler or TransformersSampler(bench.policy, max_rows=config.max_rows),
+            engine or TransformersEngine(bench.policy, max_rows=config.max_rows),
             bench.policy,
             bench.limited(config.sampling),
             segmenter=config.segmenter,

@@ -23,7 +23,7 @@ from stepkd.models.checkpoint import load_trained, tokenizer_fingerprint, weight
 from stepkd.models.policy import Policy
 from stepkd.models.source import template_for
 from stepkd.runs.job import package_versions
-from stepkd.sampling.sampler import SamplingConfig
+from stepkd.sampling.engine import SamplingConfig
 from stepkd.scorers.load import pick_device
 from stepkd.tasks.rows import is_task_row
 

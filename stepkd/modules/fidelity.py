@@ -25,8 +25,8 @@ from stepkd.grading.pool import Grader
 from stepkd.losses import chunked_head, entropy, forward_kl, reverse_kl, tempered
 from stepkd.models.policy import Policy
 from stepkd.modules.components import ForwardPass
-from stepkd.sampling.sampler import Sampler, SamplingConfig
-from stepkd.sampling.transformers_sampler import TransformersSampler
+from stepkd.sampling.engine import Engine, SamplingConfig
+from stepkd.sampling.transformers_engine import TransformersEngine
 from stepkd.steps.segment import get_segmenter
 from stepkd.teachers.config import Needs
 from stepkd.teachers.local import LocalTeacher
@@ -89,7 +89,7 @@ class Fidelity:
             examples: problems, with or without solutions.
             indices: number of each in the data set; keys its sample.
         """
-        drawn = self._sample(TransformersSampler(self.student), [e.prompt_ids for e in examples], indices, "fidelity")
+        drawn = self._sample(TransformersEngine(self.student), [e.prompt_ids for e in examples], indices, "fidelity")
         own = (self.student.tokenizer, get_segmenter("whole"))
         samples = [with_completion(each, drawn.token_ids, *own) for each, drawn in zip(examples, drawn, strict=True)]
         values_NM = self._at_tokens(_likeness, samples)
@@ -104,10 +104,10 @@ class Fidelity:
         return {f"fidelity/{name}": value for name, value in sums.items()}
 
     def _sample(
-        self, sampler: Sampler, prompts: Sequence[Collection[int]], indices: Sequence[int], purpose: str, **how: Any
+        self, engine: Engine, prompts: Sequence[Collection[int]], indices: Sequence[int], purpose: str, **how: Any
     ) -> list[Completion]:
         sampling = replace(self.spec.sampling, seed=self.module.seed, **how)
-        return [each[0] for each in sampler.sample(prompts, sampling, purpose=purpose, indices=indices)]
+        return [each[0] for each in engine.generate(prompts, sampling, purpose=purpose, indices=indices)]
 
     @torch.no_grad()
     def _at_tokens(self, measure: Callable[[Tensor, Tensor, Compared], list[Tensor]], of: list[Completion]) -> Tensor:
@@ -128,19 +128,19 @@ class Fidelity:
     def _compared_answers(self, teacher: LocalTeacher, examples: Sequence[Completion], indices: Sequence[int]) -> Sums:
         """Shares of :data:`ANSWERS`, which sum to 1: both greedy."""
 
-        def answers(sampler: Sampler, prompts: Sequence[Collection[int]], places: Sequence[int]) -> Any:
+        def answers(engine: Engine, prompts: Sequence[Collection[int]], places: Sequence[int]) -> Any:
             """Whether each answer is correct, and its equivalence class."""
             numbers, rows = [indices[i] for i in places], [examples[i].row for i in places]
-            drawn = self._sample(sampler, prompts, numbers, "fidelity answers", temperature=0.0)
+            drawn = self._sample(engine, prompts, numbers, "fidelity answers", temperature=0.0)
             judged = judge(rows, [[each] for each in drawn], self.grader)
             return [(record["verdict"] == "correct", record["vote"]) for (record,) in judged]
 
         if new := [i for i, index in enumerate(indices) if index not in self._answers]:
             prompts = teacher.prompts([examples[i] for i in new])
-            theirs = answers(teacher.sampler(self.student.device), prompts, new)
+            theirs = answers(teacher.engine(self.student.device), prompts, new)
             self._answers |= {indices[i]: answer for i, answer in zip(new, theirs, strict=True)}
         prompts = [example.prompt_ids for example in examples]
-        own = answers(TransformersSampler(self.student), prompts, range(len(examples)))
+        own = answers(TransformersEngine(self.student), prompts, range(len(examples)))
         pairs = [(mine, self._answers[index]) for mine, index in zip(own, indices, strict=True)]
         votes = vote_keys([[mine[1], theirs[1]] for mine, theirs in pairs], self.grader)
         counts = Counter(

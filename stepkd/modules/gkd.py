@@ -23,8 +23,8 @@ from stepkd.modules.fidelity import Fidelity, FidelityConfig, Sums, with_calibra
 from stepkd.modules.step_scores import FocusConfig, focused, load_step_scorer
 from stepkd.randomness import generator
 from stepkd.runs.process import STOP_REQUEST
-from stepkd.sampling.engines import IN_PROCESS, EngineConfig
-from stepkd.sampling.sampler import Sampler
+from stepkd.sampling.config import IN_PROCESS, EngineConfig
+from stepkd.sampling.engine import Engine
 from stepkd.scorers.scorer import StepScorer
 from stepkd.steps.segment import get_segmenter
 from stepkd.teachers.config import TeacherConfig
@@ -43,7 +43,7 @@ class GKDModule(DistillationModule):
         teacher: the model that it learns from.
         divergence: how far the student is from it at a position; null: the paper's JSD with beta 0.5.
         source: whose completions: the student's, the teacher's, the data's.
-        engine: where the student is sampled: InProcess, VLLMServer or VLLMColocated.
+        engine: where the student is sampled: Transformers, VLLMServer or VLLM.
         average: ``tokens``: every token of the global batch weighs the same; ``sequences``: every completion does (the
             paper's 1/|y|).
         cross_entropy: how the cross-entropy of the same tokens joins the divergence; null: not.
@@ -142,11 +142,11 @@ class GKDModule(DistillationModule):
         )
         with self.gathered(), self.phases.phase(f"{source} rollout", total=len(prompts) * self.sampling.n):
             if source == "teacher":
-                sampler: Sampler = cast(LocalTeacher, self.teacher).sampler(self.device, STOP_REQUEST.__bool__)
+                engine: Engine = cast(LocalTeacher, self.teacher).engine(self.device, STOP_REQUEST.__bool__)
             else:
-                sampler = self._engine
-                sampler.refresh(self.global_step)
-            drawn = sampler.sample(
+                engine = self._engine
+                engine.update(self.global_step)
+            drawn = engine.generate(
                 prompts,
                 self.sampling,
                 purpose=f"gkd {source}",
@@ -162,7 +162,7 @@ class GKDModule(DistillationModule):
 
     @cached_property
     @telling
-    def _engine(self) -> Sampler:
+    def _engine(self) -> Engine:
         return self.engine.build(self.model, self.sampling, STOP_REQUEST.__bool__)
 
     @cached_property

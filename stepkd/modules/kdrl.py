@@ -45,7 +45,7 @@ from stepkd.modules.settings import (
     Switch,
 )
 from stepkd.modules.step_scores import load_step_scorer, step_scores
-from stepkd.sampling.engines import IN_PROCESS, EngineConfig
+from stepkd.sampling.config import IN_PROCESS, EngineConfig
 from stepkd.scorers.scorer import StepScorer
 from stepkd.teachers.config import TeacherConfig
 
@@ -64,7 +64,7 @@ class KDRLModule(DistillationModule):
         rewards: weighted sum of reward functions; null: the correct final answer. In Python also names and functions.
         teacher: the model that is distilled from; null: none.
         rollout: what is sampled.
-        engine: where it is sampled: InProcess, VLLMServer or VLLMColocated.
+        engine: where it is sampled: Transformers, VLLMServer or VLLM.
         policy_loss: the policy-gradient term.
         kd: the distillation: SampledKL, ExactKL or AsAdvantage.
         step_credit: rewards of steps beside those of answers; null: none.

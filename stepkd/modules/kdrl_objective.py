@@ -96,7 +96,7 @@ class PolicyGradient(Component):
     def largest_mismatch(self, step: int, device: torch.device) -> float:
         """End an optimiser step: the largest gap on any rank; warns where this rank's mean is too large.
 
-        Sampler and trainer are one policy and should say the same; a temperature that is missing in one place, weights
+        Engine and trainer are one policy and should say the same; a temperature that is missing in one place, weights
         of another step, or a narrow dtype sets them apart, and the samples are off-policy without anybody saying so.
         """
         gaps_N = torch.cat([*self.gaps, torch.zeros(1, device=device)])

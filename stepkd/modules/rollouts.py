@@ -28,7 +28,7 @@ from stepkd.modules.step_scores import without_blank_end
 from stepkd.runs.logger import append, open_to_append
 from stepkd.runs.process import STOP_REQUEST
 from stepkd.runs.progress import PhaseTracker
-from stepkd.sampling.engines import EngineConfig
+from stepkd.sampling.config import EngineConfig
 from stepkd.steps.segment import get_segmenter, segment, step_ends
 from stepkd.steps.text import texts_from_ids
 
@@ -107,7 +107,7 @@ class GroupSampler:
         Raises:
             TrainingError: a reward function that fails.
         """
-        self._engine.refresh(step)
+        self._engine.update(step)
         groups: dict[int, list[Rollout]] = {}
         waiting = list(range(len(batch.examples)))
         for attempt in range(self.spec.dynamic_sampling + 1):
@@ -121,7 +121,7 @@ class GroupSampler:
     def _draw(self, batch: StepBatch, numbers: Sequence[int], step: int, purpose: str) -> list[list[Rollout]]:
         examples, size = [batch.examples[i] for i in numbers], self.sampling.n
         with self.phases.phase("rollout", total=len(examples) * size):
-            drawn = self._engine.sample(
+            drawn = self._engine.generate(
                 [example.prompt_ids for example in examples],
                 self.sampling,
                 purpose=purpose,

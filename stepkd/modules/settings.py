@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from stepkd.errors import check_bounds
-from stepkd.sampling.sampler import SamplingConfig
+from stepkd.sampling.engine import SamplingConfig
 from stepkd.teachers.config import TopK
 
 

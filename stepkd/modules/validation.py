@@ -13,8 +13,8 @@ from stepkd.grading.judge import completion_row, judge
 from stepkd.grading.pool import Grader, GradingConfig
 from stepkd.models.policy import Policy
 from stepkd.runs.progress import PhaseTracker
-from stepkd.sampling.sampler import SamplingConfig
-from stepkd.sampling.transformers_sampler import TransformersSampler
+from stepkd.sampling.engine import SamplingConfig
+from stepkd.sampling.transformers_engine import TransformersEngine
 from stepkd.steps.labels import tally
 from stepkd.steps.segment import get_segmenter, segment, step_ends
 from stepkd.steps.text import text_from_ids
@@ -54,7 +54,7 @@ class SampledAccuracy:
     def __init__(self, policy: Policy, spec: ValidationConfig, seed: int) -> None:
         self.spec = spec
         self.sampling = replace(spec.sampling or SamplingConfig(temperature=0.0, max_new_tokens=256), seed=seed)
-        self.sampler = TransformersSampler(policy, max_rows=spec.max_rows)
+        self.engine = TransformersEngine(policy, max_rows=spec.max_rows)
         self.segmenter = get_segmenter(spec.segmenter)
         self.grader = Grader(spec.grading)
         self.shown: list[list[Any]] = []
@@ -103,7 +103,7 @@ class SampledAccuracy:
         rows = []
         for example, samples, records in zip(batch.examples, sampled, judged, strict=True):
             for completion, record in zip(samples, records, strict=True):
-                text = text_from_ids(self.sampler.policy.tokenizer, completion.token_ids, completion.raw_logprobs)
+                text = text_from_ids(self.engine.policy.tokenizer, completion.token_ids, completion.raw_logprobs)
                 spans = segment(self.segmenter, text)
                 steps = [text.span_text(*span) for span in spans]
                 rows.append(
@@ -123,7 +123,7 @@ class SampledAccuracy:
     ) -> tuple[list[list[Completion]], list[list[dict[str, Any]]]]:
         prompts = [example.prompt_ids for example in batch.examples]
         with phases.phase("rollout", total=len(prompts) * self.sampling.n):
-            sampled = self.sampler.sample(
+            sampled = self.engine.generate(
                 prompts, self.sampling, purpose=purpose, indices=batch.indices, on_progress=phases.advance
             )
         with phases.phase("grading", total=len(prompts) * self.sampling.n):

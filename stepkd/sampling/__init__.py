@@ -1,4 +1,4 @@
-"""Sampling completions: the Sampler protocol, its transformers backend, and the signals of given completions."""
+"""Sampling completions: the Engine protocol, its transformers backend, and the signals of given completions."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from stepkd.lazy import lazily
 
 _HOMES = {
     "annotate": "TokenSignals annotate",
+    "config": "EngineConfig Transformers VLLM VLLMServer",
     "decode": "draw sampling_logprobs",
-    "engines": "EngineConfig InProcess VLLMColocated VLLMServer",
-    "sampler": "Branch BranchContinuations Sampler SamplingConfig",
-    "transformers_sampler": "TransformersSampler sample",
+    "engine": "Branch BranchContinuations Engine SamplingConfig",
+    "transformers_engine": "TransformersEngine sample",
 }
 
 

@@ -50,7 +50,7 @@ def annotate(
 ) -> list[TokenSignals]:
     """Compute the signals of completions that are given as ids.
 
-    For a sampled completion the log-probabilities are the sampler's ``raw_logprobs``, up to rounding. Dropout is off.
+    For a sampled completion the log-probabilities are the engine's ``raw_logprobs``, up to rounding. Dropout is off.
 
     Args:
         policy: the model whose confidence is asked for.

@@ -25,7 +25,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from stepkd.models.head import is_half, relative_error
 from stepkd.sampling.decode import Decoder, Row
-from stepkd.sampling.sampler import Branch, BranchContinuations, Progress, SamplingConfig
+from stepkd.sampling.engine import Branch, BranchContinuations, Progress, SamplingConfig
 
 _KNOWN, _GAP = 4, 24  # tokens of the probe: read and kept, read and hidden
 
@@ -84,7 +84,7 @@ def continued(
     limit: float,
     on_progress: Progress | None,
 ) -> list[BranchContinuations]:
-    """See :meth:`~stepkd.sampling.transformers_sampler.TransformersSampler.sample_branches`.
+    """See :meth:`~stepkd.sampling.transformers_engine.TransformersEngine.continue_branches`.
 
     Args:
         decoder: reads sequences and decodes rows; its model is in evaluation mode.

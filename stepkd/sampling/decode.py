@@ -30,7 +30,7 @@ from stepkd.errors import ConfigError, ModelError
 from stepkd.models.head import backbone_of, positions_from_mask
 from stepkd.models.policy import Policy
 from stepkd.randomness import generator
-from stepkd.sampling.sampler import Progress, SamplingConfig, before_stop, decode_text
+from stepkd.sampling.engine import Progress, SamplingConfig, before_stop, decode_text
 
 
 class Draw(NamedTuple):

@@ -26,7 +26,7 @@ from stepkd.data.completion import Completion, Finish
 from stepkd.errors import ConfigError, ModelError
 from stepkd.models.policy import Policy
 from stepkd.randomness import stream_key
-from stepkd.sampling.sampler import Progress, Sampler, SamplingConfig, Wanted, before_stop, decode_text
+from stepkd.sampling.engine import Engine, Progress, SamplingConfig, Wanted, before_stop, decode_text
 
 START = (
     """`VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --weight-transfer-config '{"backend": "nccl"}' """
@@ -102,8 +102,8 @@ def _is_plain(spec: SamplingConfig) -> bool:
 
 
 @dataclass(eq=False)
-class VLLMSampler(Sampler):
-    """A :class:`~stepkd.sampling.sampler.Sampler` on a vLLM server."""
+class ServerEngine(Engine):
+    """A :class:`~stepkd.sampling.engine.Engine` on a vLLM server."""
 
     policy: Policy
     """Whose weights are sampled from, and whose tokenizer decodes."""
@@ -189,7 +189,7 @@ class VLLMSampler(Sampler):
 
 
 @dataclass(eq=False)
-class ColocatedSampler(Sampler):
+class VLLMEngine(Engine):
     """The same by TRL's engine on this rank's GPU. Samples are not keyed by prompt: a run does not repeat."""
 
     policy: Policy
@@ -202,7 +202,7 @@ class ColocatedSampler(Sampler):
     def __post_init__(self) -> None:
         policy, sampling = self.policy, self.sampling
         if sampling.stop:
-            raise ConfigError("engine VLLMColocated knows no stop strings: take engine VLLMServer")
+            raise ConfigError("engine VLLM knows no stop strings: take engine VLLMServer")
         try:
             from accelerate import Accelerator
             from trl.generation.vllm_generation import VLLMGeneration
@@ -223,7 +223,7 @@ class ColocatedSampler(Sampler):
                 | ({"seed": sampling.seed} if sampling.temperature == 0 else {}),
             )
         except ImportError as error:
-            raise ConfigError(f"VLLMColocated needs TRL and vLLM (pip install 'stepkd[vllm]'): {error}") from error
+            raise ConfigError(f"VLLM needs TRL and vLLM (pip install 'stepkd[vllm]'): {error}") from error
 
     def _send(self) -> None:
         weight_facts(self.policy.model)  # refuses what cannot be merged

@@ -27,7 +27,7 @@ from stepkd.grading.pool import Grader
 from stepkd.models.checkpoint import weights_fingerprint
 from stepkd.models.policy import Policy
 from stepkd.randomness import stream_key
-from stepkd.sampling.sampler import Sampler, SamplingConfig, before_stop, decode_text
+from stepkd.sampling.engine import Engine, SamplingConfig, before_stop, decode_text
 from stepkd.scorers.scorer import Reduction, Solutions, StepScorer, default_reduction, reduce_scores
 from stepkd.search.tree import End, State, Step, StepGenerator
 from stepkd.steps.confidence import SIGNAL_SEGMENTERS
@@ -38,7 +38,7 @@ STEP_STOPS: dict[str, tuple[str, ...]] = {"newline": ("\n",), "blank_line": ("\n
 """Strings that end a step, by segmenter."""
 
 PROPOSE, COMPLETE = "search_step", "search_rest"
-_INDEX_BITS = 52  # sample numbers are added to it, and some samplers keep the sum in 64 bits
+_INDEX_BITS = 52  # sample numbers are added to it, and some engines keep the sum in 64 bits
 
 
 @dataclass
@@ -57,13 +57,13 @@ class SampledSteps:
     """Samples steps from a policy.
 
     Raises:
-        ConfigError: a number out of range, greedy sampling, or a segmenter that needs more than the sampler gives.
+        ConfigError: a number out of range, greedy sampling, or a segmenter that needs more than the engine gives.
     """
 
-    sampler: Sampler
+    engine: Engine
     """Draws the tokens."""
     policy: Policy
-    """The sampler's model, whose tokenizer turns ids into text."""
+    """The engine's model, whose tokenizer turns ids into text."""
     sampling: SamplingConfig
     """Temperature, top-p, top-k, seed, strings that end a *solution* (``stop``), and ``max_new_tokens``, the longest
     completion of a state. ``n`` is not read."""
@@ -162,7 +162,7 @@ class SampledSteps:
         heads = [group[0] for group in drafts]
         prompts = [(*d.state.problem.prompt_ids, *d.state.token_ids, *d.token_ids) for d in heads]
         indices = [_index(d.state.problem.index, *d.state.path, *key) for d, key in zip(heads, keys, strict=True)]
-        drawn = self.sampler.sample(prompts, spec, purpose=purpose, indices=indices)
+        drawn = self.engine.generate(prompts, spec, purpose=purpose, indices=indices)
         for group, continuations in zip(drafts, drawn, strict=True):
             for draft, continuation in zip(group, continuations, strict=True):
                 draft.token_ids += continuation.token_ids.tolist()
@@ -223,7 +223,7 @@ class SampledSteps:
 
 
 def _index(*parts: int | str) -> int:
-    """One number for a place in a tree: the sampler keys noise by the number of a prompt."""
+    """One number for a place in a tree: the engine keys noise by the number of a prompt."""
     return stream_key(0, "search", *parts) >> (128 - _INDEX_BITS)
 
 

@@ -22,7 +22,7 @@ from stepkd.models.policy import Policy
 from stepkd.models.sharding import shard
 from stepkd.models.source import trained_template
 from stepkd.sampling.annotate import check_same_vocabulary
-from stepkd.sampling.transformers_sampler import TransformersSampler
+from stepkd.sampling.transformers_engine import TransformersEngine
 from stepkd.steps.segment import get_segmenter
 from stepkd.teachers.config import Local
 from stepkd.teachers.signals import HiddenSignals, Signals, Teacher
@@ -146,10 +146,10 @@ class LocalTeacher(Teacher):
                 template_name(trained),
             )
 
-    def sampler(self, device: torch.device, breaks_off: Callable[[], bool] | None = None) -> TransformersSampler:
+    def engine(self, device: torch.device, breaks_off: Callable[[], bool] | None = None) -> TransformersEngine:
         """What draws its completions, on a device where they fit (:meth:`place`)."""
         self.place(device)
-        return TransformersSampler(self.policy, breaks_off=breaks_off)
+        return TransformersEngine(self.policy, breaks_off=breaks_off)
 
     def place(self, device: torch.device) -> None:
         """Move the weights where they belong (its own device, else this one), once, when they fit.

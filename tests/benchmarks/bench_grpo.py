@@ -86,7 +86,7 @@ def stepkd_round(policy: Path, teacher: Path | None, folder: Path, dtype: str) -
     from stepkd.modules.optim import OptimizerConfig
     from stepkd.modules.rewards import RewardConfig
     from stepkd.modules.settings import PolicyLossConfig, RolloutConfig, SampledKL
-    from stepkd.sampling.sampler import SamplingConfig
+    from stepkd.sampling.engine import SamplingConfig
     from stepkd.steps.segment import get_segmenter
 
     seconds: list[float] = []

@@ -15,8 +15,8 @@ from collections import Counter
 from stepkd.models.policy import Policy
 from stepkd.models.spec import PolicyConfig
 from stepkd.randomness import generator
-from stepkd.sampling.sampler import Branch, SamplingConfig
-from stepkd.sampling.transformers_sampler import TransformersSampler
+from stepkd.sampling.engine import Branch, SamplingConfig
+from stepkd.sampling.transformers_engine import TransformersEngine
 
 
 def main() -> None:
@@ -51,14 +51,14 @@ def main() -> None:
 def _compare(
     policy: Policy, branches: list[Branch], spec: SamplingConfig, *, max_rows: int, rounds: int, prompt: int
 ) -> None:
-    samplers = {shared: TransformersSampler(policy, max_rows=max_rows) for shared in (True, False)}
-    samplers[False]._gap_limit = 0  # as if the model could skip no part of its cache
+    engines = {shared: TransformersEngine(policy, max_rows=max_rows) for shared in (True, False)}
+    engines[False]._gap_limit = 0  # as if the model could skip no part of its cache
     read, drawn = Counter[bool](), Counter[bool]()
     seconds: dict[bool, list[float]] = {True: [], False: []}
     for number in range(rounds + 1):
-        for shared, sampler in samplers.items():
+        for shared, engine in engines.items():
             start = time.perf_counter()
-            found = sampler.sample_branches(branches, spec, step=number)
+            found = engine.continue_branches(branches, spec, step=number)
             if number:  # round 0 warms up
                 seconds[shared].append(time.perf_counter() - start)
             read[shared] += sum(each.prefill_tokens for each in found)

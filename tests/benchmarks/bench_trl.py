@@ -134,8 +134,8 @@ def train_stepkd(method: str, of: Setting, steps: int, folder: Path, pause: Call
     from stepkd.modules.optim import OptimizerConfig
     from stepkd.modules.rewards import RewardConfig
     from stepkd.modules.settings import PolicyLossConfig, RolloutConfig
-    from stepkd.sampling.engines import InProcess
-    from stepkd.sampling.sampler import SamplingConfig
+    from stepkd.sampling.config import Transformers
+    from stepkd.sampling.engine import SamplingConfig
 
     class Pause(Callback):
         def on_train_batch_end(self, *_: Any) -> None:
@@ -154,7 +154,7 @@ def train_stepkd(method: str, of: Setting, steps: int, folder: Path, pause: Call
             policy,
             rewards=[RewardConfig(f"{Path(__file__).stem}:reward")],
             rollout=RolloutConfig(SamplingConfig(n=of.group, max_new_tokens=of.new_tokens)),
-            engine=InProcess(of.prompts * of.group),
+            engine=Transformers(of.prompts * of.group),
             policy_loss=PolicyLossConfig(normalisation="dapo"),
             **common,
         )

@@ -31,7 +31,7 @@ SOURCE = {"lmbda": 0.5, "sampling": {"max_new_tokens": 24}}
 
 def rows(number: int) -> dict[str, Any]:
     """An engine that decodes so many completions at once."""
-    return {"class_path": "InProcess", "init_args": {"max_rows": number}}
+    return {"class_path": "Transformers", "init_args": {"max_rows": number}}
 
 
 SHORT = {"sampling": None}

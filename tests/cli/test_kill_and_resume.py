@@ -76,7 +76,7 @@ def test_one_rank_is_asked_and_all_stop(runs: Callable[[str], Any]) -> None:
 def test_sampling_breaks_off(runs: Callable[[str], Any]) -> None:
     """A request in the middle of a rollout ends it within a token, gives up the batch, and keeps the steps before."""
     made = runs("kdrl")
-    made.overlay["model"]["init_args"]["engine"] = {"class_path": "InProcess", "init_args": {"max_rows": 4}}
+    made.overlay["model"]["init_args"]["engine"] = {"class_path": "Transformers", "init_args": {"max_rows": 4}}
     stopped = made.fit("run", stop_at="rollout:3:SIGTERM", preempted_exit_code=75)
     assert stopped.returncode == 75, stopped.stderr[-3000:]
     assert "SIGTERM: stopping after this step" in stopped.stderr

@@ -9,7 +9,7 @@ import pytest
 from stepkd.evaluation.config import EvaluateConfig
 from stepkd.models.policy import Policy
 from stepkd.models.spec import PolicyConfig
-from stepkd.sampling.sampler import SamplingConfig
+from stepkd.sampling.engine import SamplingConfig
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,7 @@ from stepkd.labels.settings import LabelConfig, Sampled
 from stepkd.models.checkpoint import save_policy
 from stepkd.models.policy import Policy
 from stepkd.models.spec import PolicyConfig
-from stepkd.sampling.sampler import SamplingConfig
+from stepkd.sampling.engine import SamplingConfig
 
 
 def sample(correct: bool, labels: list[bool] | None, *, tokens: int = 4, vote: str = "1", ratio: Any = 0.0) -> Any:

@@ -1,4 +1,4 @@
-"""A tiny model, small labelling jobs, and a sampler that records what it is asked for."""
+"""A tiny model, small labelling jobs, and an engine that records what it is asked for."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from stepkd.labels.settings import LabelConfig, Sampled
 from stepkd.models.policy import Policy
 from stepkd.models.spec import PolicyConfig
 from stepkd.runs.job import JobOptions
-from stepkd.sampling.sampler import Branch, BranchContinuations, SamplingConfig
-from stepkd.sampling.transformers_sampler import TransformersSampler
+from stepkd.sampling.engine import Branch, BranchContinuations, SamplingConfig
+from stepkd.sampling.transformers_engine import TransformersEngine
 
 
-class RecordingSampler:
+class RecordingEngine:
     """Samples as usual and keeps the numbers of problems and solutions it was asked for; may stop at a call."""
 
     def __init__(self, policy: Policy, *, stop_at: int | None = None) -> None:
-        self.inner = TransformersSampler(policy, max_rows=4)
+        self.inner = TransformersEngine(policy, max_rows=4)
         self.stop_at = stop_at
         self.sampled: list[int] = []
         self.continued: list[int] = []
@@ -37,19 +37,19 @@ class RecordingSampler:
         if self.calls == self.stop_at:
             raise KeyboardInterrupt
 
-    def sample(
+    def generate(
         self, prompts: Sequence[Sequence[int]], spec: SamplingConfig, *, indices: Sequence[int], **options: Any
     ) -> list[list[Completion]]:
         self._count()
         self.sampled += indices
-        return self.inner.sample(prompts, spec, indices=indices, **options)
+        return self.inner.generate(prompts, spec, indices=indices, **options)
 
-    def sample_branches(
+    def continue_branches(
         self, branches: Sequence[Branch], spec: SamplingConfig, **options: Any
     ) -> list[BranchContinuations]:
         self._count()
         self.continued += [branch.index for branch in branches]
-        return self.inner.sample_branches(branches, spec, **options)
+        return self.inner.continue_branches(branches, spec, **options)
 
 
 @pytest.fixture(scope="session")
@@ -99,20 +99,20 @@ Run = Callable[..., dict[str, Any] | None]
 
 @pytest.fixture
 def run(policy: Policy) -> Run:
-    """Run a job in this process, perhaps with a sampler and a labeller that are made already."""
+    """Run a job in this process, perhaps with an engine and a labeller that are made already."""
 
-    def start(spec: LabelConfig, *, sampler: Any = None, labeller: Any = None, **options: Any) -> dict[str, Any] | None:
-        return run_label_job(spec, policy=policy, sampler=sampler, labeller=labeller, options=JobOptions(**options))
+    def start(spec: LabelConfig, *, engine: Any = None, labeller: Any = None, **options: Any) -> dict[str, Any] | None:
+        return run_label_job(spec, policy=policy, engine=engine, labeller=labeller, options=JobOptions(**options))
 
     return start
 
 
 @pytest.fixture
-def recording(policy: Policy) -> Callable[..., RecordingSampler]:
-    """Make a recording sampler."""
+def recording(policy: Policy) -> Callable[..., RecordingEngine]:
+    """Make a recording engine."""
 
-    def make(*, stop_at: int | None = None) -> RecordingSampler:
-        return RecordingSampler(policy, stop_at=stop_at)
+    def make(*, stop_at: int | None = None) -> RecordingEngine:
+        return RecordingEngine(policy, stop_at=stop_at)
 
     return make
 

@@ -19,7 +19,7 @@ from stepkd.errors import ConfigError, DataError
 from stepkd.labels.labellers import Outcome, Solution, TaskChecker
 from stepkd.labels.settings import Cut, Existing, Fitted, LabelConfig, Reject
 from stepkd.labels.solutions import SampledSolutions, cut
-from stepkd.sampling.sampler import SamplingConfig
+from stepkd.sampling.engine import SamplingConfig
 from stepkd.steps.segment import get_segmenter
 from stepkd.tasks.rows import make_rows
 
@@ -49,10 +49,10 @@ def given(spec: LabelConfig, completions: str, name: str, **changes: Any) -> Lab
 def test_completions_once_labels_several_times(spec: LabelConfig, run: Any, recording: Any) -> None:
     run(replace(spec, labeller=TaskChecker()))
     checked = labelled(spec)
-    sampler = recording()
+    engine = recording()
     again = given(spec, spec.out, "again", model=None, continued=True)
-    run(again, sampler=sampler)
-    assert sampler.sampled == [], "nothing is sampled but continuations"
+    run(again, engine=engine)
+    assert engine.sampled == [], "nothing is sampled but continuations"
     rows = labelled(again)
     assert [row["labelling"]["labeller"] for row in rows] == ["monte_carlo"] * 10
     for row, before in zip(rows, checked, strict=True):
@@ -243,7 +243,7 @@ def test_a_sampler_need_not_know_log_probabilities() -> None:
     """One of a script's own; the job records null."""
     source = object.__new__(SampledSolutions)
     source.sampling, source.prompts = SamplingConfig(n=1), [Completion([1], [], row={"answer": "2"}, id="p")]
-    source.sampler = SimpleNamespace(sample=lambda *_, **__: [[Completion([1], np.asarray([2]), text="2")]])
+    source.engine = SimpleNamespace(generate=lambda *_, **__: [[Completion([1], np.asarray([2]), text="2")]])
     grader = SimpleNamespace(grade=lambda *_, **__: [SimpleNamespace(verdict="correct")])
     source.bench, source.signals = SimpleNamespace(grader=grader), ()
     (sample,) = source.work([0])[0]["samples"]

@@ -22,7 +22,7 @@ from stepkd.labels.monte_carlo import MonteCarlo
 from stepkd.labels.settings import Cut, Fitted, LabelConfig, OwnSteps, Reject, Sampled, StepsConfig
 from stepkd.runs.files import write_json
 from stepkd.runs.job import Job, read_settings
-from stepkd.sampling.sampler import SamplingConfig
+from stepkd.sampling.engine import SamplingConfig
 from stepkd.steps.confidence import SegmentThreshold, fit_threshold
 from stepkd.tasks.rows import check_row
 
@@ -38,13 +38,13 @@ def content(spec: LabelConfig) -> tuple[bytes, bytes]:
     return tuple((Path(spec.out) / name).read_bytes() for name in ("labels.jsonl", "summary.json"))  # type: ignore
 
 
-class StubSampler:
+class StubEngine:
     """The same given texts for every problem."""
 
     def __init__(self, tokenizer: Any, texts: Sequence[str], *, eos: bool = True) -> None:
         self.tokenizer, self.texts, self.eos = tokenizer, texts, eos
 
-    def sample(self, prompts: Any, spec: Any, **options: Any) -> list[list[Completion]]:
+    def generate(self, prompts: Any, spec: Any, **options: Any) -> list[list[Completion]]:
         return [[self._completion(p, j, text) for j, text in enumerate(self.texts)] for p in range(len(prompts))]
 
     def _completion(self, p: int, j: int, text: str) -> Completion:
@@ -109,16 +109,16 @@ def test_summary_by_recount(spec: LabelConfig, run: Any, drawn: Any) -> None:
 def test_duplicates_and_empty_solutions_are_counted(spec: LabelConfig, run: Any, drawn: Any, policy: Any) -> None:
     texts = ["1+1=2\n#### 2", "1+1=2\n#### 2", "", " \n", "3"]
     spec = drawn(replace(spec, labeller=TaskChecker()), n=5)
-    stub = StubSampler(policy.tokenizer, texts)
-    summary = run(spec, sampler=stub)
+    stub = StubEngine(policy.tokenizer, texts)
+    summary = run(spec, engine=stub)
     assert summary["dropped"] == {"duplicate": 5, "no_steps": 10}
     assert (summary["solutions"], summary["labelled"]) == (25, 10)
     assert [row["id"].rpartition("/")[2] for row in rows(spec)][:4] == ["0", "4", "0", "4"]
     every = replace(spec, solutions=replace(spec.solutions, dedupe=False), out=spec.out + "-all")
-    assert run(every, sampler=stub)["labelled"] == 15
+    assert run(every, engine=stub)["labelled"] == 15
     nothing = replace(drawn(spec, n=1), out=spec.out + "-none")
     with pytest.raises(DataError, match=r"none of 5 solutions could be labelled \(5 no_steps\)"):
-        run(nothing, sampler=StubSampler(policy.tokenizer, [""]))
+        run(nothing, engine=StubEngine(policy.tokenizer, [""]))
 
 
 def test_a_solution_without_labels_is_dropped(spec: LabelConfig, run: Any, policy: Any) -> None:
@@ -145,25 +145,25 @@ def test_ranks_do_not_change_the_labels(
     run(spec)
     for world_size in (2, 3):
         sharded = replace(spec, out=f"{spec.out}-{world_size}")
-        sampler = recording()
-        results, waits = run_ranks(sharded, world_size, sampler=sampler)
+        engine = recording()
+        results, waits = run_ranks(sharded, world_size, engine=engine)
         assert waits >= 1, "some rank came before the others had drawn their share"
         assert content(sharded) == content(spec)
         assert any(result is None for result in results), "a rank that is not the last one writes nothing"
-        assert sorted(sampler.sampled) == list(range(5)), "no problem twice"
-        assert max(Counter(sampler.continued).values()) == 1, "no solution twice"
+        assert sorted(engine.sampled) == list(range(5)), "no problem twice"
+        assert max(Counter(engine.continued).values()) == 1, "no solution twice"
 
 
 def test_an_interruption_anywhere_repeats_only_what_was_in_flight(spec: LabelConfig, run: Any, recording: Any) -> None:
     whole = recording()
-    run(spec, sampler=whole)
+    run(spec, engine=whole)
     for stop_at in range(1, whole.calls + 1):
         torn = replace(spec, out=f"{spec.out}-{stop_at}")
         first, then = recording(stop_at=stop_at), recording()
         with pytest.raises(KeyboardInterrupt):
-            run(torn, sampler=first)
+            run(torn, engine=first)
         assert not (Path(torn.out) / "labels.jsonl").exists()
-        run(torn, sampler=then)
+        run(torn, engine=then)
         assert content(torn) == content(spec)
         assert sorted(first.sampled + then.sampled) == list(range(5))
         assert sorted(first.continued + then.continued) == sorted(whole.continued)
@@ -174,8 +174,8 @@ def test_resume_with_another_number_of_ranks(spec: LabelConfig, run: Any, run_ra
     torn = replace(spec, out=spec.out + "-torn")
     first, then = recording(stop_at=None), recording()
     with pytest.raises(StepkdError, match=r"rank 0 waits for units of solutions"):
-        run(torn, rank=0, world_size=2, wait_s=0, sampler=first)
-    run_ranks(torn, 3, sampler=then)
+        run(torn, rank=0, world_size=2, wait_s=0, engine=first)
+    run_ranks(torn, 3, engine=then)
     assert content(torn) == content(spec)
     assert sorted(first.sampled + then.sampled) == list(range(5))
 
@@ -184,9 +184,9 @@ def test_the_same_command_again_draws_nothing(spec: LabelConfig, run: Any, recor
     first = run(spec)
     before = content(spec)
     (Path(spec.out) / "labels.jsonl").unlink()  # as if killed while merging
-    sampler = recording()
-    assert run(spec, sampler=sampler) == first
-    assert sampler.calls == 0
+    engine = recording()
+    assert run(spec, engine=engine) == first
+    assert engine.calls == 0
     assert content(spec) == before
 
 
@@ -210,7 +210,7 @@ def test_the_threshold_is_fitted_on_the_pool_and_kept(spec: LabelConfig, run: An
 
     # Killed between the fit and the labels: the same threshold is fitted, on the solutions that are there.
     with pytest.raises(KeyboardInterrupt):
-        run(other, sampler=recording(stop_at=4))
+        run(other, engine=recording(stop_at=4))
     (Path(other.out) / "threshold.json").unlink()
     assert run(other)["threshold"] == found.value
     assert (Path(other.out) / "threshold.json").read_bytes() == path.read_bytes()

@@ -19,8 +19,8 @@ from stepkd.labels.monte_carlo import MonteCarloLabeller
 from stepkd.models.policy import Policy
 from stepkd.models.spec import build_tiny, tiny_tokenizer
 from stepkd.randomness import generator
-from stepkd.sampling.sampler import Branch, BranchContinuations, SamplingConfig
-from stepkd.sampling.transformers_sampler import TransformersSampler
+from stepkd.sampling.engine import Branch, BranchContinuations, SamplingConfig
+from stepkd.sampling.transformers_engine import TransformersEngine
 
 TOKENIZER = tiny_tokenizer()
 SPEC = SamplingConfig(n=8, max_new_tokens=12, seed=3)
@@ -108,7 +108,7 @@ def by_hand(policy: Policy, grader: Grader, each: Solution, spec: SamplingConfig
 
 
 def test_labels_equal_those_made_by_hand(policy: Policy, grader: Grader) -> None:
-    labeller = MonteCarloLabeller(TransformersSampler(policy), policy, grader, replace(SPEC, n=6), reduce="mean")
+    labeller = MonteCarloLabeller(TransformersEngine(policy), policy, grader, replace(SPEC, n=6), reduce="mean")
     solutions = some_solutions()[:3]
     total = 0
     for each, labels in zip(solutions, labeller.label(solutions), strict=True):
@@ -126,7 +126,7 @@ def test_labels_equal_those_made_by_hand(policy: Policy, grader: Grader) -> None
 
 def test_reductions_of_the_same_continuations(policy: Policy, grader: Grader) -> None:
     def labels(**settings: Any) -> list[StepLabels]:
-        return MonteCarloLabeller(TransformersSampler(policy), policy, grader, SPEC, **settings).label(some_solutions())
+        return MonteCarloLabeller(TransformersEngine(policy), policy, grader, SPEC, **settings).label(some_solutions())
 
     plain = labels()
     assert any(False in each.labels for each in plain)
@@ -144,23 +144,23 @@ def test_reductions_of_the_same_continuations(policy: Policy, grader: Grader) ->
 def test_the_result_of_a_solution_is_its_own(policy: Policy, grader: Grader) -> None:
     """Alone, in other company, in other batches: labels, values and facts stay the same."""
     solutions = some_solutions()
-    labeller = MonteCarloLabeller(TransformersSampler(policy), policy, grader, SPEC)
+    labeller = MonteCarloLabeller(TransformersEngine(policy), policy, grader, SPEC)
     expected = labeller.label(solutions)
     assert [labeller.label([each])[0] for each in solutions] == expected
     assert labeller.label(solutions[::-1])[::-1] == expected
-    few = TransformersSampler(policy, max_rows=5)
+    few = TransformersEngine(policy, max_rows=5)
     assert MonteCarloLabeller(few, policy, grader, SPEC).label(solutions) == expected
     assert labeller.label([]) == []
 
 
 class Scripted:
-    """A sampler that continues a prefix's text as it is told."""
+    """An engine that continues a prefix's text as it is told."""
 
     def __init__(self, script: Callable[[str, int], str]) -> None:
         self.script = script
         self.prefixes: list[str] = []
 
-    def sample_branches(
+    def continue_branches(
         self, branches: Sequence[Branch], spec: SamplingConfig, **given: Any
     ) -> list[BranchContinuations]:
         results = []
@@ -197,13 +197,13 @@ def test_where_a_solution_is_over(
     policy: Policy, grader: Grader, steps: list[str], given: dict[str, Any], open_prefixes: int
 ) -> None:
     """There its own answer decides; open steps get continuations, all of which fail here."""
-    sampler = Scripted(lambda prefix, j: " never")
+    engine = Scripted(lambda prefix, j: " never")
     ends = {"finish": "stop"} | given
     each = solution(steps, "3", correct=True, **ends)
-    labels = MonteCarloLabeller(sampler, policy, grader, replace(SPEC, n=2)).label([each])[0]
+    labels = MonteCarloLabeller(engine, policy, grader, replace(SPEC, n=2)).label([each])[0]
     started = [bool(count) for count in labels.facts["trials"]]
-    assert sum(started) == open_prefixes == len(sampler.prefixes)
-    assert sampler.prefixes == ["Q\n" + "".join(steps[: i + 1]) for i in range(len(steps)) if started[i]]
+    assert sum(started) == open_prefixes == len(engine.prefixes)
+    assert engine.prefixes == ["Q\n" + "".join(steps[: i + 1]) for i in range(len(steps)) if started[i]]
     assert labels.values is not None
     assert [v for v, drawn in zip(labels.values, started, strict=True) if not drawn] == [1.0] * (
         len(steps) - open_prefixes
@@ -213,7 +213,7 @@ def test_where_a_solution_is_over(
 def test_a_full_context_is_an_end(policy: Policy, grader: Grader, monkeypatch: pytest.MonkeyPatch) -> None:
     each = solution(["ab", "cd", "ef"], "3", finish="length")
     monkeypatch.setattr(policy.causal_lm.config, "max_position_embeddings", len(each.prompt_ids) + 5)
-    labels = MonteCarloLabeller(TransformersSampler(policy), policy, grader, SPEC).label([each])[0]
+    labels = MonteCarloLabeller(TransformersEngine(policy), policy, grader, SPEC).label([each])[0]
     assert labels.facts["trials"] == [8, 8, 0]
     assert labels.values is not None
     assert labels.values[2] == 0.0
@@ -237,8 +237,8 @@ def test_a_solution_that_was_not_graded_has_no_value_at_its_end(policy: Policy, 
 
 def test_prefix_and_continuation_are_decoded_together(policy: Policy, grader: Grader) -> None:
     """An answer may begin in the prefix and end in the continuation."""
-    sampler = Scripted(lambda prefix, j: ("2", "3", "")[j])
-    labels = MonteCarloLabeller(sampler, policy, grader, replace(SPEC, n=3), reduce="mean").label(
+    engine = Scripted(lambda prefix, j: ("2", "3", "")[j])
+    labels = MonteCarloLabeller(engine, policy, grader, replace(SPEC, n=3), reduce="mean").label(
         [solution(["#### 1", "9<eos>"], "12")]
     )[0]
     assert labels.values == (pytest.approx(1 / 3), 0.0)
@@ -248,14 +248,14 @@ def test_text_after_a_stop_string_does_not_count(policy: Policy, grader: Grader)
     each = solution(["see Q: 1\n", "end<eos>"], "5")
     for stop, value in ((("Q:",), 1.0), ((), 0.0)):
         spec = replace(SPEC, n=1, stop=stop)
-        sampler = Scripted(lambda prefix, j: "so 5 Q: 6")
-        assert MonteCarloLabeller(sampler, policy, grader, spec).label([each])[0].values == (value, 0.0)
+        engine = Scripted(lambda prefix, j: "so 5 Q: 6")
+        assert MonteCarloLabeller(engine, policy, grader, spec).label([each])[0].values == (value, 0.0)
 
 
 def test_work_is_counted(policy: Policy, grader: Grader) -> None:
     solutions = some_solutions()
-    sampler = TransformersSampler(policy)
-    labels = MonteCarloLabeller(sampler, policy, grader, SPEC).label(solutions)
+    engine = TransformersEngine(policy)
+    labels = MonteCarloLabeller(engine, policy, grader, SPEC).label(solutions)
     longest = [  # every solution is read up to its last open step, once
         max((len(s.prompt_ids) + e for (_, e), n in zip(s.spans, each.facts["trials"], strict=True) if n), default=0)
         for s, each in zip(solutions, labels, strict=True)
@@ -266,7 +266,7 @@ def test_work_is_counted(policy: Policy, grader: Grader) -> None:
 
 def test_provenance(policy: Policy, grader: Grader) -> None:
     labeller: Labeller = MonteCarloLabeller(
-        TransformersSampler(policy), policy, grader, replace(SPEC, top_k=5, stop=("Q:",))
+        TransformersEngine(policy), policy, grader, replace(SPEC, top_k=5, stop=("Q:",))
     )
     provenance = labeller.provenance()
     assert json.loads(json.dumps(provenance)) == provenance

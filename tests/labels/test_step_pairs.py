@@ -22,7 +22,7 @@ from stepkd.labels.settings import LabelConfig, StepPairConfig
 from stepkd.labels.step_pairs import first_incorrect_step, next_step, segmenter_of
 from stepkd.models.policy import Policy
 from stepkd.runs.job import JobOptions
-from stepkd.sampling.sampler import Branch, BranchContinuations, SamplingConfig
+from stepkd.sampling.engine import Branch, BranchContinuations, SamplingConfig
 from stepkd.scorers.load import Judge
 from stepkd.scorers.scorer import Solutions
 from stepkd.steps.confidence import AdaptiveStepSegmenter, EntropySegmenter
@@ -68,7 +68,7 @@ def continuation(
     return row | ({} if labels is None else {"step_labels": labels}) | given
 
 
-class ScriptedSampler:
+class ScriptedEngine:
     """Continues every prefix with the same given texts; keeps what it was asked for, and may stop at a call."""
 
     def __init__(
@@ -78,7 +78,7 @@ class ScriptedSampler:
         self.asked: list[Branch] = []
         self.calls = 0
 
-    def sample_branches(
+    def continue_branches(
         self, branches: Sequence[Branch], spec: SamplingConfig, **options: Any
     ) -> list[BranchContinuations]:
         self.calls += 1
@@ -118,22 +118,22 @@ def pair_spec(tmp_path: Path) -> StepPairConfig:
 
 @pytest.fixture
 def build(policy: Policy) -> Pairs:
-    """Write rows, and run the job with a sampler that says these texts."""
+    """Write rows, and run the job with an engine that says these texts."""
 
     def start(
         spec: StepPairConfig,
         rows: Sequence[dict[str, Any]] | None = None,
         texts: Sequence[str] = (),
         *,
-        sampler: Any = None,
+        engine: Any = None,
         **options: Any,
     ) -> dict[str, Any] | None:
         if rows is not None:
             Path(spec.completions).write_text("".join(json.dumps(row) + "\n" for row in rows))
         if texts:
             spec = replace(spec, sampling=replace(spec.sampling, n=len(texts)))
-            sampler = ScriptedSampler(policy, texts)
-        return run_pair_job(spec, policy=policy, sampler=sampler, options=JobOptions(**options))
+            engine = ScriptedEngine(policy, texts)
+        return run_pair_job(spec, policy=policy, engine=engine, options=JobOptions(**options))
 
     return start
 
@@ -151,9 +151,9 @@ def content(spec: StepPairConfig) -> tuple[bytes, ...]:
 
 def test_a_pair_by_hand(pair_spec: StepPairConfig, build: Pairs, policy: Policy) -> None:
     row = continuation(policy, "p/0", INCORRECT, [True, False, False], labelling={"labeller": "checker"})
-    sampler = ScriptedSampler(policy, ["0*1=1\n#### 0", "0*1=1\n#### 1", CORRECT, CORRECT, "0*1= 0\n#### 0"])
-    summary = build(replace(pair_spec, sampling=replace(pair_spec.sampling, n=5), max_pairs=2), [row], sampler=sampler)
-    (branch,) = sampler.asked
+    engine = ScriptedEngine(policy, ["0*1=1\n#### 0", "0*1=1\n#### 1", CORRECT, CORRECT, "0*1= 0\n#### 0"])
+    summary = build(replace(pair_spec, sampling=replace(pair_spec.sampling, n=5), max_pairs=2), [row], engine=engine)
+    (branch,) = engine.asked
     prompt_ids = branch.token_ids[: branch.cuts[0] - len(encode(policy, INCORRECT[0], eos=False))]
     assert policy.tokenizer.decode(prompt_ids).endswith("1+1*1%2=\n")
     assert (len(branch.cuts), branch.index) == (1, 0), "one prefix, read once"
@@ -176,7 +176,7 @@ def test_a_pair_by_hand(pair_spec: StepPairConfig, build: Pairs, policy: Policy)
     assert summary is not None
     assert summary["dropped"] == {}
     assert summary["by_position"] == [{"position": 1, "pairs": 2, "share": 1.0}]
-    texts = sampler.texts
+    texts = engine.texts
     assert summary["facts"] == {
         "continuations": 5,
         "repeated_steps": 1,
@@ -418,34 +418,34 @@ def test_ranks_do_not_change_the_pairs(pair_spec: StepPairConfig, build: Pairs, 
     assert [row["id"] for row in pairs(pair_spec)] == [f"p{i}/0/0" for i in (0, 1, 2, 4, 5, 7, 8)]
     for world_size in (2, 3):
         sharded = replace(pair_spec, out=f"{pair_spec.out}-{world_size}")
-        sampler = ScriptedSampler(policy, texts)
-        results = [build(sharded, sampler=sampler, rank=r, world_size=world_size) for r in range(world_size)]
+        engine = ScriptedEngine(policy, texts)
+        results = [build(sharded, engine=engine, rank=r, world_size=world_size) for r in range(world_size)]
         assert [result is None for result in results] == [True] * (world_size - 1) + [False]
         assert content(sharded) == content(pair_spec)
-        assert sorted(branch.index for branch in sampler.asked) == [0, 1, 2, 4, 5, 7, 8], "no solution twice"
+        assert sorted(branch.index for branch in engine.asked) == [0, 1, 2, 4, 5, 7, 8], "no solution twice"
 
 
 def test_an_interruption_repeats_only_what_was_in_flight(
     pair_spec: StepPairConfig, build: Pairs, policy: Policy
 ) -> None:
     texts = [CORRECT, "0*1=1\n#### 0"]
-    whole = ScriptedSampler(policy, texts)
-    build(pair_spec, many(policy), sampler=whole)
+    whole = ScriptedEngine(policy, texts)
+    build(pair_spec, many(policy), engine=whole)
     assert whole.calls == 4
     for stop_at in range(1, whole.calls + 1):
         torn = replace(pair_spec, out=f"{pair_spec.out}-{stop_at}")
-        first, then = ScriptedSampler(policy, texts, stop_at=stop_at), ScriptedSampler(policy, texts)
+        first, then = ScriptedEngine(policy, texts, stop_at=stop_at), ScriptedEngine(policy, texts)
         with pytest.raises(KeyboardInterrupt):
-            build(torn, sampler=first)
+            build(torn, engine=first)
         assert not (Path(torn.out) / "pairs.jsonl").exists()
         if stop_at == 2:  # a write cut off in the middle
             (Path(torn.out) / "parts" / "pairs" / ".000001.jsonl.0.tmp").write_bytes(b'{"id": "p')
-        assert build(torn, sampler=then, rank=0, world_size=1) is not None
+        assert build(torn, engine=then, rank=0, world_size=1) is not None
         assert content(torn) == content(pair_spec)
         asked = [branch.index for branch in first.asked + then.asked]
         assert sorted(asked) == sorted(branch.index for branch in whole.asked)
-    again = ScriptedSampler(policy, texts)
-    build(pair_spec, sampler=again)
+    again = ScriptedEngine(policy, texts)
+    build(pair_spec, engine=again)
     assert again.calls == 0
 
 

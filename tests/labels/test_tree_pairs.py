@@ -21,8 +21,8 @@ from stepkd.labels.settings import ContinuationShare, SelfEvaluation, StepScore,
 from stepkd.models.policy import Policy
 from stepkd.randomness import generator
 from stepkd.runs.job import JobOptions, read_settings
-from stepkd.sampling.sampler import SamplingConfig
-from stepkd.sampling.transformers_sampler import TransformersSampler
+from stepkd.sampling.engine import SamplingConfig
+from stepkd.sampling.transformers_engine import TransformersEngine
 from stepkd.scorers.judge import PromptedJudge
 from stepkd.search.mcts import PairConfig, SearchConfig
 from stepkd.tasks.rows import check_row
@@ -53,10 +53,8 @@ def spec(tmp_path: Path) -> TreePairConfig:
 
 @pytest.fixture
 def run(policy: Policy) -> Run:
-    def start(
-        spec: TreePairConfig, *, sampler: Any = None, scorer: Any = None, **options: Any
-    ) -> dict[str, Any] | None:
-        return run_pair_job(spec, policy=policy, sampler=sampler, scorer=scorer, options=JobOptions(**options))
+    def start(spec: TreePairConfig, *, engine: Any = None, scorer: Any = None, **options: Any) -> dict[str, Any] | None:
+        return run_pair_job(spec, policy=policy, engine=engine, scorer=scorer, options=JobOptions(**options))
 
     return start
 
@@ -65,16 +63,18 @@ class Watched:
     """Samples as usual and keeps the first tokens of the prompts of each call; may stop at a call."""
 
     def __init__(self, policy: Policy, *, stop_at: int | None = None) -> None:
-        self.inner = TransformersSampler(policy, max_rows=4)
+        self.inner = TransformersEngine(policy, max_rows=4)
         self.stop_at = stop_at
         self.prompts: list[set[str]] = []
         self.decode = policy.tokenizer.decode
 
-    def sample(self, prompts: Sequence[Sequence[int]], spec: SamplingConfig, **options: Any) -> list[list[Completion]]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], spec: SamplingConfig, **options: Any
+    ) -> list[list[Completion]]:
         self.prompts.append({self.decode(prompt).partition("\n")[0] for prompt in prompts})
         if len(self.prompts) == self.stop_at:
             raise KeyboardInterrupt
-        return self.inner.sample(prompts, spec, **options)
+        return self.inner.generate(prompts, spec, **options)
 
 
 def content(spec: TreePairConfig) -> list[bytes]:
@@ -92,16 +92,14 @@ def test_rows_and_summary(spec: TreePairConfig, run: Run, policy: Policy) -> Non
     reports: list[tuple[str, int, int]] = []
     drawn: list[int] = []
 
-    class Counting(TransformersSampler):
-        def sample(self, *arguments: Any, **options: Any) -> Any:
-            found = super().sample(*arguments, **options)
+    class Counting(TransformersEngine):
+        def generate(self, *arguments: Any, **options: Any) -> Any:
+            found = super().generate(*arguments, **options)
             drawn.extend(len(each.token_ids) for row in found for each in row)
             return found
 
-    sampler = Counting(policy, max_rows=4)
-    summary = run(
-        spec, sampler=sampler, report=lambda phase, done, total, figures: reports.append((phase, done, total))
-    )
+    engine = Counting(policy, max_rows=4)
+    summary = run(spec, engine=engine, report=lambda phase, done, total, figures: reports.append((phase, done, total)))
     assert reports == [("pairs", done, 5) for done in (2, 4, 5)]
     assert summary is not None
     pairs = rows(spec)
@@ -131,7 +129,7 @@ class NoisySolver:
         self.tokenizer = policy.tokenizer
         self.problems = problems
 
-    def sample(
+    def generate(
         self, prompts: Sequence[Sequence[int]], spec: SamplingConfig, *, purpose: str, indices: Sequence[int]
     ) -> list[list[Completion]]:
         return [
@@ -173,7 +171,7 @@ def test_the_better_side_is_correct(spec: TreePairConfig, run: Run, policy: Poli
         template="task",
         grading=GradingConfig(),
     )
-    summary = run(noisy, sampler=NoisySolver(policy, problems))
+    summary = run(noisy, engine=NoisySolver(policy, problems))
     assert summary is not None
     pairs = rows(noisy)
     correct = {"chosen": 0, "rejected": 0}
@@ -195,7 +193,7 @@ def test_ranks_batches_and_interruptions_change_nothing(
     spec: TreePairConfig, run: Run, policy: Policy, tmp_path: Path
 ) -> None:
     whole = Watched(policy)
-    run(spec, sampler=whole)
+    run(spec, engine=whole)
     expected = content(spec)
 
     two = replace(spec, out=str(tmp_path / "two"))
@@ -211,9 +209,9 @@ def test_ranks_batches_and_interruptions_change_nothing(
     torn = replace(spec, out=str(tmp_path / "torn"))
     first_group = next(i for i, prompts in enumerate(whole.prompts) if not prompts & whole.prompts[0])
     with pytest.raises(KeyboardInterrupt):
-        run(torn, sampler=Watched(policy, stop_at=first_group + 2))
+        run(torn, engine=Watched(policy, stop_at=first_group + 2))
     again = Watched(policy)
-    run(torn, sampler=again)
+    run(torn, engine=again)
     assert content(torn) == expected
     assert not set.union(*again.prompts) & whole.prompts[0], "the first group is not searched again"
     assert set.union(*again.prompts) | whole.prompts[0] == set.union(*whole.prompts)

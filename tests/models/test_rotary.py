@@ -14,8 +14,8 @@ from stepkd.losses import token_logps
 from stepkd.models import head
 from stepkd.models.policy import Policy
 from stepkd.models.spec import tiny_tokenizer
-from stepkd.sampling.sampler import SamplingConfig
-from stepkd.sampling.transformers_sampler import TransformersSampler
+from stepkd.sampling.engine import SamplingConfig
+from stepkd.sampling.transformers_engine import TransformersEngine
 
 SWITCH = 24
 
@@ -80,7 +80,7 @@ def test_long_frequencies_at_every_length_are_steady() -> None:
 def test_a_sampler_stays_before_the_change_and_agrees_with_the_trainer() -> None:
     policy = phi3()
     prompts = [row.tolist() for row in (*ids(2, 20), *ids(2, 5))]
-    drawn = TransformersSampler(policy).sample(prompts, SamplingConfig(max_new_tokens=60))
+    drawn = TransformersEngine(policy).generate(prompts, SamplingConfig(max_new_tokens=60))
     for prompt, (completion,) in zip(prompts, drawn, strict=True):
         assert len(prompt) + len(completion.token_ids) <= SWITCH
         row = torch.tensor([[*prompt, *completion.token_ids]])
@@ -89,7 +89,7 @@ def test_a_sampler_stays_before_the_change_and_agrees_with_the_trainer() -> None
             logps = token_logps(policy.head, hidden, torch.tensor(completion.token_ids))
         assert (logps - torch.from_numpy(completion.raw_logprobs)).abs().max() <= 1e-3
     with pytest.raises(DataError, match="has 30 tokens and the model's context is 24"):
-        TransformersSampler(policy).sample([list(range(2, 32))], SamplingConfig())
+        TransformersEngine(policy).generate([list(range(2, 32))], SamplingConfig())
 
 
 def test_scalings_of_single_layers_and_steady_ones() -> None:

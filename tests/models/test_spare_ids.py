@@ -15,8 +15,8 @@ from stepkd.data.templates import get_template
 from stepkd.errors import DataError, ModelError
 from stepkd.models.policy import Policy
 from stepkd.models.spec import PolicyConfig, build_tiny
-from stepkd.sampling.sampler import SamplingConfig
-from stepkd.sampling.transformers_sampler import TransformersSampler
+from stepkd.sampling.engine import SamplingConfig
+from stepkd.sampling.transformers_engine import TransformersEngine
 from stepkd.steps.segment import get_segmenter
 from stepkd.teachers.config import Local
 from stepkd.teachers.local import LocalTeacher
@@ -51,7 +51,7 @@ def test_a_spare_id_that_no_text_holds_is_harmless(tmp_path: Path, special: bool
     assert torch.equal(policy.hidden(tokens, torch.ones_like(tokens)), plain.hidden(tokens, torch.ones_like(tokens)))
     spec = SamplingConfig(n=2, temperature=1.0, max_new_tokens=8)
     prompts = [tuple(tokens[0, :4].tolist())]
-    drawn, expected = (TransformersSampler(each).sample(prompts, spec) for each in (policy, plain))
+    drawn, expected = (TransformersEngine(each).generate(prompts, spec) for each in (policy, plain))
     assert [r.key for r in drawn[0]] == [r.key for r in expected[0]]
 
 
@@ -63,7 +63,7 @@ def test_a_text_that_holds_it_is_an_error_whose_remedy_works(tmp_path: Path) -> 
     with pytest.raises(DataError, match=re.escape(f"a text holds '{SPARE}' (id 100)")) as error:
         policy.hidden(tokens, torch.ones_like(tokens))
     with pytest.raises(DataError, match=re.escape(f"a text holds '{SPARE}' (id 100)")):
-        TransformersSampler(policy).sample([tuple(tokens[0].tolist())], SamplingConfig(max_new_tokens=4))
+        TransformersEngine(policy).generate([tuple(tokens[0].tolist())], SamplingConfig(max_new_tokens=4))
     grown = follow(str(error.value), folder, tmp_path / "grown")
     policy = Policy.load(PolicyConfig(path=str(grown)))
     assert policy.vocab_size == 101
@@ -101,7 +101,7 @@ def test_ids_that_ordinary_texts_need_are_refused_at_load_and_the_remedy_works(t
 def test_a_pad_token_without_an_embedding_is_replaced(tmp_path: Path) -> None:
     policy = Policy.load(PolicyConfig(path=str(save(tmp_path, pad_token=SPARE))))
     assert policy.tokenizer.pad_token == policy.tokenizer.eos_token
-    found = TransformersSampler(policy).sample([(5, 6, 7), (5,)], SamplingConfig(max_new_tokens=4))
+    found = TransformersEngine(policy).generate([(5, 6, 7), (5,)], SamplingConfig(max_new_tokens=4))
     assert len(found) == 2
 
 

@@ -22,7 +22,7 @@ from stepkd.modules.distillation_settings import JSD, ReverseKL, SourceConfig
 from stepkd.modules.gkd import GKDModule
 from stepkd.modules.optim import OptimizerConfig
 from stepkd.runs.launcher import check_launch, trainer_defaults
-from stepkd.sampling.sampler import SamplingConfig
+from stepkd.sampling.engine import SamplingConfig
 from stepkd.steps.segment import get_segmenter
 from stepkd.tasks.rows import Noise, make_rows
 from stepkd.teachers.config import Local

@@ -25,7 +25,7 @@ from stepkd.modules.rollouts import Rollout
 from stepkd.modules.settings import ExactKL, PolicyLossConfig, RolloutConfig, SampledKL
 from stepkd.runs.launcher import check_launch, trainer_defaults
 from stepkd.runs.logger import JsonlLogger
-from stepkd.sampling.sampler import SamplingConfig
+from stepkd.sampling.engine import SamplingConfig
 from stepkd.steps.segment import get_segmenter
 from stepkd.tasks.rows import make_rows
 from stepkd.teachers.config import Local

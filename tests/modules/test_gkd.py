@@ -28,7 +28,7 @@ from stepkd.modules.distillation_settings import JSD, NKD, BalancedKL, Beside, R
 from stepkd.modules.fidelity import ANSWERS, FidelityConfig, _kind
 from stepkd.modules.gkd import GKDModule
 from stepkd.modules.step_scores import FocusConfig
-from stepkd.sampling.sampler import SamplingConfig
+from stepkd.sampling.engine import SamplingConfig
 from stepkd.scorers.load import PRM
 from stepkd.teachers.config import Local, TopK
 
@@ -202,11 +202,11 @@ def test_where_trls_step_is_another_one(views: Any, rows: list[Any]) -> None:
 
 def test_own_samples(views: Any, rows: list[Any], distance: Callable[..., float]) -> None:
     """What is learnt from is what the student wrote before the step, and is counted after it was written."""
-    from stepkd.sampling.transformers_sampler import TransformersSampler
+    from stepkd.sampling.transformers_engine import TransformersEngine
 
     module = worker.run(rows, source=worker.OWN, divergence=ReverseKL(), micro_batch_tokens=90)
-    sampler = TransformersSampler(views[0])
-    drawn = sampler.sample([row.prompt_ids for row in rows], SamplingConfig(max_new_tokens=12), purpose="gkd student")
+    engine = TransformersEngine(views[0])
+    drawn = engine.generate([row.prompt_ids for row in rows], SamplingConfig(max_new_tokens=12), purpose="gkd student")
     written = {row.id: tuple(rollout[0].token_ids) for row, rollout in zip(rows, drawn, strict=True)}
     assert module.written == [written]
     assert len({len(ids) for ids in written.values()}) > 1
@@ -235,10 +235,10 @@ def test_the_sources_share(rows: list[Any]) -> None:
 
 
 def test_the_teachers_samples_are_the_teachers(views: Any, rows: list[Any]) -> None:
-    from stepkd.sampling.transformers_sampler import TransformersSampler
+    from stepkd.sampling.transformers_engine import TransformersEngine
 
     module = worker.run(rows, source=SourceConfig(lmbda=0.0, teacher=1.0, sampling=SamplingConfig(max_new_tokens=9)))
-    drawn = TransformersSampler(views[1]).sample(
+    drawn = TransformersEngine(views[1]).generate(
         [row.prompt_ids for row in rows], SamplingConfig(max_new_tokens=9), purpose="gkd teacher"
     )
     assert module.written == [{row.id: tuple(r[0].token_ids) for row, r in zip(rows, drawn, strict=True)}]
@@ -377,11 +377,11 @@ def measure(rows: list[Any], views: Any, **settings: Any) -> dict[str, float]:
 
 
 def test_fidelity_is_what_plain_logits_give(views: Any, rows: list[Any]) -> None:
-    from stepkd.sampling.transformers_sampler import TransformersSampler
+    from stepkd.sampling.transformers_engine import TransformersEngine
 
     found = measure(rows, views, micro_batch_tokens=90, chunk_size=4)
     student = views[0]
-    drawn = TransformersSampler(student).sample(
+    drawn = TransformersEngine(student).generate(
         [row.prompt_ids for row in rows], SamplingConfig(max_new_tokens=16), purpose="fidelity"
     )
     forward, reverse, agree, gap = [], [], [], []

@@ -39,8 +39,8 @@ from stepkd.modules.settings import (
     StepCreditConfig,
     Switch,
 )
-from stepkd.sampling.sampler import SamplingConfig
-from stepkd.sampling.transformers_sampler import TransformersSampler
+from stepkd.sampling.engine import SamplingConfig
+from stepkd.sampling.transformers_engine import TransformersEngine
 from stepkd.teachers.config import SelfAverage, TopK
 
 WORKER = Path(__file__).with_name("kdrl_worker.py")
@@ -276,12 +276,12 @@ def test_sampler_and_trainer_agree(rows: list[Any]) -> None:
 
 def hotter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plant a sampler that draws at another temperature than the loss knows of."""
-    sample = TransformersSampler.sample
+    sample = TransformersEngine.sample
 
     def hot(self: Any, prompts: Any, spec: Any, **options: Any) -> Any:
         return sample(self, prompts, replace(spec, temperature=2.0), **options)
 
-    monkeypatch.setattr(TransformersSampler, "sample", hot)
+    monkeypatch.setattr(TransformersEngine, "sample", hot)
 
 
 def test_a_planted_temperature_is_noticed(rows: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from stepkd.modules.kdrl import KDRLModule
 from stepkd.modules.kdrl_objective import PolicyGradient
 from stepkd.modules.rollouts import GroupSampler, Rollout
 from stepkd.modules.settings import SampledKL, StepCreditConfig
-from stepkd.sampling.transformers_sampler import TransformersSampler
+from stepkd.sampling.transformers_engine import TransformersEngine
 
 WORKER = Path(__file__).with_name("kdrl_worker.py")
 _SPEC = importlib.util.spec_from_file_location("kdrl_worker", WORKER)
@@ -58,7 +58,7 @@ def met(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
 
         monkeypatch.setattr(owner, name, watched)
 
-    watch(TransformersSampler, "sample", "sampler")
+    watch(TransformersEngine, "sample", "sampler")
     watch(GroupSampler, "__call__", "grades")
     watch(KDRLModule, "credit", "credit")
     watch(collating, "collate", "batch")
@@ -75,7 +75,7 @@ def test_the_classes_on_the_way(met: dict[str, list[Any]], tmp_path: Path, monke
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a text was tokenised")
 
-    sample = TransformersSampler.sample
+    sample = TransformersEngine.sample
 
     def sampled(*arguments: Any, **options: Any) -> Any:
         drawn = sample(*arguments, **options)
@@ -83,7 +83,7 @@ def test_the_classes_on_the_way(met: dict[str, list[Any]], tmp_path: Path, monke
             monkeypatch.setattr(type(tiny_tokenizer()), name, refuse)
         return drawn
 
-    monkeypatch.setattr(TransformersSampler, "sample", sampled)
+    monkeypatch.setattr(TransformersEngine, "sample", sampled)
     module = worker.run(rows, kd=SampledKL(beta=0.3), step_credit=StepCreditConfig("arithmetic"), folder=tmp_path)
     assert {station: {type(each) for each in given} for station, given in met.items()} == {
         "sampler": {Completion},

@@ -21,7 +21,7 @@ from stepkd.models.spec import Classifier, LabelTokens, LoRAConfig, PolicyConfig
 from stepkd.modules.optim import OptimizerConfig
 from stepkd.modules.prm import PQM, LanguageModelling, PRMModule, StepCrossEntropy
 from stepkd.modules.validation import ValidationConfig
-from stepkd.sampling.sampler import SamplingConfig
+from stepkd.sampling.engine import SamplingConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 STEADY = OptimizerConfig(lr=1e-3, schedule="constant", warmup=0)

@@ -27,7 +27,7 @@ from stepkd.modules.rewards import RewardConfig
 from stepkd.modules.settings import PolicyLossConfig, RolloutConfig, SampledKL
 from stepkd.modules.sft import SFTModule
 from stepkd.modules.validation import ValidationConfig
-from stepkd.sampling.sampler import SamplingConfig
+from stepkd.sampling.engine import SamplingConfig
 from stepkd.teachers.config import Local
 
 POLICY = PolicyConfig(path="tiny-0.1m")

@@ -22,7 +22,7 @@ from stepkd.models.spec import LoRAConfig, PolicyConfig, build_tiny
 from stepkd.modules.optim import OptimizerConfig
 from stepkd.modules.sft import SFTModule
 from stepkd.modules.validation import ValidationConfig
-from stepkd.sampling.sampler import SamplingConfig
+from stepkd.sampling.engine import SamplingConfig
 
 STEADY = OptimizerConfig(lr=1e-3, schedule="constant", warmup=0)
 

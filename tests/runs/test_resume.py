@@ -20,7 +20,7 @@ THEN = {
             "seed": 0,
             "policy": {"path": "a", "lora": None, "gradient_checkpointing": False},
             "source": {"lmbda": 0.5},
-            "engine": {"class_path": "InProcess", "init_args": {"max_rows": 64}},
+            "engine": {"class_path": "Transformers", "init_args": {"max_rows": 64}},
             "loss_weights": None,
             "micro_batch_tokens": 8192,
             "rewards": [{"name": "length", "options": {"limit": 20}}],

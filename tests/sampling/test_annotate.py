@@ -1,4 +1,4 @@
-"""Signals of given completions: against plain logits, against the sampler, whatever the batch; bad input."""
+"""Signals of given completions: against plain logits, against the engine, whatever the batch; bad input."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from stepkd.losses.linear import VocabHead
 from stepkd.models.policy import Policy
 from stepkd.models.spec import build_tiny
 from stepkd.sampling.annotate import TokenSignals, annotate
-from stepkd.sampling.sampler import SamplingConfig
-from stepkd.sampling.transformers_sampler import TransformersSampler
+from stepkd.sampling.engine import SamplingConfig
+from stepkd.sampling.transformers_engine import TransformersEngine
 from stepkd.steps.segment import get_segmenter, segment
 from stepkd.steps.text import text_from_ids, tokenize_text
 
@@ -91,7 +91,7 @@ def test_without_a_teacher(policy: Policy, teacher: Policy, ids: Any) -> None:
 @pytest.mark.parametrize("temperature", [0.0, 0.6, 1.0])
 def test_equal_to_the_samplers_raw_logprobs(policy: Policy, temperature: float, ids: Any) -> None:
     spec = SamplingConfig(n=3, max_new_tokens=20, temperature=temperature, seed=2)
-    samples = [continuation for row in TransformersSampler(policy).sample(ids[0], spec) for continuation in row]
+    samples = [continuation for row in TransformersEngine(policy).generate(ids[0], spec) for continuation in row]
     prompts = [continuation.prompt_ids.tolist() for continuation in samples]
     results = annotate(policy, prompts, [continuation.token_ids.tolist() for continuation in samples], max_tokens=100)
     for continuation, signals in zip(samples, results, strict=True):

@@ -16,8 +16,8 @@ from stepkd.models.policy import Policy
 from stepkd.models.spec import build_tiny, tiny_tokenizer
 from stepkd.sampling import branches
 from stepkd.sampling.decode import Decoder
-from stepkd.sampling.sampler import Branch, BranchContinuations, SamplingConfig
-from stepkd.sampling.transformers_sampler import TransformersSampler
+from stepkd.sampling.engine import Branch, BranchContinuations, SamplingConfig
+from stepkd.sampling.transformers_engine import TransformersEngine
 
 SPEC = SamplingConfig(n=3, max_new_tokens=10, seed=4)
 TEXTS = ["1+2=", "a much longer text than the others: 17*3=51\nso 51+4=55\n#### 55", "7", "Step 1: x\nStep 2: y\n"]
@@ -66,15 +66,15 @@ def assert_same(
         assert a.raw_logprobs == pytest.approx(b.raw_logprobs, rel=exact, abs=exact)
 
 
-def reading_apart(policy: Policy, max_rows: int = 64) -> TransformersSampler:
-    """A sampler that reads every prefix anew, as it does where a model can skip no part of its cache."""
-    sampler = TransformersSampler(policy, max_rows=max_rows)
-    sampler._gap_limit = 0
-    return sampler
+def reading_apart(policy: Policy, max_rows: int = 64) -> TransformersEngine:
+    """An engine that reads every prefix anew, as it does where a model can skip no part of its cache."""
+    engine = TransformersEngine(policy, max_rows=max_rows)
+    engine._gap_limit = 0
+    return engine
 
 
 def test_shape_of_the_answer(policy: Policy, some: list[Branch]) -> None:
-    results = TransformersSampler(policy).sample_branches(some, SPEC)
+    results = TransformersEngine(policy).continue_branches(some, SPEC)
     for branch, result in zip(some, results, strict=True):
         assert len(result.continuations) == len(branch.cuts)
         for end, cut in zip(branch.cuts, result.continuations, strict=True):
@@ -82,8 +82,8 @@ def test_shape_of_the_answer(policy: Policy, some: list[Branch]) -> None:
             assert [(r.prompt_ids.tolist(), r.sample) for r in cut] == [(prefix, j) for j in range(3)]
     assert all(1 <= len(r.token_ids) <= 10 for r in flat(results))
     assert len({r.token_ids.tobytes() for r in flat(results)}) == len(flat(results))  # every sample has its own noise
-    assert TransformersSampler(policy).sample_branches([], SPEC) == []
-    assert TransformersSampler(policy).sample_branches([Branch([5], [], 0)], SPEC) == [BranchContinuations((), 0)]
+    assert TransformersEngine(policy).continue_branches([], SPEC) == []
+    assert TransformersEngine(policy).continue_branches([Branch([5], [], 0)], SPEC) == [BranchContinuations((), 0)]
 
 
 @pytest.mark.parametrize("max_rows", [1, 7, 64])
@@ -92,16 +92,16 @@ def test_shared_reading_changes_nothing(
     policy: Policy, some: list[Branch], max_rows: int, settings_: dict[str, Any]
 ) -> None:
     spec = SamplingConfig(n=3, max_new_tokens=10, seed=4, stop=("e", "1"), **settings_)
-    expected = reading_apart(policy).sample_branches(some, spec)
+    expected = reading_apart(policy).continue_branches(some, spec)
     assert spec.temperature == 0 or {r.finish for r in flat(expected)} == {"stop", "length"}
-    assert_same(TransformersSampler(policy, max_rows=max_rows).sample_branches(some, spec), expected)
-    assert_same(reading_apart(policy, max_rows=max_rows).sample_branches(some, spec), expected)
+    assert_same(TransformersEngine(policy, max_rows=max_rows).continue_branches(some, spec), expected)
+    assert_same(reading_apart(policy, max_rows=max_rows).continue_branches(some, spec), expected)
 
 
 @torch.no_grad()
 def test_logprobs_equal_a_plain_forward(policy: Policy, some: list[Branch]) -> None:
     """No cache, no padding, no mask: one pass over the prefix and its continuation."""
-    results = TransformersSampler(policy, max_rows=5).sample_branches(some, SPEC)
+    results = TransformersEngine(policy, max_rows=5).continue_branches(some, SPEC)
     for branch, result in zip(some, results, strict=True):
         for cut, continuations in zip(branch.cuts, result.continuations, strict=True):
             for continuation in continuations:
@@ -118,10 +118,10 @@ def test_equals_sampling_from_the_prefix(
 ) -> None:
     """With the same uniform numbers for all, a continuation is the completion of its prefix."""
     monkeypatch.setattr("stepkd.sampling.decode.generator", lambda *_: np.random.default_rng(8))
-    sampler = TransformersSampler(policy) if shared else reading_apart(policy)
+    engine = TransformersEngine(policy) if shared else reading_apart(policy)
     prefixes = [branch.token_ids[:cut] for branch in some for cut in branch.cuts]
-    completions = sampler.sample(prefixes, SPEC)
-    continuations = [cut for result in sampler.sample_branches(some, SPEC) for cut in result.continuations]
+    completions = engine.generate(prefixes, SPEC)
+    continuations = [cut for result in engine.continue_branches(some, SPEC) for cut in result.continuations]
     assert [[r.key for r in row] for row in continuations] == [[r.key for r in row] for row in completions]
     for a, b in zip(continuations, completions, strict=True):
         assert a[0].raw_logprobs == pytest.approx(b[0].raw_logprobs, rel=1e-10, abs=1e-10)
@@ -139,20 +139,20 @@ def test_noise_is_keyed_by_what_is_continued(
         return generator(*key)
 
     monkeypatch.setattr("stepkd.sampling.decode.generator", noted)
-    TransformersSampler(policy).sample_branches(some, SPEC, purpose="label", step=6)
+    TransformersEngine(policy).continue_branches(some, SPEC, purpose="label", step=6)
     assert sorted(keys) == sorted((4, "label", 6, b.index, cut, j) for b in some for cut in b.cuts for j in range(3))
 
 
 def test_company_and_order_do_not_matter(policy: Policy, some: list[Branch]) -> None:
-    sampler = TransformersSampler(policy, max_rows=6)
-    expected = sampler.sample_branches(some, SPEC)
-    backwards = sampler.sample_branches(some[::-1], SPEC)[::-1]
+    engine = TransformersEngine(policy, max_rows=6)
+    expected = engine.continue_branches(some, SPEC)
+    backwards = engine.continue_branches(some[::-1], SPEC)[::-1]
     assert [r.key for r in flat(backwards)] == [r.key for r in flat(expected)]
     for position, branch in enumerate(some):
-        alone = sampler.sample_branches([branch], SPEC)
+        alone = engine.continue_branches([branch], SPEC)
         assert [r.key for r in flat(alone)] == [r.key for r in flat(expected[position : position + 1])]
         assert alone[0].prefill_tokens == expected[position].prefill_tokens
-    fewer = sampler.sample_branches([Branch(some[1].token_ids, [8, 29], 0)], SPEC)  # two of the cuts, read to 29
+    fewer = engine.continue_branches([Branch(some[1].token_ids, [8, 29], 0)], SPEC)  # two of the cuts, read to 29
     of_cut = dict(zip(some[1].cuts, expected[1].continuations, strict=True))
     assert [r.key for r in flat(fewer)] == [r.key for cut in (8, 29) for r in of_cut[cut]]
 
@@ -179,10 +179,10 @@ def watched(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, A
 def test_every_prefix_token_is_read_once(policy: Policy, some: list[Branch], monkeypatch: pytest.MonkeyPatch) -> None:
     passes = watched(policy, monkeypatch)
     spec = SamplingConfig(n=4, max_new_tokens=5, seed=1)
-    sampler = TransformersSampler(policy, max_rows=8)
-    sampler.sample_branches([], spec)  # the probe
+    engine = TransformersEngine(policy, max_rows=8)
+    engine.continue_branches([], spec)  # the probe
     passes.clear()
-    results = sampler.sample_branches(some, spec)
+    results = engine.continue_branches(some, spec)
     longest = [branch.cuts[-1] for branch in some]
     generated = sum(len(r.token_ids) for r in flat(results))
     assert [result.prefill_tokens for result in results] == longest
@@ -195,7 +195,7 @@ def test_every_prefix_token_is_read_once(policy: Policy, some: list[Branch], mon
     assert max(rows for rows, _ in decoded) <= 8
 
     passes.clear()
-    apart = reading_apart(policy, max_rows=8).sample_branches(some, spec)
+    apart = reading_apart(policy, max_rows=8).continue_branches(some, spec)
     assert [result.prefill_tokens for result in apart] == [sum(branch.cuts) for branch in some]
     prefills = [p["attention_mask"].sum().item() for p in passes if p["past_key_values"] is None]
     assert sum(prefills) == sum(sum(branch.cuts) for branch in some)
@@ -205,11 +205,11 @@ def test_masks_hide_what_comes_after_the_cut(
     policy: Policy, some: list[Branch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes = watched(policy, monkeypatch)
-    sampler = TransformersSampler(policy, max_rows=4)
-    sampler.sample_branches([], SPEC)
+    engine = TransformersEngine(policy, max_rows=4)
+    engine.continue_branches([], SPEC)
     passes.clear()
     branch = Branch(some[1].token_ids, [3, 30, 59], 0)
-    sampler.sample_branches([branch], SamplingConfig(n=2, max_new_tokens=3, seed=11))
+    engine.continue_branches([branch], SamplingConfig(n=2, max_new_tokens=3, seed=11))
     steps = [p for p in passes if p["past_key_values"] is not None]
     seen = [(p["attention_mask"].tolist(), p["position_ids"].flatten().tolist()) for p in steps]
     # 6 rows in two parts of 3, the longest prefixes first; the second part is cropped to 30 columns.
@@ -222,9 +222,9 @@ def test_masks_hide_what_comes_after_the_cut(
 
 
 def test_progress_counts_every_continuation(policy: Policy, some: list[Branch]) -> None:
-    for sampler in (TransformersSampler(policy, max_rows=7), reading_apart(policy, max_rows=7)):
+    for engine in (TransformersEngine(policy, max_rows=7), reading_apart(policy, max_rows=7)):
         finished: list[int] = []
-        results = sampler.sample_branches(some, SPEC, on_progress=finished.append)
+        results = engine.continue_branches(some, SPEC, on_progress=finished.append)
         assert sum(finished) == len(flat(results))
 
 
@@ -286,9 +286,9 @@ def test_other_architectures(family: str, window: int, shares: bool, some: list[
     """Where a gap would change the result, prefixes are read anew: same tokens either way."""
     other = architecture(family, window)
     exact = 1e-4 if family in ("gemma2", "mpt") else 1e-10
-    expected = reading_apart(other).sample_branches(some, SPEC)
+    expected = reading_apart(other).continue_branches(some, SPEC)
     for max_rows in (3, 64):
-        results = TransformersSampler(other, max_rows=max_rows).sample_branches(some, SPEC)
+        results = TransformersEngine(other, max_rows=max_rows).continue_branches(some, SPEC)
         assert_same(results, expected, exact)
         # A single cut costs the same either way.
         assert [r.prefill_tokens for r in results] == [b.cuts[-1] if shares else sum(b.cuts) for b in some]
@@ -297,15 +297,15 @@ def test_other_architectures(family: str, window: int, shares: bool, some: list[
 def test_a_window_longer_than_the_sequence_is_no_obstacle(some: list[Branch]) -> None:
     """Decided for each sequence by itself, so that its cost does not depend on the company."""
     other = architecture("mistral", window=40)
-    expected = reading_apart(other).sample_branches(some, SPEC)
-    results = TransformersSampler(other).sample_branches(some, SPEC)
+    expected = reading_apart(other).continue_branches(some, SPEC)
+    results = TransformersEngine(other).continue_branches(some, SPEC)
     assert_same(results, expected)
     assert [r.prefill_tokens for r in results] == [4, sum(some[1].cuts), 1, 19]
     # 29 columns and 10 new ones stay below the window of 40; one more does not.
     for cut, read in ((29, 29 * 1), (30, 7 + 30)):
         branch = Branch(some[1].token_ids, [7, cut], 0)
-        shared = TransformersSampler(other).sample_branches([branch], SPEC)
-        apart = reading_apart(other).sample_branches([branch], SPEC)
+        shared = TransformersEngine(other).continue_branches([branch], SPEC)
+        apart = reading_apart(other).continue_branches([branch], SPEC)
         assert_same(shared, apart)
         assert shared[0].prefill_tokens == read
 
@@ -320,11 +320,11 @@ def test_the_probe_sees_a_gap_that_matters(policy: Policy) -> None:
 def test_the_context_ends_a_continuation(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(policy.causal_lm.config, "max_position_embeddings", 8)
     spec = SamplingConfig(n=1, max_new_tokens=50, stop=("#",))
-    for sampler in (TransformersSampler(policy), reading_apart(policy)):
-        result = sampler.sample_branches([Branch([5] * 7, [3, 7], 0)], spec)[0]
+    for engine in (TransformersEngine(policy), reading_apart(policy)):
+        result = engine.continue_branches([Branch([5] * 7, [3, 7], 0)], spec)[0]
         assert [len(cut[0].token_ids) for cut in result.continuations] == [5, 1]
     with pytest.raises(DataError, match="a prefix of branch 9 has 8 tokens and the model's context is 8"):
-        sampler.sample_branches([Branch([5] * 9, [7, 8], 9)], spec)
+        engine.continue_branches([Branch([5] * 9, [7, 8], 9)], spec)
     monkeypatch.setattr(policy.causal_lm.config, "max_position_embeddings", 5)
     assert branches.gap_limit(Decoder(policy, max_rows=1)) == 0
 
@@ -332,16 +332,16 @@ def test_the_context_ends_a_continuation(policy: Policy, monkeypatch: pytest.Mon
 def test_modes_stay_as_they_were() -> None:
     policy = tiny_policy()
     policy.train()
-    TransformersSampler(policy).sample_branches([Branch([5, 6], [1, 2], 0)], SPEC)
+    TransformersEngine(policy).continue_branches([Branch([5, 6], [1, 2], 0)], SPEC)
     assert all(module.training for module in policy.modules())
     with torch.no_grad():
         policy.model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(ModelError, match=r"logits are not numbers \(NaN\) at token 0"):
-        TransformersSampler(policy).sample_branches([Branch([5, 6], [1, 2], 0)], SPEC)
+        TransformersEngine(policy).continue_branches([Branch([5, 6], [1, 2], 0)], SPEC)
     assert all(module.training for module in policy.modules())
 
 
 @pytest.mark.parametrize("cuts", [[0, 1], [3], [2, 1], [1, 1]])
 def test_cuts_that_are_no_prefixes(policy: Policy, cuts: list[int]) -> None:
     with pytest.raises(AssertionError):
-        TransformersSampler(policy).sample_branches([Branch([5, 6], cuts, 7)], SPEC)
+        TransformersEngine(policy).continue_branches([Branch([5, 6], cuts, 7)], SPEC)

@@ -15,8 +15,8 @@ from stepkd.errors import ConfigError, DataError, ModelError
 from stepkd.models.policy import Policy
 from stepkd.models.spec import build_tiny, tiny_tokenizer
 from stepkd.sampling.decode import sampling_logprobs
-from stepkd.sampling.sampler import SamplingConfig
-from stepkd.sampling.transformers_sampler import TransformersSampler
+from stepkd.sampling.engine import SamplingConfig
+from stepkd.sampling.transformers_engine import TransformersEngine
 
 SPEC = SamplingConfig(n=3, max_new_tokens=14, seed=4)
 TEXTS = ["1+2=", "a much longer prompt than the others: 17*3=", "7", "Step 1: x\n", "??"]
@@ -47,7 +47,7 @@ def ids(results: list[list[Completion]]) -> list[list[tuple[int, ...]]]:
 
 
 def test_shape_of_the_answer(policy: Policy, prompts: list[list[int]]) -> None:
-    results = TransformersSampler(policy).sample(prompts, SPEC)
+    results = TransformersEngine(policy).generate(prompts, SPEC)
     assert [[(r.prompt_ids.tolist(), r.sample) for r in row] for row in results] == [
         [(list(prompt), j) for j in range(3)] for prompt in prompts
     ]
@@ -56,7 +56,7 @@ def test_shape_of_the_answer(policy: Policy, prompts: list[list[int]]) -> None:
         assert continuation.text == policy.tokenizer.decode(continuation.token_ids, skip_special_tokens=True)
         assert all(0 <= token < policy.vocab_size for token in continuation.token_ids)
     assert len({r.key for row in results for r in row}) == 15  # every sample has its own noise
-    assert TransformersSampler(policy).sample([], SPEC) == []
+    assert TransformersEngine(policy).generate([], SPEC) == []
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
@@ -65,8 +65,8 @@ def test_batch_size_does_not_matter(
     policy: Policy, prompts: list[list[int]], max_rows: int, temperature: float
 ) -> None:
     spec = SamplingConfig(n=3, max_new_tokens=14, seed=4, temperature=temperature)
-    expected = TransformersSampler(policy).sample(prompts, spec)
-    actual = TransformersSampler(policy, max_rows=max_rows).sample(prompts, spec)
+    expected = TransformersEngine(policy).generate(prompts, spec)
+    actual = TransformersEngine(policy, max_rows=max_rows).generate(prompts, spec)
     assert ids(actual) == ids(expected)
     for a, b in zip((r for row in actual for r in row), (r for row in expected for r in row), strict=True):
         assert a.raw_logprobs == pytest.approx(b.raw_logprobs, rel=1e-10, abs=1e-12)
@@ -74,36 +74,36 @@ def test_batch_size_does_not_matter(
 
 
 def test_prompt_order_padding_and_company_do_not_matter(policy: Policy, prompts: list[list[int]]) -> None:
-    sampler = TransformersSampler(policy)
-    expected = ids(sampler.sample(prompts, SPEC))
+    engine = TransformersEngine(policy)
+    expected = ids(engine.generate(prompts, SPEC))
     order = [3, 0, 4, 2, 1]
-    shuffled = ids(sampler.sample([prompts[i] for i in order], SPEC, indices=order))
+    shuffled = ids(engine.generate([prompts[i] for i in order], SPEC, indices=order))
     assert [shuffled[order.index(i)] for i in range(5)] == expected
     for i, prompt in enumerate(prompts):  # alone: no left padding at all
-        assert ids(sampler.sample([prompt], SPEC, indices=[i])) == [expected[i]]
+        assert ids(engine.generate([prompt], SPEC, indices=[i])) == [expected[i]]
     long = prompts[1] * 6  # a long neighbour: everyone else gets much padding
-    assert ids(sampler.sample([long, *prompts], SPEC, indices=[99, *range(5)]))[1:] == expected
+    assert ids(engine.generate([long, *prompts], SPEC, indices=[99, *range(5)]))[1:] == expected
 
 
 def test_runs_repeat_and_keys_differ(policy: Policy, prompts: list[list[int]]) -> None:
-    sampler = TransformersSampler(policy)
+    engine = TransformersEngine(policy)
     state = torch.get_rng_state()
-    first = ids(sampler.sample(prompts, SPEC, purpose="rollout", step=3))
-    assert ids(sampler.sample(prompts, SPEC, purpose="rollout", step=3)) == first
+    first = ids(engine.generate(prompts, SPEC, purpose="rollout", step=3))
+    assert ids(engine.generate(prompts, SPEC, purpose="rollout", step=3)) == first
     assert torch.equal(torch.get_rng_state(), state)  # the global generator is not touched
     others = [
-        sampler.sample(prompts, SPEC, purpose="evaluate", step=3),
-        sampler.sample(prompts, SPEC, purpose="rollout", step=4),
-        sampler.sample(prompts, SamplingConfig(n=3, max_new_tokens=14, seed=5), purpose="rollout", step=3),
-        sampler.sample(prompts, SPEC, purpose="rollout", step=3, indices=range(5, 10)),
+        engine.generate(prompts, SPEC, purpose="evaluate", step=3),
+        engine.generate(prompts, SPEC, purpose="rollout", step=4),
+        engine.generate(prompts, SamplingConfig(n=3, max_new_tokens=14, seed=5), purpose="rollout", step=3),
+        engine.generate(prompts, SPEC, purpose="rollout", step=3, indices=range(5, 10)),
     ]
     for other in others:
         assert all(a != b for a, b in zip(ids(other), first, strict=True))
 
 
 def test_longer_budget_continues_the_same_completion(policy: Policy, prompts: list[list[int]]) -> None:
-    short = ids(TransformersSampler(policy).sample(prompts, SPEC))
-    longer = ids(TransformersSampler(policy).sample(prompts, SamplingConfig(n=3, max_new_tokens=30, seed=4)))
+    short = ids(TransformersEngine(policy).generate(prompts, SPEC))
+    longer = ids(TransformersEngine(policy).generate(prompts, SamplingConfig(n=3, max_new_tokens=30, seed=4)))
     for a, b in zip((r for row in short for r in row), (r for row in longer for r in row), strict=True):
         assert b[: len(a)] == a
 
@@ -125,7 +125,7 @@ def teacher_forced(
 )
 def test_logprobs_equal_a_plain_forward(policy: Policy, prompts: list[list[int]], settings_: dict[str, Any]) -> None:
     spec = SamplingConfig(n=2, max_new_tokens=12, **settings_)
-    for prompt, row in zip(prompts, TransformersSampler(policy).sample(prompts, spec), strict=True):
+    for prompt, row in zip(prompts, TransformersEngine(policy).generate(prompts, spec), strict=True):
         for continuation in row:
             tempered, raw = teacher_forced(policy, prompt, continuation, spec)
             assert continuation.logprobs == pytest.approx(tempered.tolist(), rel=1e-12, abs=1e-12)
@@ -134,7 +134,7 @@ def test_logprobs_equal_a_plain_forward(policy: Policy, prompts: list[list[int]]
 
 def test_greedy_takes_the_most_likely_token(policy: Policy, prompts: list[list[int]]) -> None:
     spec = SamplingConfig(temperature=0, n=2, max_new_tokens=10)
-    for prompt, row in zip(prompts, TransformersSampler(policy).sample(prompts, spec), strict=True):
+    for prompt, row in zip(prompts, TransformersEngine(policy).generate(prompts, spec), strict=True):
         assert row[0].key == row[1].key
         assert set(row[0].logprobs) == {0.0}
         sequence = list(prompt)
@@ -152,9 +152,9 @@ def test_other_architectures(family: str) -> None:
     prompts = [other.tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
     spec = SamplingConfig(n=2, max_new_tokens=12, seed=1)
     exact = 1e-5 if family == "gemma2" else 1e-10
-    expected = TransformersSampler(other).sample(prompts, spec)
+    expected = TransformersEngine(other).generate(prompts, spec)
     for max_rows in (1, 3):
-        assert ids(TransformersSampler(other, max_rows=max_rows).sample(prompts, spec)) == ids(expected)
+        assert ids(TransformersEngine(other, max_rows=max_rows).generate(prompts, spec)) == ids(expected)
     for prompt, row in zip(prompts, expected, strict=True):
         for continuation in row:
             _, raw = teacher_forced(other, prompt, continuation, spec)
@@ -227,11 +227,11 @@ def test_every_prompt_is_read_once(policy: Policy, prompts: list[list[int]], mon
     shapes = counted(policy, monkeypatch)
     width = max(map(len, prompts))
     spec = SamplingConfig(n=6, max_new_tokens=5, temperature=0)
-    TransformersSampler(policy, max_rows=12).sample(prompts, spec)
+    TransformersEngine(policy, max_rows=12).generate(prompts, spec)
     prefills = [shape for shape in shapes if shape[1] > 1]
     assert prefills == [(2, width), (2, max(map(len, prompts[2:4]))), (1, len(prompts[4]))]
     shapes.clear()
-    TransformersSampler(policy, max_rows=4).sample(prompts[:1], spec)  # more samples than rows: still one prefill
+    TransformersEngine(policy, max_rows=4).generate(prompts[:1], spec)  # more samples than rows: still one prefill
     assert [shape for shape in shapes if shape[1] > 1] == [(1, len(prompts[0]))]
     assert [shape[0] for shape in shapes if shape[1] == 1] == [4] * 4 + [2] * 4
 
@@ -242,7 +242,7 @@ def test_finished_rows_leave_the_batch(
     shapes = counted(policy, monkeypatch)
     spec = SamplingConfig(n=8, max_new_tokens=40, seed=2, stop=("a", "e", "i", "o", "u", "1", "2", "3"))
     finished: list[int] = []
-    results = TransformersSampler(policy).sample(prompts, spec, on_progress=finished.append)
+    results = TransformersEngine(policy).generate(prompts, spec, on_progress=finished.append)
     continuations = [continuation for row in results for continuation in row]
     assert sum(finished) == len(continuations) == 40
     # a completion of T tokens costs its prompt's prefill and T - 1 single tokens, nothing more
@@ -250,8 +250,8 @@ def test_finished_rows_leave_the_batch(
     assert len({len(r.token_ids) for r in continuations}) > 3
 
 
-def scripted(policy: Policy, monkeypatch: pytest.MonkeyPatch, script: list[int]) -> TransformersSampler:
-    """A sampler whose model is certain of ``script``, token after token."""
+def scripted(policy: Policy, monkeypatch: pytest.MonkeyPatch, script: list[int]) -> TransformersEngine:
+    """An engine whose model is certain of ``script``, token after token."""
     calls = iter(script)
 
     def head(hidden_BH: torch.Tensor) -> torch.Tensor:
@@ -260,7 +260,7 @@ def scripted(policy: Policy, monkeypatch: pytest.MonkeyPatch, script: list[int])
         return logits
 
     monkeypatch.setattr(Policy, "head", property(lambda _: head))
-    return TransformersSampler(policy)
+    return TransformersEngine(policy)
 
 
 @pytest.mark.parametrize(
@@ -287,21 +287,21 @@ def test_finish_reasons(
     """The model says ``script``; a ``|`` shows where the completion must end before that."""
     drawn, _, rest = script.partition("|")
     tokens, never = (policy.tokenizer(part, add_special_tokens=False)["input_ids"] for part in (drawn, rest))
-    sampler = scripted(policy, monkeypatch, tokens + never)
-    continuation = sampler.sample([[5]], SamplingConfig(stop=stop, max_new_tokens=len(tokens + never)))[0][0]
+    engine = scripted(policy, monkeypatch, tokens + never)
+    continuation = engine.generate([[5]], SamplingConfig(stop=stop, max_new_tokens=len(tokens + never)))[0][0]
     assert (continuation.finish, continuation.text) == (finish, text)
     assert list(continuation.token_ids) == tokens
 
 
 def test_the_context_ends_a_completion(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(policy.causal_lm.config, "max_position_embeddings", 8)
-    results = TransformersSampler(policy).sample(
+    results = TransformersEngine(policy).generate(
         [[5] * 3, [6] * 7], SamplingConfig(n=1, max_new_tokens=50, stop=("#",))
     )
     assert [len(row[0].token_ids) for row in results] == [5, 1]
     assert [row[0].finish for row in results] == ["length", "length"]
     with pytest.raises(DataError, match=r"prompt 12 has 8 tokens and the model's context is 8: use fewer few-shot"):
-        TransformersSampler(policy).sample([[5], [5] * 8], SPEC, indices=[11, 12])
+        TransformersEngine(policy).generate([[5], [5] * 8], SPEC, indices=[11, 12])
 
 
 def test_modes_stay_as_they_were() -> None:
@@ -310,13 +310,13 @@ def test_modes_stay_as_they_were() -> None:
     policy.model.model.layers[0].eval()  # a part that is frozen for good
     modes = [module.training for module in policy.modules()]
     assert len(set(modes)) == 2
-    TransformersSampler(policy).sample([[5, 6]], SPEC)
+    TransformersEngine(policy).generate([[5, 6]], SPEC)
     assert [module.training for module in policy.modules()] == modes
     with pytest.raises(DataError):
-        TransformersSampler(policy).sample([[]], SPEC)
+        TransformersEngine(policy).generate([[]], SPEC)
     policy.causal_lm.lm_head.register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        TransformersSampler(policy).sample([[5, 6]], SPEC)
+        TransformersEngine(policy).generate([[5, 6]], SPEC)
     assert [module.training for module in policy.modules()] == modes
     policy.eval()
     assert not policy.training
@@ -326,14 +326,16 @@ def test_dropout_and_gradient_checkpointing_are_off_while_sampling() -> None:
     from peft import LoraConfig, get_peft_model
 
     plain = tiny_policy()
-    expected = TransformersSampler(plain).sample([[5, 6, 7]], SPEC)
+    expected = TransformersEngine(plain).generate([[5, 6, 7]], SPEC)
     adapted = Policy(
         get_peft_model(copy.deepcopy(plain.model), LoraConfig(r=2, lora_dropout=0.9, target_modules="all-linear")),
         plain.tokenizer,
     )
     adapted.causal_lm.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     adapted.train()
-    assert ids(TransformersSampler(adapted).sample([[5, 6, 7]], SPEC)) == ids(expected)  # a new adapter changes nothing
+    assert ids(TransformersEngine(adapted).generate([[5, 6, 7]], SPEC)) == ids(
+        expected
+    )  # a new adapter changes nothing
     assert all(p.grad is None for p in adapted.parameters())
 
 
@@ -342,8 +344,8 @@ def test_bfloat16_flips_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
     policy = tiny_policy("bfloat16")
     prompts = [policy.tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
     spec = SamplingConfig(n=4, max_new_tokens=24)
-    one = TransformersSampler(policy, max_rows=1).sample(prompts, spec)
-    many = TransformersSampler(policy, max_rows=64).sample(prompts, spec)
+    one = TransformersEngine(policy, max_rows=1).generate(prompts, spec)
+    many = TransformersEngine(policy, max_rows=64).generate(prompts, spec)
     flips = sum(a.key != b.key for x, y in zip(one, many, strict=True) for a, b in zip(x, y, strict=True))
     with capsys.disabled():
         print(f"\nbfloat16, max_rows 1 against 64: {flips} of 20 completions differ")
@@ -353,10 +355,10 @@ def test_bfloat16_flips_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda p: TransformersSampler(p, max_rows=0), ConfigError, "max_rows=0: must be at least 1"),
-        (lambda p: TransformersSampler(p).sample([[5], []], SPEC), DataError, "prompt 1 has no tokens"),
+        (lambda p: TransformersEngine(p, max_rows=0), ConfigError, "max_rows=0: must be at least 1"),
+        (lambda p: TransformersEngine(p).generate([[5], []], SPEC), DataError, "prompt 1 has no tokens"),
         (
-            lambda p: TransformersSampler(p).sample([[5]], SPEC, indices=[1, 2]),
+            lambda p: TransformersEngine(p).generate([[5]], SPEC, indices=[1, 2]),
             ValueError,
             "zip() argument 2 is longer",
         ),
@@ -373,4 +375,4 @@ def test_a_diverged_model_is_named(temperature: float) -> None:
     with torch.no_grad():
         policy.model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(ModelError, match=r"logits are not numbers \(NaN\) at token 0 of a completion of prompt 0"):
-        TransformersSampler(policy).sample([[5, 6]], SamplingConfig(temperature=temperature))
+        TransformersEngine(policy).generate([[5, 6]], SamplingConfig(temperature=temperature))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from stepkd.errors import ConfigError
 from stepkd.sampling.decode import draw, sampling_logprobs
-from stepkd.sampling.sampler import SamplingConfig
+from stepkd.sampling.engine import SamplingConfig
 
 
 def logits_of(probabilities: list[float]) -> torch.Tensor:

@@ -18,10 +18,10 @@ from stepkd.models.policy import Policy
 from stepkd.models.spec import LoRAConfig, PolicyConfig
 from stepkd.modules.distillation_settings import JSD, NKD, SourceConfig
 from stepkd.modules.fidelity import FidelityConfig
-from stepkd.sampling.engines import VLLMColocated, VLLMServer
-from stepkd.sampling.sampler import SamplingConfig
+from stepkd.sampling.config import VLLM, VLLMServer
+from stepkd.sampling.engine import SamplingConfig
 from stepkd.sampling.vllm import (
-    VLLMSampler,
+    ServerEngine,
     connect,
     merged_weights,
     weight_facts,
@@ -59,8 +59,8 @@ def server(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     found.close()
 
 
-def sampler(policy: Policy, server: Any, **settings: Any) -> VLLMSampler:
-    return VLLMSampler(policy, connect(server.address), **settings)
+def engine(policy: Policy, server: Any, **settings: Any) -> ServerEngine:
+    return ServerEngine(policy, connect(server.address), **settings)
 
 
 def prompts(policy: Policy) -> list[tuple[int, ...]]:
@@ -70,7 +70,7 @@ def prompts(policy: Policy) -> list[tuple[int, ...]]:
 def test_completions_are_the_servers_own(policy: Policy, server: Any) -> None:
     spec = SamplingConfig(n=2, max_new_tokens=12, seed=3)
     done: list[int] = []
-    found = sampler(policy, server).sample(prompts(policy), spec, step=4, on_progress=done.append)
+    found = engine(policy, server).generate(prompts(policy), spec, step=4, on_progress=done.append)
     assert [[(tuple(r.prompt_ids), r.sample) for r in row] for row in found] == [
         [(prompt, j) for j in range(2)] for prompt in prompts(policy)
     ]
@@ -90,11 +90,11 @@ def test_completions_are_the_servers_own(policy: Policy, server: Any) -> None:
 def test_noise_is_keyed_by_prompt_and_step(policy: Policy, server: Any) -> None:
     """The same in another order and another company; other noise at another step."""
     spec, texts = SamplingConfig(n=2, max_new_tokens=12), prompts(policy)
-    ours = sampler(policy, server)
-    whole = ours.sample(texts, spec, step=1)
-    turned = ours.sample(texts[::-1], spec, step=1, indices=[2, 1, 0])
+    ours = engine(policy, server)
+    whole = ours.generate(texts, spec, step=1)
+    turned = ours.generate(texts[::-1], spec, step=1, indices=[2, 1, 0])
     assert [[r.key for r in row] for row in turned[::-1]] == [[r.key for r in row] for row in whole]
-    again = ours.sample(texts, spec, step=2)
+    again = ours.generate(texts, spec, step=2)
     assert [[r.key for r in row] for row in again] != [[r.key for r in row] for row in whole]
     assert len({body["seed"] for body in server.requests}) == 6
     assert all(body["stop_token_ids"] == sorted(policy.eos_ids) for body in server.requests)
@@ -102,19 +102,19 @@ def test_noise_is_keyed_by_prompt_and_step(policy: Policy, server: Any) -> None:
 
 def test_other_temperatures_need_the_correct_log_probabilities(policy: Policy, server: Any) -> None:
     spec = SamplingConfig(temperature=0.7, max_new_tokens=4)
-    found = sampler(policy, server).sample(prompts(policy)[:1], spec)[0][0]
+    found = engine(policy, server).generate(prompts(policy)[:1], spec)[0][0]
     assert all(value != value for value in found.raw_logprobs)
     server.mode = "raw_logprobs"
     with pytest.raises(ConfigError, match=r"gives raw_logprobs.*--logprobs-mode processed_logprobs"):
-        sampler(policy, server).sample(prompts(policy)[:1], spec)
-    assert sampler(policy, server).sample(prompts(policy)[:1], SamplingConfig(max_new_tokens=2))
+        engine(policy, server).generate(prompts(policy)[:1], spec)
+    assert engine(policy, server).generate(prompts(policy)[:1], SamplingConfig(max_new_tokens=2))
 
 
 def test_stop_strings_and_greedy(policy: Policy, server: Any) -> None:
-    greedy = sampler(policy, server).sample(prompts(policy)[:1], SamplingConfig(temperature=0, max_new_tokens=8))[0][0]
+    greedy = engine(policy, server).generate(prompts(policy)[:1], SamplingConfig(temperature=0, max_new_tokens=8))[0][0]
     assert set(greedy.logprobs) == {0.0}
     stop = greedy.text[2]
-    cut = sampler(policy, server).sample(
+    cut = engine(policy, server).generate(
         prompts(policy)[:1], SamplingConfig(temperature=0, max_new_tokens=8, stop=(stop,))
     )[0][0]
     assert cut.finish == "stop"
@@ -123,7 +123,7 @@ def test_stop_strings_and_greedy(policy: Policy, server: Any) -> None:
 
 
 def test_a_request_to_stop_ends_the_rest_at_once(policy: Policy, server: Any) -> None:
-    found = sampler(policy, server, breaks_off=lambda: True).sample(prompts(policy), SamplingConfig(max_new_tokens=20))
+    found = engine(policy, server, breaks_off=lambda: True).generate(prompts(policy), SamplingConfig(max_new_tokens=20))
     assert [len(row[0].token_ids) for row in found] == [1, 1, 1]
 
 
@@ -143,12 +143,12 @@ def test_answers_that_are_no_completions(spoil: Any, message: str, policy: Polic
 
     server.spoil = spoiled
     with pytest.raises(ModelError, match=message):
-        sampler(policy, server).sample(prompts(policy)[:1], SamplingConfig(max_new_tokens=4, seed=1))
+        engine(policy, server).generate(prompts(policy)[:1], SamplingConfig(max_new_tokens=4, seed=1))
 
 
 def test_prompts_that_leave_no_room(policy: Policy, server: Any) -> None:
     with pytest.raises(DataError, match="the model's context is"):
-        sampler(policy, server).sample([(5,) * int(policy.max_length or 0)], SamplingConfig())
+        engine(policy, server).generate([(5,) * int(policy.max_length or 0)], SamplingConfig())
 
 
 @pytest.mark.parametrize(
@@ -239,18 +239,18 @@ def test_quantised_weights_are_not_sent(policy: Policy) -> None:
 
 
 def test_memory_that_runs_out_is_not_a_mistake_in_the_recipe(policy: Policy, server: Any) -> None:
-    ours = sampler(policy, server)
+    ours = engine(policy, server)
 
     def full(**_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     ours.client.init_communicator = full
     with pytest.raises(torch.OutOfMemoryError):
-        ours.refresh(0)
+        ours.update(0)
 
 
 def test_weights_are_sent_once_a_version(policy: Policy, server: Any) -> None:
-    ours = sampler(policy, server)
+    ours = engine(policy, server)
     sent: list[list[str]] = []
 
     def update(facts: Any, weights: Any) -> None:
@@ -261,11 +261,11 @@ def test_weights_are_sent_once_a_version(policy: Policy, server: Any) -> None:
     ours.client.communicator = SimpleNamespace()
     ours.client.update_named_params = update
     for version in (0, 0, 1):
-        ours.refresh(version)
+        ours.update(version)
     assert len(sent) == 2
     ours.client.communicator = None
     with pytest.raises(ConfigError, match=r"cannot be sent to the vLLM server: .*weight-transfer"):
-        ours.refresh(2)
+        ours.update(2)
 
 
 def test_what_is_missing_is_said(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,13 +274,13 @@ def test_what_is_missing_is_said(policy: Policy, monkeypatch: pytest.MonkeyPatch
         connect("http://127.0.0.1:9", timeout_s=0.1)
     if importlib.util.find_spec("vllm") is None:
         with pytest.raises(ConfigError, match=r"pip install 'stepkd\[vllm\]'"):
-            VLLMColocated().build(policy, SamplingConfig(), lambda: False)
+            VLLM().build(policy, SamplingConfig(), lambda: False)
     with pytest.raises(ConfigError, match=r"engine.gpu_memory=2: must lie in \(0, 1\)"):
-        VLLMColocated(gpu_memory=2)
+        VLLM(gpu_memory=2)
     with pytest.raises(ConfigError, match=r"engine.requests=0: must be at least 1"):
         VLLMServer("http://x", requests=0)
     with pytest.raises(ConfigError, match="knows no stop strings"):
-        VLLMColocated().build(policy, SamplingConfig(stop=("x",)), lambda: False)
+        VLLM().build(policy, SamplingConfig(stop=("x",)), lambda: False)
 
 
 def test_the_engine_on_the_training_gpu(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,13 +309,13 @@ def test_the_engine_on_the_training_gpu(policy: Policy, monkeypatch: pytest.Monk
     monkeypatch.setattr("trl.generation.vllm_generation.VLLMGeneration", Engine)
     monkeypatch.setitem(sys.modules, "accelerate", SimpleNamespace(Accelerator=SimpleNamespace))
     spec = SamplingConfig(n=2, max_new_tokens=2)
-    ours = cast(Any, VLLMColocated(gpu_memory=0.4).build(policy, spec, lambda: False))
+    ours = cast(Any, VLLM(gpu_memory=0.4).build(policy, spec, lambda: False))
     assert made["mode"] == "colocate"
     assert made["gpu_memory_utilization"] == 0.4
-    ours.refresh(1)
-    ours.refresh(1)
+    ours.update(1)
+    ours.update(1)
     assert loaded == [*dict(policy.model.named_parameters()), "reset"]
-    found = ours.sample(prompts(policy), spec)
+    found = ours.generate(prompts(policy), spec)
     assert [[tuple(r.token_ids) for r in row] for row in found] == [
         [(7, 8), (7, 9)],
         [(7, 10), (7, 11)],
@@ -332,11 +332,11 @@ def test_recipes_sample_through_it(policy: Policy, server: Any, monkeypatch: pyt
     from stepkd.runs.progress import PhaseTracker
 
     given: list[int] = []
-    monkeypatch.setattr(VLLMSampler, "refresh", lambda _, version: given.append(version))
+    monkeypatch.setattr(ServerEngine, "refresh", lambda _, version: given.append(version))
     rewards: Any = None
     spec = RolloutConfig(SamplingConfig(n=2, max_new_tokens=4))
     groups = GroupSampler(spec, VLLMServer(server.address), policy, rewards, PhaseTracker(), 0)
-    assert isinstance(groups._engine, VLLMSampler)
+    assert isinstance(groups._engine, ServerEngine)
     nothing: Any = SimpleNamespace(examples=(), indices=())
     assert groups(nothing, 3, 0) == groups(nothing, 4, 0) == []
     assert given == [3, 4]
@@ -346,7 +346,7 @@ def test_recipes_sample_through_it(policy: Policy, server: Any, monkeypatch: pyt
     monkeypatch.setattr(GKDModule, "global_step", 5)
     module.teacher.bind(policy.tokenizer)
     assert module.sample(nothing, "student") == []
-    assert isinstance(module._engine, VLLMSampler)
+    assert isinstance(module._engine, ServerEngine)
     assert module.sample(nothing, "teacher") == []
     assert given == [3, 4, 5], "the teacher samples itself"
 

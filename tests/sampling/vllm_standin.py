@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from stepkd.models.policy import Policy
-from stepkd.sampling.sampler import SamplingConfig
-from stepkd.sampling.transformers_sampler import TransformersSampler
+from stepkd.sampling.engine import SamplingConfig
+from stepkd.sampling.transformers_engine import TransformersEngine
 
 
 class StandIn:
@@ -81,7 +81,7 @@ class StandIn:
         )
         choices = []
         for prompt, drawn in zip(
-            body["prompt"], TransformersSampler(self.policy).sample(body["prompt"], spec), strict=True
+            body["prompt"], TransformersEngine(self.policy).generate(body["prompt"], spec), strict=True
         ):
             for each in drawn:
                 names = [f"token_id:{i}" for i in each.token_ids.tolist()]

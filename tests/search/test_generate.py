@@ -12,8 +12,8 @@ from stepkd.data.completion import Completion
 from stepkd.errors import ConfigError, DataError
 from stepkd.models.policy import Policy
 from stepkd.models.spec import build_tiny
-from stepkd.sampling.sampler import SamplingConfig
-from stepkd.sampling.transformers_sampler import TransformersSampler
+from stepkd.sampling.engine import SamplingConfig
+from stepkd.sampling.transformers_engine import TransformersEngine
 from stepkd.search.generate import PROPOSE, SampledSteps, _index
 from stepkd.search.tree import Problem, State
 from stepkd.steps.segment import get_segmenter, segment
@@ -36,14 +36,14 @@ def ids_of(policy: Policy, text: str) -> tuple[int, ...]:
 
 
 class Typist:
-    """A sampler that types the given text behind whatever it is given, then the end token; stops as samplers do."""
+    """An engine that types the given text behind whatever it is given, then the end token; stops as engines do."""
 
     def __init__(self, policy: Policy, text: str, start: str) -> None:
         self.policy = policy
         self.whole = (*ids_of(policy, start + text), policy.tokenizer.eos_token_id)
         self.calls: list[list[str]] = []
 
-    def sample(
+    def generate(
         self, prompts: Sequence[Sequence[int]], spec: SamplingConfig, *, purpose: str, indices: Sequence[int]
     ) -> list[list[Completion]]:
         decode = self.policy.tokenizer.decode
@@ -68,8 +68,8 @@ def typed(
 ) -> list[tuple[str, str]]:
     """Text and end of one step after another."""
     prompt = "Q: 1+1\n"
-    sampler = Typist(policy, text, prompt)
-    generator = SampledSteps(sampler, policy, SamplingConfig(stop=stop), segmenter=segmenter, **options)
+    engine = Typist(policy, text, prompt)
+    generator = SampledSteps(engine, policy, SamplingConfig(stop=stop), segmenter=segmenter, **options)
     state, found = State(Problem(0, {"id": "p"}, ids_of(policy, prompt))), []
     for _ in range(steps):
         ((step, twin),) = generator.propose([state], 2)
@@ -171,8 +171,8 @@ def test_a_full_context_ends_the_solution(policy: Policy) -> None:
     room = policy.max_length
     assert room is not None
     long = State(Problem(3, {"id": "p3"}, (5,) * 7), ("x",), (6,) * (room - 11))
-    sampler = TransformersSampler(policy)
-    generator = SampledSteps(sampler, policy, SamplingConfig(seed=1), max_step_tokens=64)
+    engine = TransformersEngine(policy)
+    generator = SampledSteps(engine, policy, SamplingConfig(seed=1), max_step_tokens=64)
     ((step,),) = generator.propose([long], 1)
     assert len(step.token_ids) <= 4
     assert step.end != "step" or len(step.token_ids) < 4
@@ -186,10 +186,10 @@ def test_a_full_context_ends_the_solution(policy: Policy) -> None:
 def test_a_step_is_the_first_one_of_the_whole_completion(policy: Policy) -> None:
     """Stopping early changes nothing: with the same noise, the uncut sample begins with the step."""
     spec = SamplingConfig(n=6, max_new_tokens=24, seed=5)
-    generator = SampledSteps(TransformersSampler(policy), policy, spec, segmenter="regex:[a-m]", max_step_tokens=24)
+    generator = SampledSteps(TransformersEngine(policy), policy, spec, segmenter="regex:[a-m]", max_step_tokens=24)
     problem = Problem(2, {"id": "p"}, ids_of(policy, "12+3="))
     ((*steps,),) = generator.propose([State(problem)], 6)
-    (whole,) = TransformersSampler(policy).sample([problem.prompt_ids], spec, purpose=PROPOSE, indices=[_index(2)])
+    (whole,) = TransformersEngine(policy).generate([problem.prompt_ids], spec, purpose=PROPOSE, indices=[_index(2)])
     assert len({step.text for step in steps}) > 2
     for step, continuation in zip(steps, whole, strict=True):
         completion = text_from_ids(policy.tokenizer, continuation.token_ids)
@@ -201,12 +201,12 @@ def test_a_step_is_the_first_one_of_the_whole_completion(policy: Policy) -> None
 
 def test_states_do_not_depend_on_their_batch(policy: Policy) -> None:
     spec = SamplingConfig(max_new_tokens=12, seed=3)
-    sampler = TransformersSampler(policy, max_rows=4)
+    engine = TransformersEngine(policy, max_rows=4)
     problems = [Problem(i, {"id": str(i)}, ids_of(policy, text)) for i, text in enumerate(("7", "long 12+34=", "abc"))]
     states = [State(problem) for problem in problems]
     more = ids_of(policy, "12\n")
     states += [State(problems[0], ("12\n",), more, path) for path in ((0,), (1,))]
-    generator = SampledSteps(sampler, policy, spec, segmenter="regex:[a-m]", max_step_tokens=12)
+    generator = SampledSteps(engine, policy, spec, segmenter="regex:[a-m]", max_step_tokens=12)
     for draw in (generator.propose, generator.complete):
         together = draw(states, 3)
         backwards = draw(states[::-1], 3)[::-1]
@@ -218,14 +218,14 @@ def test_states_do_not_depend_on_their_batch(policy: Policy) -> None:
 
 
 def test_tokens_are_counted_by_problem(policy: Policy) -> None:
-    generator = SampledSteps(TransformersSampler(policy), policy, SamplingConfig(max_new_tokens=6), segmenter="whole")
+    generator = SampledSteps(TransformersEngine(policy), policy, SamplingConfig(max_new_tokens=6), segmenter="whole")
     states = [State(Problem(i, {"id": str(i)}, (9, 8))) for i in (4, 7)]
     steps, rest = generator.propose(states, 2), generator.complete(states, 1)
     assert generator.step_tokens == {i: sum(len(s.token_ids) for s in g) for i, g in zip((4, 7), steps, strict=True)}
     assert generator.rest_tokens == {i: sum(len(s.token_ids) for s in g) for i, g in zip((4, 7), rest, strict=True)}
     assert set(generator.provenance()) >= {"model", "weights", "temperature", "seed", "max_step_tokens"}
     assert generator.provenance()["segmenter"] == {"name": "whole"}
-    cut = SampledSteps(TransformersSampler(policy), policy, SamplingConfig(), segmenter="adaptive_step:0.25")
+    cut = SampledSteps(TransformersEngine(policy), policy, SamplingConfig(), segmenter="adaptive_step:0.25")
     assert cut.provenance()["segmenter"] == {
         "name": "adaptive_step", "threshold": 0.25
     }  # fmt: skip
@@ -241,6 +241,6 @@ def test_tokens_are_counted_by_problem(policy: Policy) -> None:
 )
 def test_bad_settings(policy: Policy, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        SampledSteps(TransformersSampler(policy), policy, SamplingConfig(), **options)
+        SampledSteps(TransformersEngine(policy), policy, SamplingConfig(), **options)
     with pytest.raises(ConfigError, match="temperature 0"):
-        SampledSteps(TransformersSampler(policy), policy, SamplingConfig(temperature=0))
+        SampledSteps(TransformersEngine(policy), policy, SamplingConfig(temperature=0))

@@ -10,8 +10,8 @@ import torch
 from stepkd.grading.pool import Grader
 from stepkd.models.policy import Policy
 from stepkd.models.spec import build_tiny
-from stepkd.sampling.sampler import SamplingConfig
-from stepkd.sampling.transformers_sampler import TransformersSampler
+from stepkd.sampling.engine import SamplingConfig
+from stepkd.sampling.transformers_engine import TransformersEngine
 from stepkd.search.generate import ContinuationValue, SampledSteps
 from stepkd.search.mcts import SearchConfig, SearchTree, tree_search
 from stepkd.search.tree import Node, Problem
@@ -30,9 +30,9 @@ def policy() -> Policy:
 
 
 def search(policy: Policy, problems: list[Problem], *, max_rows: int = 64, seed: int = 0) -> list[SearchTree]:
-    sampler = TransformersSampler(policy, max_rows=max_rows)
+    engine = TransformersEngine(policy, max_rows=max_rows)
     spec = SamplingConfig(max_new_tokens=8, seed=seed)
-    generator = SampledSteps(sampler, policy, spec, segmenter="regex:[a-m]", max_step_tokens=8)
+    generator = SampledSteps(engine, policy, spec, segmenter="regex:[a-m]", max_step_tokens=8)
     with Grader(extractors=("last_number",)) as grader:
         return tree_search(problems, generator, ContinuationValue(generator, grader, continuations=2), grader, SETTINGS)
 

@@ -9,7 +9,7 @@ import yaml
 
 from stepkd.errors import ConfigError
 from stepkd.modules.distillation_settings import JSD, Beside, SkewReverseKL
-from stepkd.sampling.engines import InProcess, VLLMServer
+from stepkd.sampling.config import Transformers, VLLMServer
 from stepkd.teachers.config import Local, SelfAverage, Served, TopK
 from stepkd.teachers.own import AverageTeacher
 from stepkd.teachers.server import ServerTeacher
@@ -24,7 +24,7 @@ def test_a_recipe_names_its_teacher() -> None:
     module = parsed("--model.teacher.path", "x", "--model.teacher.top_k.k", "4")
     assert module.arguments["teacher"] == Local("x", top_k=TopK(4))
     assert module.divergence == JSD(scaled=True)
-    assert module.engine == InProcess()
+    assert module.engine == Transformers()
 
 
 def test_the_command_line_chooses_others_and_leaves_what_only_the_old_one_had() -> None:

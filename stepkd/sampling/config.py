@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from stepkd.errors import check_bounds
-from stepkd.sampling.sampler import Sampler, SamplingConfig
+from stepkd.sampling.engine import Engine, SamplingConfig
 
 
 class EngineConfig(ABC):
-    """Where completions are sampled: :class:`InProcess`, :class:`VLLMServer` or :class:`VLLMColocated`."""
+    """Where completions are sampled: :class:`Transformers`, :class:`VLLMServer` or :class:`VLLM`."""
 
     @abstractmethod
-    def build(self, policy: Any, sampling: SamplingConfig, breaks_off: Callable[[], bool]) -> Sampler:
+    def build(self, policy: Any, sampling: SamplingConfig, breaks_off: Callable[[], bool]) -> Engine:
         """The engine.
 
         Args:
@@ -29,7 +29,7 @@ class EngineConfig(ABC):
 
 
 @dataclass(frozen=True)
-class InProcess(EngineConfig):
+class Transformers(EngineConfig):
     """This process's own decoding, with the weights that are trained."""
 
     max_rows: int = 64
@@ -38,14 +38,14 @@ class InProcess(EngineConfig):
     def __post_init__(self) -> None:
         check_bounds("engine.", self, max_rows="[1, inf)")
 
-    def build(self, policy: Any, sampling: SamplingConfig, breaks_off: Callable[[], bool]) -> Sampler:
+    def build(self, policy: Any, sampling: SamplingConfig, breaks_off: Callable[[], bool]) -> Engine:
         """See :meth:`EngineConfig.build`."""
-        from stepkd.sampling.transformers_sampler import TransformersSampler
+        from stepkd.sampling.transformers_engine import TransformersEngine
 
-        return TransformersSampler(policy, max_rows=self.max_rows, breaks_off=breaks_off)
+        return TransformersEngine(policy, max_rows=self.max_rows, breaks_off=breaks_off)
 
 
-IN_PROCESS = InProcess()
+IN_PROCESS = Transformers()
 """The engine where none is chosen."""
 
 
@@ -65,16 +65,16 @@ class VLLMServer(EngineConfig):
     def __post_init__(self) -> None:
         check_bounds("engine.", self, timeout_s="(0, inf)", requests="[1, inf)")
 
-    def build(self, policy: Any, sampling: SamplingConfig, breaks_off: Callable[[], bool]) -> Sampler:
+    def build(self, policy: Any, sampling: SamplingConfig, breaks_off: Callable[[], bool]) -> Engine:
         """See :meth:`EngineConfig.build`."""
-        from stepkd.sampling.vllm import VLLMSampler, connect
+        from stepkd.sampling.vllm import ServerEngine, connect
 
         client = connect(self.url, group_port=self.group_port, timeout_s=self.timeout_s)
-        return VLLMSampler(policy, client, requests=self.requests, breaks_off=breaks_off)
+        return ServerEngine(policy, client, requests=self.requests, breaks_off=breaks_off)
 
 
 @dataclass(frozen=True)
-class VLLMColocated(EngineConfig):
+class VLLM(EngineConfig):
     """A vLLM engine on every training GPU, beside the model that learns. Its samples are not keyed: no run repeats."""
 
     gpu_memory: float = 0.3
@@ -83,8 +83,8 @@ class VLLMColocated(EngineConfig):
     def __post_init__(self) -> None:
         check_bounds("engine.", self, gpu_memory="(0, 1)")
 
-    def build(self, policy: Any, sampling: SamplingConfig, breaks_off: Callable[[], bool]) -> Sampler:
+    def build(self, policy: Any, sampling: SamplingConfig, breaks_off: Callable[[], bool]) -> Engine:
         """See :meth:`EngineConfig.build`."""
-        from stepkd.sampling.vllm import ColocatedSampler
+        from stepkd.sampling.vllm import VLLMEngine
 
-        return ColocatedSampler(policy, self.gpu_memory, sampling)
+        return VLLMEngine(policy, self.gpu_memory, sampling)

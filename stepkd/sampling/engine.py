@@ -1,4 +1,4 @@
-"""What a sampler is: prompts in, completions out, every draw keyed by the sample's global number."""
+"""What an engine is: prompts in, completions out, every draw keyed by the sample's global number."""
 
 from __future__ import annotations
 
@@ -108,18 +108,18 @@ class Wanted(NamedTuple):
     """Purpose, step and its global number: what the noise of its completions is keyed by, with the seed."""
 
 
-class Sampler(ABC):
+class Engine(ABC):
     """Draws completions with a model, in this process or on a server.
 
     The noise of a sample is keyed by seed, purpose, step and global number, so that it does not depend on batch or
-    rank; :class:`~stepkd.sampling.vllm.ColocatedSampler` alone does not key it. Subclasses define ``_draw``.
+    rank; :class:`~stepkd.sampling.vllm.VLLMEngine` alone does not key it. Subclasses define ``_draw``.
     """
 
     policy: Any
     """The :class:`~stepkd.models.policy.Policy` that is sampled from."""
     _version: int | None = None
 
-    def sample(
+    def generate(
         self,
         prompts: Sequence[Collection[int]],
         spec: SamplingConfig,
@@ -159,7 +159,7 @@ class Sampler(ABC):
         ]
         return self._draw(wanted, spec, on_progress)
 
-    def refresh(self, version: int) -> None:
+    def update(self, version: int) -> None:
         """Have it sample from the policy's weights as they are now; all ranks call it.
 
         Args:

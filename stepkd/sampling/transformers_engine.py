@@ -19,11 +19,11 @@ from stepkd.models.policy import Policy
 from stepkd.models.source import trained_template
 from stepkd.sampling.branches import continued, gap_limit
 from stepkd.sampling.decode import Decoder, Row
-from stepkd.sampling.sampler import Branch, BranchContinuations, Progress, Sampler, SamplingConfig, Wanted
+from stepkd.sampling.engine import Branch, BranchContinuations, Engine, Progress, SamplingConfig, Wanted
 from stepkd.steps.segment import get_segmenter
 
 
-class TransformersSampler(Sampler):
+class TransformersEngine(Engine):
     """Batched sampling with a :class:`~stepkd.models.policy.Policy`.
 
     Args:
@@ -54,7 +54,7 @@ class TransformersSampler(Sampler):
         ]
 
     @torch.no_grad()
-    def sample_branches(
+    def continue_branches(
         self,
         branches: Sequence[Branch],
         spec: SamplingConfig,
@@ -125,8 +125,8 @@ def sample(
     if template is None:
         template = (policy.spec and trained_template(policy.spec.path, policy.spec.revision)) or PromptTemplate()
     examples, cuts = encode_prompts(policy, get_template(template), rows), get_segmenter(segmenter)
-    sampler = TransformersSampler(policy, max_rows=max_rows)
-    drawn = sampler.sample([each.prompt_ids for each in examples], sampling or SamplingConfig(), purpose="script")
+    engine = TransformersEngine(policy, max_rows=max_rows)
+    drawn = engine.generate([each.prompt_ids for each in examples], sampling or SamplingConfig(), purpose="script")
 
     def cut(example: Completion, drawn: Completion) -> Completion:
         ends = with_completion(example, drawn.token_ids, policy.tokenizer, cuts).step_ends
