@@ -281,7 +281,7 @@ def hotter(monkeypatch: pytest.MonkeyPatch) -> None:
     def hot(self: Any, prompts: Any, spec: Any, **options: Any) -> Any:
         return sample(self, prompts, replace(spec, temperature=2.0), **options)
 
-    monkeypatch.setattr(TransformersEngine, "sample", hot)
+    monkeypatch.setattr(TransformersEngine, "generate", hot)
 
 
 def test_a_planted_temperature_is_noticed(rows: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,7 +58,7 @@ def met(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
 
         monkeypatch.setattr(owner, name, watched)
 
-    watch(TransformersEngine, "sample", "sampler")
+    watch(TransformersEngine, "generate", "engine")
     watch(GroupSampler, "__call__", "grades")
     watch(KDRLModule, "credit", "credit")
     watch(collating, "collate", "batch")
@@ -83,17 +83,17 @@ def test_the_classes_on_the_way(met: dict[str, list[Any]], tmp_path: Path, monke
             monkeypatch.setattr(type(tiny_tokenizer()), name, refuse)
         return drawn
 
-    monkeypatch.setattr(TransformersEngine, "sample", sampled)
+    monkeypatch.setattr(TransformersEngine, "generate", sampled)
     module = worker.run(rows, kd=SampledKL(beta=0.3), step_credit=StepCreditConfig("arithmetic"), folder=tmp_path)
     assert {station: {type(each) for each in given} for station, given in met.items()} == {
-        "sampler": {Completion},
+        "engine": {Completion},
         "grades": {Rollout},
         "credit": {Rollout},
         "batch": {Batch},
         "loss": {LossTerms},
         "row": {dict},
     }
-    for drawn, graded, credited in zip(met["sampler"], met["grades"], met["credit"], strict=True):
+    for drawn, graded, credited in zip(met["engine"], met["grades"], met["credit"], strict=True):
         for name in ("prompt_ids", "token_ids", "logprobs", "raw_logprobs"):
             values = getattr(drawn, name)
             assert isinstance(values, np.ndarray)

@@ -332,7 +332,7 @@ def test_recipes_sample_through_it(policy: Policy, server: Any, monkeypatch: pyt
     from stepkd.runs.progress import PhaseTracker
 
     given: list[int] = []
-    monkeypatch.setattr(ServerEngine, "refresh", lambda _, version: given.append(version))
+    monkeypatch.setattr(ServerEngine, "update", lambda _, version: given.append(version))
     rewards: Any = None
     spec = RolloutConfig(SamplingConfig(n=2, max_new_tokens=4))
     groups = GroupSampler(spec, VLLMServer(server.address), policy, rewards, PhaseTracker(), 0)
