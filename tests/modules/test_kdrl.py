@@ -276,7 +276,7 @@ def test_sampler_and_trainer_agree(rows: list[Any]) -> None:
 
 def hotter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plant a sampler that draws at another temperature than the loss knows of."""
-    sample = TransformersEngine.sample
+    sample = TransformersEngine.generate
 
     def hot(self: Any, prompts: Any, spec: Any, **options: Any) -> Any:
         return sample(self, prompts, replace(spec, temperature=2.0), **options)

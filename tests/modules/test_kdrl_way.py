@@ -75,7 +75,7 @@ def test_the_classes_on_the_way(met: dict[str, list[Any]], tmp_path: Path, monke
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a text was tokenised")
 
-    sample = TransformersEngine.sample
+    sample = TransformersEngine.generate
 
     def sampled(*arguments: Any, **options: Any) -> Any:
         drawn = sample(*arguments, **options)
