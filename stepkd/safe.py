@@ -26,7 +26,8 @@ ALLOWED = (
 _VARIABLE = "STEPKD_SAFE"
 SECRET_NAME = re.compile(r"(?:token|key|secret|password)$", re.IGNORECASE)
 """Names of variables and settings whose values are credentials: not written by commands, and not shown by reports."""
-_CREDENTIAL = re.compile(r"://[^/\s@]+:[^/\s@]+@|\bhf_[A-Za-z0-9]{16,}")
+_CREDENTIAL = re.compile(r"://([^/\s@]+:[^/\s@]+|[^/\s@]{20,})@|\bhf_[A-Za-z0-9]{30,}")
+_SECRET = re.compile(r"(?!<.*>$).{12}")  # PAD_TOKEN=<|endoftext|> is none
 
 
 def enter() -> None:
@@ -77,16 +78,17 @@ def refuse_credentials(settings: Mapping[str, Any]) -> None:
 
     Raises:
         ConfigError: one holds the password of a URL, a token of the Hugging Face hub, or the value of an environment
-            variable whose name :data:`SECRET_NAME` matches (of 12 characters or more). The message does not
-            repeat it.
+            variable whose name :data:`SECRET_NAME` matches (of 12 characters or more; no token of a vocabulary, as
+            ``<|endoftext|>`` is). The message does not repeat it.
     """
-    secrets = {name: value for name, value in os.environ.items() if SECRET_NAME.search(name) and len(value) >= 12}
+    secrets = {name: value for name, value in os.environ.items() if SECRET_NAME.search(name) and _SECRET.match(value)}
     for name, value in settings.items():
         text = str(value)
         what = next((f"the value of the variable {known}" for known, secret in secrets.items() if secret in text), "")
+        variable = " (of the variable MLFLOW_TRACKING_URI, too)" if name.endswith("tracking_uri") else ""
         if what or _CREDENTIAL.search(text):
             raise ConfigError(
                 f"{name} holds {what or 'a password or token'}, and settings are written into files and told to "
-                "loggers: leave it out. Credentials are read from where their owners look for them: HF_TOKEN, "
+                f"loggers: leave it out{variable}. Credentials are read from where their owners look: HF_TOKEN, "
                 "WANDB_API_KEY, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or ~/.netrc for a URL"
             )

@@ -107,7 +107,7 @@ def test_the_page_from_python_runs_word_for_word(
     page = (repo_root / "docs" / "python.md").read_text(encoding="utf-8")
     script, *others = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert len(script.splitlines()) <= 25
-    assert len(others) == 4
+    assert len(others) == 5
     monkeypatch.chdir(tmp_path)
     scope: dict[str, Any] = {"__name__": "page"}
     exec(compile(script, "python.md", "exec"), scope)

@@ -78,7 +78,7 @@ def write_card(
         )
         known |= {"method": checkpoint["stepkd"].get("module", "").rpartition(".")[2].removesuffix("Module")}
         known |= {"updates": checkpoint.get("global_step"), "data": _data(run), "last": _last_validation(run)}
-        words = str((read_marker(run) or {}).get("command")).split()
+        words = str((read_marker(run) or {}).get("command")).replace("--config=", "--config ").split()
         known["recipes"] = ", ".join(Path(name).stem for option, name in pairwise(words) if option == "--config")
         metrics = list(_measured(run, weights))
     front: dict[str, Any] = {"library_name": "transformers", "tags": ["stepkd"] + ["reward-model"] * (head is not None)}
@@ -127,9 +127,15 @@ def _data(run: Path) -> str:
     """Source, file name and split of the training data, as its settings have them."""
     config = newest_config(run)
     data: Any = read_yaml(config, "run's settings").get("data") if config is not None else None
-    train = ((data or {}).get("init_args") or {}).get("train") or {}
+    train: Any = ((data or {}).get("init_args") or {}).get("train") or {}
+    train = train if isinstance(train, Mapping) else {"path": train}  # of a data module of one's own
     path = Path(str(train["path"])).name if train.get("path") else train.get("hub")
-    facts = [train.get("source"), path, train.get("split"), *(f"{k}={v}" for k, v in train.get("options", {}).items())]
+    facts = [
+        train.get("source"),
+        path,
+        train.get("split"),
+        *(f"{k}={v}" for k, v in (train.get("options") or {}).items()),
+    ]
     return ", ".join(str(each) for each in facts if each)
 
 

@@ -47,7 +47,8 @@ def check_layout(layout: Layout, spec: StepHeadConfig | None, config: Any, templ
     if isinstance(spec, Classifier) and layout == "token_classification" and spec.layers != 1:
         what = "its head has two layers, and a token classification model has one"
         raise ConfigError(f"{say}{what}. Train it with head.layers: 1, or take layout qwen_prm")
-    bent = [each for each in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(text, each, None)]
+    plain = {"final_logit_softcapping": None, "logit_scale": 1, "logits_scaling": 1}
+    bent = [name for name, value in plain.items() if getattr(text, name, None) not in (None, value)]
     if isinstance(spec, LabelTokens) and bent:
         raise ConfigError(f"{say}its logits are scaled or soft-capped ({bent[0]}). Train it with head: Classifier")
     if layout == "token_classification":

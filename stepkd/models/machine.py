@@ -7,6 +7,7 @@ be downloaded.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -90,8 +91,10 @@ def check_host_room(folder: Path, dtype: str) -> None:
     # What transformers reads, not every copy of the weights that lies there.
     index = folder / "model.safetensors.index.json"
     if index.is_file() and not (folder / "model.safetensors").is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
-        files = [folder / name for name in names if (folder / name).is_file()]
+        files = []
+        with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):  # broken: loading it will say so
+            names = set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
+            files = [folder / name for name in names if (folder / name).is_file()]
     else:
         files = [*folder.glob("model.safetensors")] or [*folder.glob("pytorch_model*.bin")]
     needed = sum(file.stat().st_size for file in files)

@@ -10,6 +10,7 @@ Axes: S steps, H hidden size, C classes from worst to best.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -124,6 +125,22 @@ def save_step_head(head: StepHead, folder: Path) -> None:
         save_file(weights, folder / STEP_HEAD_WEIGHTS)
 
 
+def step_head_config(path: str, revision: str | None = None) -> StepHeadConfig | None:
+    """How a model folder or hub repository says that it scores steps; None where it does not say.
+
+    Raises:
+        ModelError: its file cannot be read.
+    """
+    folder = Path(path).expanduser()
+    config = model_file(path, folder, STEP_HEAD_CONFIG, revision)
+    if config is None:
+        return None
+    try:
+        return step_head_from_dict(json.loads(config.read_text(encoding="utf-8")))
+    except Exception as error:  # broken JSON, foreign settings
+        raise ModelError(f"cannot read the step head in {folder}: {first_line(error)}") from error
+
+
 def saved_step_head(
     path: str, revision: str | None = None
 ) -> tuple[StepHeadConfig, Mapping[str, Tensor] | None] | None:
@@ -135,21 +152,21 @@ def saved_step_head(
     Raises:
         ModelError: its files cannot be read, or the classifier's weights are missing.
     """
-    folder = Path(path).expanduser()
-    config = model_file(path, folder, STEP_HEAD_CONFIG, revision)
-    if config is None:
-        return None
+    spec, folder = step_head_config(path, revision), Path(path).expanduser()
+    if not isinstance(spec, Classifier):
+        return None if spec is None else (spec, None)
     from safetensors.torch import load_file
 
+    weights = model_file(path, folder, STEP_HEAD_WEIGHTS, revision)
+    if weights is None:
+        config = model_file(path, folder, "config.json", revision)
+        if config is not None and re.search("TokenClassification|ProcessRewardModel", config.read_text("utf-8")):
+            raise ModelError(
+                f"{folder} is a reward model in a layout for others, which only scores (stepkd.load_scorer, --scorer): "
+                "to train or export it, take the run, or its export in layout stepkd"
+            )
+        raise ModelError(f"{folder} has {STEP_HEAD_CONFIG} but no {STEP_HEAD_WEIGHTS}: was the export cut off?")
     try:
-        spec = step_head_from_dict(json.loads(config.read_text(encoding="utf-8")))
-        if not isinstance(spec, Classifier):
-            return spec, None
-        weights = model_file(path, folder, STEP_HEAD_WEIGHTS, revision)
-        if weights is None:
-            raise ModelError(f"{folder} has {STEP_HEAD_CONFIG} but no {STEP_HEAD_WEIGHTS}: was the export cut off?")
         return spec, load_file(weights)
-    except ModelError:
-        raise
-    except Exception as error:  # broken JSON, foreign settings, a torn safetensors file
+    except Exception as error:  # a torn safetensors file
         raise ModelError(f"cannot read the step head in {folder}: {first_line(error)}") from error

@@ -34,6 +34,7 @@ from stepkd.modules.step_metrics import Throughput, accumulate, means, require_c
 from stepkd.modules.validation import SampledAccuracy
 from stepkd.randomness import stream_key
 from stepkd.runs.process import STOP_REQUEST, Preempted
+from stepkd.safe import refuse_credentials
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -210,15 +211,22 @@ class StepModule(PolicyModule):
         """What the components share of a micro-batch; nothing is computed yet."""
         return ForwardPass(self.model, micro_batch, self.chunk_size, self.loss_scales if self.training else {})
 
-    def loss(self, rows: Rows, **data: Any) -> Tensor:
-        """Loss of rows with its graph, to look at or to differentiate: what the first training step makes of them.
+    def loss(self, rows: Rows, *, step: int | None = None, **data: Any) -> Tensor:
+        """Loss of rows with its graph, to look at, to differentiate, or for a loop of one's own: what an optimiser step
+        makes of them.
 
-        Encoder, :meth:`prepare` (which samples, scores and grades where a method does), components and the one
+        Encoder, checks, :meth:`prepare` (which samples, scores and grades where a method does), components and the one
         normalisation are those of training, over all rows as one optimiser step of this process. No step is taken, no
         running average moves, and nothing is logged. Afterwards the model is loaded, and in training mode.
 
+        A loop of one's own counts ``step`` up. A teacher that is the student itself is told behind each optimiser step
+        (``module.teacher.after_step(step + 1)``) and knows of no passes over data. The rows of a call are all of its
+        data: class weights by the ratio rule are theirs.
+
         Args:
             rows: a list of rows, a ``datasets.Dataset``, a path or settings, as ``StepData(train=...)`` takes them.
+            step: optimiser steps taken before, >= 0: they key dropout, sampling noise and GKD's source, and move
+                schedules. None: those of the module's Trainer, 0 without one.
             **data: further settings of :class:`~stepkd.data.datamodule.StepData`: ``template``, ``segmenter``,
                 ``max_length``, ``labels``, ``allow_one_class``.
 
@@ -227,11 +235,12 @@ class StepModule(PolicyModule):
             for a batch the first one's. float32 or float64.
 
         Raises:
-            DataError, ConfigError, ModelError: rows, settings or a model that training refuses, too.
+            DataError, ConfigError, ModelError: rows, settings or a model that training refuses, too; a schedule over
+                the whole run, where no Trainer with ``max_steps`` says how long that is.
             TrainingError: no row has a single target, or a Trainer trains the module just now: counts and logs of the
                 run would take in these rows.
         """
-        return loss_of_rows(self, rows, **data)
+        return loss_of_rows(self, rows, step=step, **data)
 
     # ---- training --------------------------------------------------------------------------------------------------
 
@@ -262,8 +271,13 @@ class StepModule(PolicyModule):
         groups = plan(list(examples), self.micro_batch_tokens, share=self.shares_prompts)
         return [self._collate(group) for group in groups]
 
-    def on_fit_start(self) -> None:
-        """Refuse what manual optimisation cannot honour."""
+    def check_run(self) -> None:
+        """Refuse what manual optimisation cannot honour, and settings that do not fit the data or each other.
+
+        Raises:
+            ConfigError: the value, and what to set.
+        """
+        refuse_credentials(self._settings())
         precision, dtypes = str(self.trainer.precision), {p.dtype for p in self.model.parameters()}
         if ("16" in precision and "bf16" not in precision) or torch.float16 in dtypes:
             raise ConfigError(
@@ -284,6 +298,11 @@ class StepModule(PolicyModule):
         if len(set(names)) < len(names):
             raise ConfigError(f"the loss has the components {list(names)}: each name once")
         self.check_data_fits("model", self.model.max_length)
+
+    def on_fit_start(self) -> None:
+        """Check the run before its first step, and warn of what it leaves out."""
+        self.check_run()
+        precision = str(self.trainer.precision)
         text = self.model.causal_lm.config.get_text_config()
         if auxiliary := {name: value for name, value in vars(text).items() if "aux_loss" in name and value}:
             logger.warning(

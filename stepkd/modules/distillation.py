@@ -164,11 +164,11 @@ class DistillationModule(StepModule):
             self.teacher.bind(self.model.tokenizer, self.model.vocab_size)
             self.frozen["teacher"] = self.teacher.identity()
 
-    def on_fit_start(self) -> None:
-        """Have the teacher check the run, and refuse text that is longer than its context."""
-        super().on_fit_start()
+    def check_run(self) -> None:
+        """Have the teacher check the run, too, and refuse text that is longer than its context."""
+        super().check_run()
         if self.teacher is not None:
-            template = self.template if self.trainer.is_global_zero else None
+            template = self.template if self.trainer.is_global_zero and self.trainer.training else None
             self.teacher.start(str(self.trainer.precision), template)
             self.check_data_fits("teacher", self.teacher.max_length, self.new_tokens)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +22,7 @@ from stepkd.randomness import stream_key
 _ALL = 10**9
 
 
-def loss_of_rows(module: Any, rows: Rows, **data: Any) -> Tensor:
+def loss_of_rows(module: Any, rows: Rows, *, step: int | None = None, **data: Any) -> Tensor:
     """What :meth:`stepkd.modules.base.StepModule.loss` says."""
     if module._trainer is not None and module._trainer.training:
         raise TrainingError("loss(rows) of a module that a Trainer trains would change the run: make a second module")
@@ -29,8 +30,9 @@ def loss_of_rows(module: Any, rows: Rows, **data: Any) -> Tensor:
     module.model.to(module.device)
     module.train()
     feed = StepData(rows, **{"shuffle": False, "overlap_ngram": 0, "global_batch_size": _ALL, **data})
-    with _without_trainer(module, feed), torch.random.fork_rng([module.device] * (module.device.type == "cuda")):
+    with _without_trainer(module, feed, step), torch.random.fork_rng([module.device] * (module.device.type == "cuda")):
         feed.setup("fit")
+        module.check_run()
         module.begin()
         micro_batches = next(iter(module.prepare(next(iter(feed.train_dataloader())))))
         torch.manual_seed(stream_key(module.seed, "dropout", module.global_step, 0) % 2**63)
@@ -42,13 +44,18 @@ def loss_of_rows(module: Any, rows: Rows, **data: Any) -> Tensor:
 
 
 @contextmanager
-def _without_trainer(module: Any, feed: StepData) -> Iterator[None]:
+def _without_trainer(module: Any, feed: StepData, step: int | None) -> Iterator[None]:
     """The module beside data alone: what it would ask a trainer has an answer, what it logs goes nowhere, and all of
     it is as before at the end."""
     facts = {"precision": "32-true", "global_rank": 0, "world_size": 1, "is_global_zero": True, "training": False}
-    facts |= {"global_step": module.global_step, "max_steps": 1, "estimated_stepping_batches": 1, "logger": None}
+    step, end = module.global_step if step is None else step, getattr(module._trainer, "max_steps", -1)
+    facts |= {"global_step": step, "max_steps": end, "estimated_stepping_batches": end, "logger": None}
     stand_in = SimpleNamespace(lightning_module=module, datamodule=feed, limit_train_batches=1.0, loggers=[], **facts)
     before = module._trainer, module.position, module.loss_scales
+    counted = [
+        (vars(part), {name: copy(value) for name, value in vars(part).items() if isinstance(value, dict | list)})
+        for part in module.components
+    ]
     feed.trainer = stand_in  # type: ignore[assignment]
     module._trainer, module.position = stand_in, Position(epoch=module.position.epoch)
     module.log = module.log_dict = lambda *_, **__: None
@@ -57,3 +64,5 @@ def _without_trainer(module: Any, feed: StepData) -> Iterator[None]:
     finally:
         module._trainer, module.position, module.loss_scales = before
         del module.log, module.log_dict
+        for now, then in counted:
+            now.update(then)

@@ -45,6 +45,7 @@ from stepkd.modules.settings import (
     Switch,
 )
 from stepkd.modules.step_scores import load_step_scorer, step_scores
+from stepkd.runs.logger import JsonlLogger
 from stepkd.sampling.config import IN_PROCESS, EngineConfig
 from stepkd.scorers.scorer import StepScorer
 from stepkd.teachers.config import TeacherConfig
@@ -159,7 +160,8 @@ class KDRLModule(DistillationModule):
     def begin(self) -> None:
         """Load what rewards and credits, so that a mistake there is said before anything is sampled."""
         _ = self.sampler, self.step_scorer
-        folder = self.trainer.loggers[-1].save_dir if self.trainer.loggers else None  # the run's own stands last
+        own = [each for each in self.trainer.loggers if isinstance(each, JsonlLogger)] or self.trainer.loggers
+        folder = own[-1].save_dir if own else None
         self._sample_log = SampleLog(self.samples, folder, self.rollout_spec.sampling.longest)
 
     def distils(self, micro_batch: Batch) -> bool:

@@ -93,11 +93,16 @@ class PreferenceModule(StepModule):
             identity = parameters_fingerprint(own)
         self.frozen["reference"] = identity
 
+    def check_run(self) -> None:
+        """Refuse text that is longer than the reference's context, too."""
+        super().check_run()
+        if not self._all_are_known:  # its weights are gone then
+            with self.model.reference() as view:
+                self.check_data_fits("reference", view.max_length)
+
     def on_fit_start(self) -> None:
-        """Check the reference's context, and fill its cache when one is asked for."""
+        """Fill the reference's cache when one is asked for."""
         super().on_fit_start()
-        with self.model.reference() as view:
-            self.check_data_fits("reference", view.max_length)
         if self.reference_spec.cache:
             as_trained = self.trainer.precision_plugin.forward_context()  # no step has begun that would have entered it
             with self.gathered(), as_trained:

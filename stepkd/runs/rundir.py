@@ -207,13 +207,15 @@ class RunDir:
         """Whether a run without a checkpoint once had one: it ended as planned, or its metrics go beyond it."""
         from stepkd.runs.logger import METRICS_FILE, read_metrics
 
+        config = newest_config(self.path)
+        every = 1 if config is None else read_yaml(config, "run's settings")["checkpoint"]["every_n_steps"]
+        if every is None:  # it keeps none, and starts again whenever it is queued again
+            return False
         if marker.get("status") in ("finished", "stopped"):
             return True
-        config = newest_config(self.path)
         if config is None or not (self.path / METRICS_FILE).is_file():
             return False
-        every = read_yaml(config, "run's settings")["checkpoint"]["every_n_steps"]
-        return every is not None and any(row["step"] + 1 > every for row in read_metrics(self.path))
+        return any(row["step"] + 1 > every for row in read_metrics(self.path))
 
     def _begin(self, earlier: Mapping[str, Any], launch: str | None) -> None:
         self.path.mkdir(parents=True, exist_ok=True)

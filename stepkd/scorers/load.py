@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from stepkd.data.templates import TEMPLATES, PromptTemplate, get_template
+from stepkd.data.templates import TEMPLATES, PromptTemplate
 from stepkd.errors import ConfigError, check_bounds, nearest
 from stepkd.models.spec import StepHeadConfig
 from stepkd.scorers.rules import Arithmetic, Checker, Gain
@@ -58,7 +58,7 @@ class _Reader(ScorerConfig):
 
 @dataclass(frozen=True)
 class PRM(_Reader):
-    """A process reward model of stepkd: run, checkpoint or export; or a plain model with a head setting."""
+    """A process reward model of stepkd: run, checkpoint or export of any layout; or a plain model with a head."""
 
     head: StepHeadConfig | None = None
     """How a plain model scores steps: LabelTokens or Classifier; the default is the head that it was trained with."""
@@ -68,17 +68,34 @@ class PRM(_Reader):
         from stepkd.models.source import trained_template
         from stepkd.scorers.prm import PRMScorer
 
+        if self.head is None and (family := _family(self.path)) in (QwenPRM.family, TRLPRM.family):
+            return _WITH_MODEL[family](self.path, self.template)._load(weights, **reading)  # an export for others
         policy = load_trained(self.path, **weights)
         if self.head is not None:
             policy.attach_step_head(self.head)
         policy.require_step_head()
-        template = trained_template(self.path) if self.template is None else get_template(self.template)
-        if template is None:
-            raise ConfigError(
-                f"{self.path} does not say which prompt template it was trained with: give one (template: "
-                f"{', '.join(TEMPLATES)}, or a YAML file)"
-            )
+        template = self.template or _known(trained_template(self.path), self.path)
         return PRMScorer(policy, template=template, **reading)
+
+
+def _known(template: PromptTemplate | None, path: str) -> PromptTemplate:
+    if template is None:
+        raise ConfigError(
+            f"{path} does not say which prompt template it was trained with: give one (template: "
+            f"{', '.join(TEMPLATES)}, or a YAML file)"
+        )
+    return template
+
+
+def _family(path: str) -> str | None:
+    """The family of a published model or of an export in its layout; None: a run, or an export of layout stepkd."""
+    from stepkd.models.source import find_checkpoint
+    from stepkd.scorers.published import recognise
+
+    folder = Path(path).expanduser()
+    family = None if find_checkpoint(folder) is not None else recognise(path)
+    named_only = family == MathShepherdPRM.family and (folder / "step_head.json").is_file()
+    return None if named_only else family
 
 
 @dataclass(frozen=True)
@@ -93,7 +110,7 @@ class _Published(_Reader):
 
         own = {"separator": self.separator} if isinstance(self, TRLPRM) else {}
         policy, template, encoder = open_published(self.family, self.path, **own, **weights)
-        return PRMScorer(policy, template=self.template or template, encoder=encoder, **reading)
+        return PRMScorer(policy, template=self.template or _known(template, self.path), encoder=encoder, **reading)
 
 
 @dataclass(frozen=True)
@@ -180,13 +197,7 @@ def scorer_of(scorer: ScorerConfig | str) -> ScorerConfig:
         if not path:
             raise ConfigError(f"{scorer!r} names no model: write {word}:PATH")
         return _WITH_MODEL[word](path)
-    from stepkd.models.source import find_checkpoint
-    from stepkd.scorers.published import recognise
-
-    folder = Path(scorer).expanduser()
-    family = None if find_checkpoint(folder) is not None else recognise(scorer)
-    named_only = family == MathShepherdPRM.family and (folder / "step_head.json").is_file()
-    return _WITH_MODEL["prm" if family is None or named_only else family](scorer)
+    return _WITH_MODEL[_family(scorer) or "prm"](scorer)
 
 
 def load_scorer(scorer: ScorerConfig | str, *, device: str = "auto", max_rows: int = 32) -> StepScorer:

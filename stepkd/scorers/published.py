@@ -41,8 +41,8 @@ from stepkd.models.layouts import CLASSES, QWEN_FORMAT, QWEN_SYSTEM
 from stepkd.models.load import check_tokenizer
 from stepkd.models.policy import Policy
 from stepkd.models.source import check_source, model_file, trained_template
-from stepkd.models.spec import TINY_PRESETS, Classifier, LabelTokens, PolicyConfig, step_head_from_dict
-from stepkd.models.step_head import STEP_HEAD_CONFIG
+from stepkd.models.spec import TINY_PRESETS, Classifier, LabelTokens, PolicyConfig
+from stepkd.models.step_head import STEP_HEAD_CONFIG, step_head_config
 from stepkd.steps.format import StepFormat
 
 _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -117,7 +117,7 @@ def recognise(path: str) -> str | None:
 
 def open_published(
     family: str, path: str, separator: str = "\n", **weights: Any
-) -> tuple[Policy, PromptTemplate, type[StepEncoder]]:
+) -> tuple[Policy, PromptTemplate | None, type[StepEncoder]]:
     """Load a published model.
 
     Args:
@@ -127,7 +127,8 @@ def open_published(
         **weights: ``dtype`` and ``attention``, as for :func:`~stepkd.models.checkpoint.load_trained`.
 
     Returns:
-        The model with its step head, the family's own prompt template, and how it lays steps out.
+        The model with its step head, its prompt template (None: an export of ours that has lost it), and how steps are
+        laid out.
 
     Raises:
         ModelError: nothing loadable there.
@@ -141,15 +142,16 @@ def open_published(
     layout = QWEN_FORMAT if family == "qwen-prm" else replace(QWEN_FORMAT, marker=separator)
     spec = Classifier(format=layout, layers=2 if family == "qwen-prm" else 1)
     policy, head = _load_classifier(path, **weights)
-    own = model_file(path, Path(path).expanduser(), STEP_HEAD_CONFIG, None)
-    if own is not None:  # an export of ours, which says how it was trained
-        found = step_head_from_dict(json.loads(own.read_text(encoding="utf-8")))
-        assert isinstance(found, Classifier), "what save_classifier writes"
-        spec = found
+    own = step_head_config(path)  # of an export of ours, which says how it was trained
+    if own is not None and not isinstance(own, Classifier):
+        raise ModelError(
+            f"{path}: {STEP_HEAD_CONFIG} says {type(own).__name__}, and the weights are those of a Classifier"
+        )
+    spec = own or spec
     _check_head(path, head, spec)
     policy.attach_step_head(spec, weights=head)
-    if own is not None and (template := trained_template(path)) is not None:
-        return policy, template, StepEncoder
+    if own is not None:
+        return policy, trained_template(path), StepEncoder
     if family == "qwen-prm":
         return policy, PromptTemplate(style="chat", system=QWEN_SYSTEM), BareSteps
     return policy, _trl_template(policy.tokenizer), SeparatedSteps

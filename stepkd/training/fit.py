@@ -420,7 +420,7 @@ class StepkdCLI(LightningCLI):
             steps = self.trainer.global_step
             held = f"holds the state after {steps} steps; give the same command with --resume to continue"
             if self.last is not None and not self.last.every_n_steps:
-                held = "keeps no state (checkpoint.every_n_steps: null); give --overwrite to start again"
+                held = "keeps no state (checkpoint.every_n_steps: null); with --resume it starts again from step 0"
             print(f"\n{stopped}: {self.run_dir.path} {held}", flush=True)
 
     def mark_failed(self, error: BaseException) -> None:

@@ -20,7 +20,7 @@ class TrackioLogger(Logger):
 
     Args:
         project: Trackio's project.
-        name: of the run; None: the name of the run folder.
+        name: of the run; None: under ``stepkd fit`` the name of the run folder, else one of Trackio's.
         save_dir: where its database goes, in a folder ``trackio``; None: the run folder. Trackio looks for its place
             once in a process, and the variable ``TRACKIO_DIR`` wins: ``TRACKIO_DIR=FOLDER trackio show`` opens it.
 
@@ -62,6 +62,7 @@ class TrackioLogger(Logger):
             import trackio
 
             self._run = trackio.init(self._project, self._name, resume="allow", embed=False)
+            self._name = self._run.name  # whatever is logged after the end goes to the same run
         return self._run
 
     @override

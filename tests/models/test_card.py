@@ -45,7 +45,7 @@ def made(folder: Path, *, head: Any = None, lora: bool = False, data: dict[str, 
     torch.save({"state_dict": weights, "global_step": 60, "stepkd": section}, run / "checkpoints" / "last.ckpt")
     train = data or {"source": "rows", "path": str(folder.parent / "private" / "labels.jsonl"), "split": "train"}
     write(run / "config.yaml", yaml.safe_dump({"data": {"init_args": {"train": train}}}))
-    command = f"stepkd fit --config recipes/tiny/step_kto.yaml --config my/own.yaml --out {run}"
+    command = f"stepkd fit --config recipes/tiny/step_kto.yaml --config=my/own.yaml --out {run}"
     write(run / "run.json", {"kind": "fit", "stepkd": "0.2.0", "command": command, "host": "secret-host"})
     write(run / "metrics.jsonl", '{"run": 1, "step": 59, "val/loss": 0.25, "val/accuracy": 0.75}\n{"torn')
     write(folder / "README.md", "---\nlicense: apache-2.0\nbase_model: org/base\n---\n# Base\n")
@@ -103,6 +103,11 @@ def test_metrics_are_those_of_evaluations_of_the_same_weights(folder: Path, tmp_
         "| eval | correct_with_incorrect_step | 0.750 | 0.650 to 0.850 |",
         "| math | f1 | 0.250 | 0.150 to 0.350 |",
     ]
+
+
+def test_data_of_a_module_of_ones_own(folder: Path, tmp_path: Path) -> None:
+    run = made(folder, data="/home/ann/rows.jsonl")  # type: ignore[arg-type]
+    assert "| training data | rows.jsonl |" in card(run, tmp_path / "out")[1]
 
 
 def test_hostile_names_are_text(folder: Path, tmp_path: Path) -> None:

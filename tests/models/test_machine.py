@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,15 @@ def test_the_files_that_are_read_count(
     monkeypatch.setattr(machine, "memory_free", lambda: needed - 1)
     with pytest.raises(ModelError, match=f"needs {needed:,} bytes"):
         machine.check_host_room(tmp_path, "auto")
+
+
+@pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
+def test_a_broken_index_is_a_model_error(tmp_path: Path, folder: Path, index: str) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / "part-1.safetensors")
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ModelError, match="cannot load"):
+        Policy.load(PolicyConfig(path=str(tmp_path / "model")))
 
 
 def test_a_teacher_too_large_for_this_machine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,10 +11,11 @@ from lightning.pytorch import Callback, Trainer
 
 import stepkd
 from stepkd.data.encode import LabelRule
-from stepkd.errors import DataError, TrainingError
+from stepkd.errors import ConfigError, DataError, TrainingError
 from stepkd.models import Classifier, LabelTokens
 from stepkd.modules import OptimizerConfig, ReferenceConfig, ReferencePointConfig, RolloutConfig, SourceConfig
 from stepkd.modules.base import StepModule
+from stepkd.modules.distillation_settings import Mixed
 from stepkd.teachers import Local, SelfSnapshot
 
 SOLUTIONS = [
@@ -136,3 +138,51 @@ def test_a_batch_without_targets_is_an_error() -> None:
     module.count = lambda batch: {"prm": 0.0}
     with pytest.raises(TrainingError, match=r"step 0: no example of 1 batch\(es\) in a row has a single target"):
         module.loss(STEPS, template="task")
+
+
+def test_a_loop_of_ones_own_counts_its_steps() -> None:
+    """Dropout, samples and GKD's source are those of the step, as in training; schedules move."""
+    module = stepkd.GKDModule(stepkd.PolicyConfig("tiny-0.1m"), Local("tiny-0.5m"), source=SourceConfig(sampling=SHORT))
+    drawn: list[str] = []
+    draw = module.draw_source
+    module.draw_source = lambda: drawn.append(draw()) or drawn[-1]  # type: ignore[func-returns-value, method-assign]
+    losses = [module.loss(SOLUTIONS, step=step, template="task").item() for step in range(12)]
+    assert set(drawn) == {"student", "data"}
+    assert len({round(loss, 6) for loss, source in zip(losses, drawn, strict=True) if source == "student"}) > 1
+    assert module.loss(SOLUTIONS, step=3, template="task").item() == losses[3]
+    policy, source = stepkd.PolicyConfig("tiny-0.1m"), SourceConfig(lmbda=0.0)
+    mixed = stepkd.GKDModule(policy, Local("tiny-0.5m"), source=source, cross_entropy=Mixed(0.0, 1.0, steps=3))
+    at = [mixed.loss(SOLUTIONS, step=step, template="task").item() for step in range(4)]
+    assert at[1] == pytest.approx((at[0] + at[2]) / 2)
+    assert at[3] == at[2]
+    mixed.cross_entropy = Mixed()
+    with pytest.raises(ConfigError, match="the run has no planned end"):
+        mixed.loss(SOLUTIONS, template="task")
+    mixed._trainer = SimpleNamespace(training=False, max_steps=3, global_step=2)  # type: ignore[assignment]
+    assert mixed.loss(SOLUTIONS, template="task").item() == pytest.approx(0.2 * at[0] + 0.8 * at[2])
+
+
+def test_class_weights_of_a_run_outlast_a_look_at_other_rows() -> None:
+    module = made("step kto")
+    step(module, METHODS["step kto"][1])
+    before = dict(module.values.weights)
+    module.loss([*STEPS, STEPS[0], STEPS[0]], template="task")
+    assert module.values.weights == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "data", "message"),
+    [
+        ({"loss_weights": {"stepp": 0.5}}, {}, r"loss_weights names \['stepp'\]"),
+        ({"reference": OTHER}, {"max_length": 10**6}, "max_length=1000000 exceeds the model's context"),
+        ({"reference": ReferenceConfig("hf_" + "a" * 34)}, {}, "reference.path holds a password or token"),
+    ],
+)
+def test_what_training_refuses_is_refused_without_a_trainer(
+    settings: dict[str, Any], data: dict[str, Any], message: str
+) -> None:
+    module = stepkd.StepKTOModule(stepkd.PolicyConfig("tiny-0.1m"), **settings)
+    module.complete_model = lambda: module.model.freeze_copy()  # type: ignore[method-assign]
+    with pytest.raises(ConfigError, match=message):
+        module.loss(STEPS, template="task", **data)
+    assert module._trainer is None

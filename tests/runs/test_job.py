@@ -62,13 +62,19 @@ def run(out: Path, **options: Any) -> Job:
     return job
 
 
-def test_a_credential_among_the_settings_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+def test_a_credential_among_the_settings_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PAD_TOKEN", "<|endoftext|>")
     with pytest.raises(ConfigError, match=r"engine\.url holds a password or token"):
         start(tmp_path / "job", {"engine": {"url": "http://me:secret@host:8000"}})
     with pytest.raises(ConfigError, match=r"model holds a password or token"):
-        start(tmp_path / "job", config={"model": "hf_0123456789abcdefABCDEF"})
+        start(tmp_path / "job", config={"model": "hf_" + "0123456789abcdefABCDEF" * 2})
+    with pytest.raises(ConfigError, match=r"url holds a password or token"):
+        start(tmp_path / "job", {"url": "https://0123456789abcdef01234567@host/v1"})
     assert not (tmp_path / "job").exists()
-    start(tmp_path / "job", {"url": "http://host:8000/v1?a=b@c", "model": "org/hf_model", "git": "ssh://git@host/x"})
+    plain = {"url": "http://host:8000/v1?a=b@c", "model": "org/hf_model", "git": "ssh://git@host/x"}
+    start(tmp_path / "job", plain | {"stop": "<|endoftext|>", "path": "hf_transformersexport"})
 
 
 def test_rows_are_merged_by_index_and_times_stand_in_the_log_only(tmp_path: Path) -> None:

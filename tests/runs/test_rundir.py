@@ -195,10 +195,14 @@ def test_a_killed_run_that_lost_its_checkpoints_is_not_started_again(tmp_path: P
         assert start(run.path, resume=True).resume_from is None
 
 
-def test_a_killed_run_that_keeps_no_checkpoints_starts_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ended", [None, "stopped", "failed"])
+def test_a_run_that_keeps_no_checkpoints_starts_again(tmp_path: Path, ended: Any) -> None:
+    """As a scheduler has it that queues it again after SIGTERM."""
     run = start(tmp_path / "r")
     (run.path / "config.yaml").write_text("checkpoint: {every_n_steps: null}\n")
     (run.path / "metrics.jsonl").write_text(json.dumps({"run": 1, "step": 9, "train/loss": 1.0}) + "\n")
+    if ended is not None:
+        run.mark(ended)
     assert start(run.path, resume=True).resume_from is None
 
 

@@ -17,7 +17,7 @@ from stepkd.models import Classifier, LabelTokens, LoRAConfig, PolicyConfig, Ste
 from stepkd.models.checkpoint import export_model
 from stepkd.models.layouts import QWEN_FORMAT, QWEN_SYSTEM
 from stepkd.models.policy import Policy
-from stepkd.scorers.load import QwenPRM, load_scorer
+from stepkd.scorers.load import PRM, QwenPRM, load_scorer
 from stepkd.scorers.prm import PRMScorer
 from stepkd.scorers.published import recognise
 from stepkd.scorers.scorer import Solutions
@@ -215,3 +215,24 @@ def test_training_on_such_an_export_is_refused(tmp_path: Path) -> None:
     out = export_model(run, tmp_path / "out", layout="token_classification")
     with pytest.raises(ModelError, match="lacks weights that LlamaForCausalLM needs"):
         Policy.load(PolicyConfig(path=str(out)))
+
+
+def test_an_export_is_known_by_its_configuration(tmp_path: Path) -> None:
+    """Whatever names it: settings, a word, or a policy that cannot be one."""
+    run = made(tmp_path, ONE_LAYER, tie_word_embeddings=True)
+    expected = scores(str(run))[1]
+    out = export_model(run, tmp_path / "model", layout="token_classification")
+    for named in (PRM(str(out)), f"prm:{out}", str(out)):
+        assert scores(named)[1] == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(ModelError, match=r"a reward model in a layout for others, which only scores .*take the run"):
+        export_model(out, tmp_path / "again")
+    (out / "prompt_template.json").unlink()
+    with pytest.raises(ConfigError, match="does not say which prompt template it was trained with"):
+        scores(str(out))
+    assert scores(PRM(str(out), template="task"))[1] == pytest.approx(expected, abs=1e-5)
+    (out / "step_head.json").write_text(json.dumps(LabelTokens().to_dict()))
+    with pytest.raises(ModelError, match=r"step_head\.json says LabelTokens"):
+        scores(str(out))
+    (out / "step_head.json").write_text("{")
+    with pytest.raises(ModelError, match="cannot read the step head"):
+        scores(str(out))
