@@ -17,6 +17,7 @@ from typing import Any
 
 import sympy
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
+from sympy.core.function import AppliedUndef
 
 from stepkd.grading.normalise import (
     MAX_ANSWER_CHARS,
@@ -381,8 +382,9 @@ def _expression(text: str) -> Any:
             return sympy.ImmutableMatrix(expr.doit())
         if not isinstance(expr, sympy.Expr):
             return None
-        exact = {number: sympy.Rational(str(number)) for number in expr.atoms(sympy.Float)}
-        return expr.subs(sympy.Symbol("i"), sympy.I).xreplace(exact).doit()
+        known = {number: sympy.Rational(str(number)) for number in expr.atoms(sympy.Float)}
+        known |= {call: sympy.Symbol(str(call)) for call in expr.atoms(AppliedUndef)}  # what x(t) is, nobody says
+        return expr.subs(sympy.Symbol("i"), sympy.I).xreplace(known).doit()
     except MemoryError:
         raise
     except Exception:  # the grammar raises its own kinds, sympy others: either way, no expression

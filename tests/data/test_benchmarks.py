@@ -9,7 +9,7 @@ import pytest
 
 from stepkd.data.config import benchmark_data
 from stepkd.data.load import load_rows
-from stepkd.data.rows import PROBLEM
+from stepkd.data.rows import PROBLEM, check_unique_ids
 from stepkd.data.sources import BENCHMARKS, get_benchmark
 from stepkd.data.templates import TEMPLATES
 from stepkd.errors import ConfigError, DataError
@@ -40,7 +40,7 @@ def test_entries_refer_to_things_that_exist(name: str) -> None:
     [
         ("gms8k", "Did you mean 'gsm8k'"),
         ("math-500", "Did you mean 'math500'"),
-        ("zzz", r"Known: aime,.*task\..*--benchmark rows --data FILE"),
+        ("zzz", r"Known: aime24, aime25,.*task\..*--benchmark rows --data FILE"),
     ],
 )
 def test_unknown_name(name: str, hint: str) -> None:
@@ -77,7 +77,7 @@ def test_a_single_file_is_evaluated_whatever_split_its_name_says(data_dir: Path)
     assert [row["id"] for row in load_rows(train, contract=PROBLEM)] == ["gsm8k/train/0", "gsm8k/train/1"]
 
 
-@pytest.mark.parametrize(("name", "count"), [("gsm8k", 1319), ("math500", 500)])
+@pytest.mark.parametrize(("name", "count"), [("gsm8k", 1319), ("gsm_plus", 2100), ("math500", 500)])
 def test_folders(name: str, count: int, data_dir: Path) -> None:
     whole = load_rows(benchmark_data(BENCHMARKS[name], str(data_dir / name), None), contract=PROBLEM)
     assert len(whole) == count
@@ -87,6 +87,31 @@ def test_folders(name: str, count: int, data_dir: Path) -> None:
 @pytest.mark.parametrize("name", ["svamp", "multiarith"])
 def test_folders_without_a_named_split(name: str, data_dir: Path) -> None:
     assert len(load_rows(benchmark_data(BENCHMARKS[name], str(data_dir / name), 3), contract=PROBLEM)) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "count", "last"),
+    [
+        ("minerva_math", "minerva_math", 272, "10.1"),
+        ("olympiad_bench", "olympiadbench", 675, "11"),
+        ("amc23", "amc23", 40, "8"),
+        ("aime24", "aime24", 30, "902"),
+        ("aime25", "aime25", 30, "240"),
+    ],
+)
+def test_contests(name: str, file: str, count: int, last: str, data_dir: Path) -> None:
+    data = benchmark_data(BENCHMARKS[name], str(data_dir / "contests" / f"{file}.jsonl"), None)
+    rows = load_rows(data, contract=PROBLEM)
+    check_unique_ids(rows)
+    assert (len(rows), rows[-1]["answer"]) == (count, last)
+    if name[:3] in ("amc", "aim"):
+        assert all(row["answer"].lstrip("-").isdecimal() for row in rows)
+
+
+def test_more_completions_of_smaller_sets() -> None:
+    samples = {name: each.samples for name, each in BENCHMARKS.items() if each.samples > 1}
+    small, middle = dict.fromkeys(("aime24", "aime25", "amc23"), 64), ("math500", "minerva_math", "olympiad_bench")
+    assert samples == small | dict.fromkeys(middle, 4)
 
 
 def test_bad_data(tmp_path: Path) -> None:
@@ -111,7 +136,7 @@ def test_limits_fit_chat_models_and_only_word_problems_take_the_last_number() ->
     assert BENCHMARKS["gsm8k"].max_new_tokens == 1024
     assert BENCHMARKS["math500"].max_new_tokens == 2048
     assert {name for name, each in BENCHMARKS.items() if "last_number" in each.extractors} == {
-        *("gsm8k", "svamp", "multiarith", "reasoning_gym", "rows")
+        *("gsm8k", "gsm8k_platinum", "gsm_plus", "svamp", "multiarith", "reasoning_gym", "rows")
     }
     assert "latex" in BENCHMARKS["math500"].extractors
 

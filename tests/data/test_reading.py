@@ -74,7 +74,7 @@ def test_the_files_name_states_the_split() -> None:
     assert resolve_split(DataConfig(source="gsm8k", path="x/test.jsonl")) == "test"
     assert resolve_split(DataConfig(source="gsm8k", path="x/mine.jsonl")) == "train"
     assert resolve_split(DataConfig(source="gsm8k", path="x/mine.jsonl", split="test")) == "test"
-    assert resolve_split(DataConfig(source="aime", split="train")) == "test"  # the hub calls it train
+    assert resolve_split(DataConfig(source="aime24", split="train")) == "test"  # the hub calls it train
     assert resolve_split(DataConfig(source="gsm8k", path="x/test.jsonl", split="train")) == "test"  # a recipe's split
 
 
@@ -101,8 +101,8 @@ def test_hub_ids_configurations_and_splits(hub: list[tuple[Any, ...]]) -> None:
     load_rows(DataConfig(source="gsm8k", hub="me/gsm8k-copy", split="dev"))
     load_rows(DataConfig(source="gsm8k", hub_config="socratic"))
     load_rows(DataConfig(hub="me/rows", columns={"prompt": "question"}))
-    load_rows(DataConfig(source="aime"))
-    load_rows(DataConfig(source="aime", hub="AI-MO/aimo-validation-aime", split="train"))
+    load_rows(DataConfig(source="aime24"))
+    load_rows(DataConfig(source="aime24", hub="AI-MO/aimo-validation-aime", split="train"))
     assert hub == [
         ("openai/gsm8k", "main", "test"),
         ("me/gsm8k-copy", None, "dev"),

@@ -130,6 +130,33 @@ def test_word_problem_layouts(tmp_path: Path) -> None:
     assert row == {"prompt": "q", "answer": "1000", "id": "multiarith/train/0"}
 
 
+def test_a_perturbed_problem_without_an_answer_is_left_out(tmp_path: Path) -> None:
+    raw = {"question": "q", "solution": "s\n#### 4.33", "answer": "4.33", "perturbation_type": "numerical substitution"}
+    rows = load("gsm_plus", tmp_path / "testmini.jsonl", raw, raw | {"answer": "None"}, raw | {"answer": "1,200"})
+    assert [(row["id"], row["answer"]) for row in rows] == [
+        ("gsm_plus/testmini/0", "4.33"),
+        ("gsm_plus/testmini/2", "1200"),
+    ]
+    assert rows[0]["subject"] == "numerical substitution"
+
+
+def test_platinum_has_the_layout_of_gsm8k(tmp_path: Path) -> None:
+    [row] = load("gsm8k_platinum", tmp_path / "test.jsonl", GSM | {"cleaning_status": "revised"})
+    assert (row["answer"], row["id"]) == ("1200", "gsm8k_platinum/test/0")
+
+
+def test_olympiad_layout(tmp_path: Path) -> None:
+    raw = {"id": 7, "question": "q", "solution": ["s", "t"], "final_answer": ["$69$,$84$."], "subfield": "Algebra"}
+    [row] = load("olympiad_bench", tmp_path / "test.jsonl", raw)
+    assert row == {"prompt": "q", "answer": "69,84", "solution": "s", "subject": "Algebra", "id": "7"}
+    rows = load(
+        "olympiad_bench", tmp_path / "b.jsonl", raw | {"final_answer": ["1", "$x^2$"]}, {"problem": "q", "answer": "2"}
+    )
+    assert [row["answer"] for row in rows] == ["1, x^2", "2"]
+    with pytest.raises(DataError, match="line 1, column 'final_answer': must be a list of texts, found"):
+        load("olympiad_bench", tmp_path / "c.jsonl", raw | {"final_answer": [1]})
+
+
 @pytest.mark.parametrize(
     "raw",
     [
@@ -139,7 +166,7 @@ def test_word_problem_layouts(tmp_path: Path) -> None:
         {"problem_idx": "2024-I-1", "problem": "p", "solution": "", "answer": "$73$"},
     ],
 )
-@pytest.mark.parametrize("source", ["aime", "amc"])
+@pytest.mark.parametrize("source", ["aime24", "aime25", "amc23"])
 def test_contest_layouts(tmp_path: Path, source: str, raw: dict[str, Any]) -> None:
     [row] = load(source, tmp_path / "x.jsonl", raw)
     assert (row["prompt"], row["answer"], row["id"]) == ("p", "73", "2024-I-1")
@@ -260,7 +287,8 @@ def test_a_source_of_ones_own_may_give_several_rows_per_raw_row(
 
 
 def test_every_listed_source_is_complete() -> None:
-    names = ["gsm8k", "math500", "math", "svamp", "multiarith", "amc", "aime", "reasoning_gym", "task", "rows"]
+    names = ["gsm8k", "math500", "math", "svamp", "multiarith", "reasoning_gym", "task", "rows"]
+    names += ["gsm8k_platinum", "gsm_plus", "minerva_math", "olympiad_bench", "amc23", "aime24", "aime25"]
     assert {*names, "prm800k", "math_shepherd", "processbench", "bigbench_mistake", "mr_gsm8k"} == set(SOURCES)
     for name, source in SOURCES.items():
         assert source.name == name
@@ -275,7 +303,8 @@ def test_every_listed_source_is_complete() -> None:
 def test_test_splits_that_models_are_judged_by_are_not_for_training() -> None:
     kept = {name: set(source.evaluation_only) for name, source in SOURCES.items() if source.evaluation_only}
     assert {name for name, splits in kept.items() if splits == {"*"}} == {
-        *("math500", "amc", "aime", "processbench", "bigbench_mistake", "mr_gsm8k")
+        *("math500", "amc23", "aime24", "aime25", "minerva_math", "olympiad_bench", "gsm8k_platinum", "gsm_plus"),
+        *("processbench", "bigbench_mistake", "mr_gsm8k"),
     }
     assert {name for name, splits in kept.items() if splits == {"test"}} == {"gsm8k", "svamp", "multiarith", "math"}
     assert kept["prm800k"] == {"test", "phase1_test", "phase2_test"}

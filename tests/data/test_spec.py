@@ -179,7 +179,7 @@ def test_shuffle_is_a_permutation_keyed_by_the_seed(tmp_path: Path) -> None:
         {"source": "gsm8k", "path": "x/test.jsonl"},
         {"source": "math", "split": "test"},
         {"source": "svamp"},
-        {"source": "aime", "split": "train"},
+        {"source": "aime24", "split": "train"},
     ],
 )
 def test_evaluation_data_is_refused_for_training(settings: dict[str, Any]) -> None:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from stepkd.data.config import benchmark_data
+from stepkd.data.load import load_rows
+from stepkd.data.rows import PROBLEM
+from stepkd.data.sources import BENCHMARKS
 from stepkd.grading.extract import extract_answer
 from stepkd.grading.pool import Grade, Grader, GradingConfig, Verdict
-from stepkd.grading.reading import Words, read
+from stepkd.grading.reading import Items, Relation, Words, read
 from stepkd.grading.verify import same
 
 
@@ -106,3 +111,50 @@ def test_math500_answers_are_read_as_mathematics(math_rows: list[dict[str, str]]
     words = [row["answer"] for row in math_rows if isinstance(read(row["answer"]), Words)]
     assert all(answer.startswith("\\text{") for answer in words)
     assert all(same(read(row["answer"]), read(row["answer"])) for row in math_rows)
+
+
+# --- the other benchmarks, whole --------------------------------------------------------------------------------------
+
+FILES = {
+    "gsm_plus": "gsm_plus/testmini.jsonl",
+    "svamp": "svamp/svamp.jsonl",
+    "multiarith": "multiarith/multiarith.jsonl",
+    "minerva_math": "contests/minerva_math.jsonl",
+    "olympiad_bench": "contests/olympiadbench.jsonl",
+    **{name: f"contests/{name}.jsonl" for name in ("amc23", "aime24", "aime25")},
+}
+NO_MATHEMATICS = {
+    "minerva_math": {"245", "250", "251"},  # MR=SRMC and its like: names of curves, compared as text
+    "olympiad_bench": {"1965", "2045"},  # a sentence about f; "t(0,4]", a slip for an interval
+}
+"""Reference answers of which only the same text is found equal."""
+
+
+def _problems(name: str, data_dir: Path) -> list[dict[str, Any]]:
+    return load_rows(benchmark_data(BENCHMARKS[name], str(data_dir / FILES[name]), None), contract=PROBLEM)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_reference_answer_and_solution_is_correct(name: str, data_dir: Path) -> None:
+    """OlympiadBench's solutions are proofs that mark no answer."""
+    rows = _problems(name, data_dir)
+    texts = [(f"So $\\boxed{{{row['answer']}}}$.", row["answer"]) for row in rows]
+    if name != "olympiad_bench":
+        texts += [(row["solution"], row["answer"]) for row in rows if "solution" in row]
+    with Grader(GradingConfig(deadline_s=20), extractors=BENCHMARKS[name].extractors) as grader:
+        assert verdict_counts(grader.grade(*zip(*texts, strict=True))) == {"correct": len(texts)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["minerva_math", "olympiad_bench"])
+def test_reference_answers_are_read_as_mathematics(name: str, data_dir: Path) -> None:
+    """Without the quick path; all but those named above equal themselves by value."""
+
+    def is_text(value: Any) -> bool:
+        if isinstance(value, Relation):
+            return None in value.sides and is_text(value.value)
+        return isinstance(value, Words) or (isinstance(value, Items) and any(map(is_text, value.items)))
+
+    answers = {row["id"].rpartition("/")[2]: row["answer"] for row in _problems(name, data_dir)}
+    unread = {key for key, text in answers.items() if is_text(read(text)) or not same(read(text), read(text))}
+    assert unread == NO_MATHEMATICS[name]

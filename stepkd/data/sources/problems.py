@@ -90,6 +90,22 @@ def number_row(raw: RawRow, options: Options) -> Row:
     return row | {"answer": whole_answer(row["answer"])}
 
 
+def gsm_plus_row(raw: RawRow, options: Options) -> Row | list[Row]:
+    """A problem whose answer is a number; none where it has no answer."""
+    return [] if raw.get("answer") == "None" else number_row(raw, options)
+
+
+def olympiad_row(raw: RawRow, options: Options) -> Row:
+    """A problem with a list of answers, which are joined, and a list of solutions, of which the first is kept."""
+    answers = [raw["answer"]] if isinstance(raw["answer"], str) else raw["answer"]
+    if not answers or not all(isinstance(answer, str) for answer in answers):
+        raise raw.error(f"must be a list of texts, found {shown(raw['answer'])}", column="final_answer")
+    raw["answer"] = ", ".join(answers).replace("$", "").strip(". ")
+    if isinstance(solutions := raw.get("solution"), list):
+        raw["solution"] = solutions[0] if solutions else ""
+    return problem_row(raw, options)
+
+
 def svamp_row(raw: RawRow, options: Options) -> Row:
     """A problem that may come as a body and a question."""
     if "prompt" not in raw:

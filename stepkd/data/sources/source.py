@@ -144,6 +144,8 @@ class Benchmark(Source):
     """Longest completion in tokens."""
     evaluated_split: str | None = "test"
     """Split that is evaluated; None: the default one."""
+    samples: int = 1
+    """Completions a problem that the field draws at temperature 0.6 and top-p 0.95 (``recipes/eval/sampled.yaml``)."""
 
 
 def as_text(value: object) -> object:
