@@ -9,14 +9,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mkdocs.structure.files import File, Files
-
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "stepkd"
 
 
-def on_files(files: Files, config: Any) -> Files:
+def on_files(files: Any, config: Any) -> Any:
     """Add the pages that no file of docs/ holds."""
+    from mkdocs.structure.files import File  # the tests read this file without mkdocs
+
     pages = {"commands.md": _commands(), "recipes.md": _recipes(), "claims.md": _claims(), **_reference()}
     for uri, text in pages.items():
         files.append(File.generated(config, uri, content=text))
@@ -133,8 +133,8 @@ def _reference() -> dict[str, str]:
         uri = f"api/{room}.md"
         front = PACKAGE / room / "__init__.py" if room != "stepkd" else PACKAGE / "__init__.py"
         title = "stepkd" if room == "stepkd" else f"stepkd.{room}"
-        modules = [path for path in paths if path.name != "__init__.py"]
-        names = [".".join(("stepkd", *path.relative_to(PACKAGE).with_suffix("").parts)) for path in modules]
+        modules = [path.relative_to(ROOT).with_suffix("") for path in paths if path != front]
+        names = [".".join(path.parts).removesuffix(".__init__") for path in modules]
         pages[uri] = "\n\n".join([f"# {title}", _docstring(front), *map(_entry, names)]) + "\n"
         index.append(f"* [`{title}`]({room}.md): {_docstring(front).partition(chr(10))[0]}")
     pages["api/index.md"] = "\n\n".join(index[:2]) + "\n\n" + "\n".join(index[2:]) + "\n"

@@ -376,7 +376,10 @@ def next_commands(out: Path) -> list[str]:
 
     names = {"out": shlex.quote(str(out)), "new": free_path(Path("runs/tiny-gkd"))}
     commands = [line.format_map(names) for line in FILE["next"]]
-    named = {line: [word for word in shlex.split(line) if word.startswith(f"{out}/")] for line in commands}
+    named = {
+        line: [word for word in shlex.split(line) if word.startswith(f"{out}/") and word != str(names["new"])]
+        for line in commands
+    }
     return [line for line, words in named.items() if all(Path(word).exists() for word in words)]
 
 
@@ -409,7 +412,9 @@ def run_stages(context: Context, stages: Sequence[Stage], job: Job) -> None:
     """
     seconds, pace, done_seconds = FILE["seconds"], Pace(0), 0
     total = seconds["report"] + sum(seconds[each.name] for each in stages if job.missing(PHASE, [each.name]))
-    context.console.print(f"at --scale 1 on two CPU cores this takes about {duration(total)} minutes\n", style="dim")
+    context.console.print(
+        f"at --scale 1 on two CPU cores this takes about {duration(total)} (minutes:seconds)\n", style="dim"
+    )
     for number, stage in enumerate(stages, start=1):
         context.console.rule(f"[bold]{number}/{len(stages)} {stage.name}[/bold]: {stage.title}", align="left")
         if not job.missing(PHASE, [stage.name]):

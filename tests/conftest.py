@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,28 @@ def one_grading_pool(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
 def repo_root() -> Path:
     """The root of the checkout."""
     return Path(__file__).resolve().parents[1]
+
+
+CHROMIUM = os.environ.get("STEPKD_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+QUIET = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking")
+QUIET += ("--disable-component-update", "--disable-sync")
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    """Headless Chromium: Debian's package of that name, or what ``STEPKD_CHROMIUM`` names, with its driver from the
+    package index (``pip install playwright``); without them its tests are skipped, but not where ``CI`` is set."""
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        sync_playwright = None
+    if CHROMIUM is None or sync_playwright is None:
+        assert not os.environ.get("CI"), "pip install playwright, apt-get install chromium"
+        pytest.skip("no Chromium, or no playwright")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(QUIET))
+        yield browser
+        browser.close()
 
 
 LONGEST = [

@@ -202,6 +202,8 @@ def test_next_commands_parse_and_name_what_is_there(tmp_path: Path, monkeypatch:
         assert (program, main(words)) == ("stepkd", 0)
         assert all(Path(word).is_dir() for word in words if word.startswith(str(out)))
     assert ran == ["SamplesConfig", "CompareConfig"]
+    (tmp_path / "runs").symlink_to(out)
+    assert [line.split()[1] for line in next_commands(Path("runs"))] == ["samples", "compare", "fit"]
 
 
 @pytest.mark.slow

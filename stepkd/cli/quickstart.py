@@ -3,7 +3,7 @@
   stepkd quickstart
   stepkd quickstart --out runs/first --stages teacher student
 
-The same command resumes a killed quick start. Leaves report.html, figures, summary.json,
+The same command with --out resumes a killed quick start. Leaves report.html, figures, summary.json,
 per-problem results and the models in --out.
 """
 

@@ -33,7 +33,7 @@ class SamplesConfig:
     """Only solutions of a kind: ``correct_with_incorrect_step`` (a correct answer with one), ``disagrees`` (scores and
     labels), ``incorrect``, ``clean`` (incorrect answer, no incorrect step), ``cut-off``, ``longest``; null: all."""
     step: int | Literal["last", "all"] = "last"
-    """Optimiser step of the rollouts of a training; ``last`` is the newest entry, ``all`` shows every one."""
+    """Optimiser step of the rollouts of a training; ``last`` is each one's newest entry, ``all`` shows every one."""
     number: int = 8
     """Most solutions shown, 0 or more."""
 
@@ -59,8 +59,13 @@ def run(config: SamplesConfig) -> int:
     steps = sorted({each.step for each in solutions if each.step is not None})
     if config.step not in ("all", "last", *steps):
         raise ConfigError(f"--step {config.step}: there are no rollouts of it, but of {steps}")
-    wanted = (None, *(steps if config.step == "all" else steps[-1:] if config.step == "last" else [config.step]))
-    solutions = [each for each in solutions if each.step in wanted]
+    if config.step != "all":
+        last = {each.run: each.step for each in sorted(solutions, key=lambda each: each.step or 0)}
+        solutions = [
+            each
+            for each in solutions
+            if each.step is None or each.step == (last[each.run] if config.step == "last" else config.step)
+        ]
     if not solutions:
         raise ConfigError(f"{', '.join(config.paths)}: no solutions there")
     kept = [each for each, own in zip(solutions, tags_of(solutions), strict=True) if config.show in (None, *own)]

@@ -170,8 +170,9 @@ def _sets(folder: Folder) -> dict[str, Any]:
     rows = [{"set": "", **vars(each), "first_error": first_incorrect(each.labels)} for each in labelled]
     if rows:
         return dict(summarise_process(rows)["sets"])
-    scores: list[Any] = [each.scores for each in whole if len(each.scores) > 1]
-    return {"": {"argmin": argmin_positions(scores)}} if scores else {}
+    several = [each for each in whole if len(each.scores) > 1]
+    scores: list[Any] = [each.scores for each in several]
+    return {"": {"argmin": argmin_positions(scores, problems=[each.problem for each in several])}} if scores else {}
 
 
 def _f1_differences(judged: Sequence[Folder]) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -215,6 +216,7 @@ def _label_plot(folder: Folder) -> Figure:
     stack = {name: [each[name] for each in places] for name in names}
     mistaken = summary["correct_with_incorrect_step"]
     words = f"{summary['correct_answers']:,} correct answers, {mistaken:,} of them with an incorrect step"
+    words += "; without places that fewer than 1% reach" * (len(places) < len(summary["by_position"]))
     parts, ticks = bars(range(len(places) + 1), stack), {at + 0.5: str(at + 1) for at in range(len(places))}
     return plot(f"{folder.name}: {summary['labelled']:,} solutions", parts, "step", "steps", ticks=ticks, note=words)
 
@@ -227,9 +229,10 @@ def _curves(trainings: Sequence[Folder]) -> Iterator[Figure]:
         found: dict[str, list[Series]] = defaultdict(list)
         for folder in same:
             for name, points in _logged(folder).items():
-                split, _, metric = name.partition("/")
+                split, _, metric = name.partition("/") if "/" in name else ("", "", name)
                 x, y = (thinned(values) for values in zip(*points, strict=True))
-                label, style = f"{folder.name}, {split}" if len(same) > 1 else split, len(found[metric])
+                label = ", ".join(filter(None, (folder.name * (len(same) > 1), split))) or name
+                style = len(found[metric])
                 found[metric].append(Series(label, x, y, style=style))
         where = ", ".join(folder.name for folder in same[:2]) + ", …" * (len(same) > 2)
         first = [name for stem in FIRST_DRAWN for name in found if stem in name]

@@ -22,7 +22,7 @@ from stepkd.yaml_files import read_yaml
 
 TRAINING, EVALUATION, SCORES, JUDGEMENT = "fit", "evaluation", "scoring job", "judgement of a step scorer"
 LABELS, CLAIM, ITERATED, QUICKSTART = "labelling job", "claim", "iterated training", "quick start"
-BEST_OF_N, BEST_OF_N_NAME = "best of N", "best_of_n.json"
+BEST_OF_N, BEST_OF_N_NAME, CACHE = "best of N", "best_of_n.json", "teacher's cache"
 LOGS = {"metrics.jsonl": "run", SAMPLES_FILE: "samples"}
 """What a training logs -> what each of its lines has, beside the step."""
 CLOSED = (PARTS, LOG, "checkpoints", "model", "units")
@@ -42,7 +42,7 @@ class Folder:
     settings: Mapping[str, Any]
     """What decided its result, by dotted name; settings without a value are left out."""
     state: str
-    """``finished``, ``running``, ..."""
+    """``finished``, ``running``, ...; empty where its folder does not say."""
     began: str
     """When its work began, as ISO 8601 text."""
 
@@ -102,12 +102,10 @@ def find_folders(paths: Sequence[str | Path]) -> list[Folder]:
     return sorted(found.values(), key=lambda folder: folder.began)
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    yield folder
-    for path in sorted(folder.iterdir() if folder.is_dir() else ()):
-        is_open = path.name not in CLOSED and not path.name.startswith(".")
-        if is_open and path.is_dir() and not path.is_symlink():  # a link may lead round in a circle
-            yield from _walk(path)
+def _walk(root: Path) -> Iterator[Path]:
+    for folder, names, _ in os.walk(root):  # no link is followed: it may lead round in a circle
+        names[:] = sorted(name for name in names if name not in CLOSED and not name.startswith("."))
+        yield Path(folder)
 
 
 def _is_log(path: Path) -> bool:
@@ -125,6 +123,8 @@ _STAGES = Path(__file__).parents[1] / "quickstart.yaml"
 
 def _state(path: Path, kind: str) -> str:
     """How far a job is; a quick start and an iterated training write their numbers after every part of them."""
+    if kind == CACHE:  # it has no summary
+        return ""
     if not any((path / each).is_file() for each in (SUMMARY_NAME, RESULTS_NAME)):
         return "unfinished"
     done, total, parts = 0, 0, "stages"
@@ -140,7 +140,10 @@ def _state(path: Path, kind: str) -> str:
 
 
 def _summary(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_bytes())) if path.is_file() else {}
+    try:
+        return dict(json.loads(path.read_bytes())) if path.is_file() else {}
+    except (ValueError, TypeError) as error:
+        raise DataError("damaged: run its command again", path=path) from error
 
 
 def _folder(path: Path, above: Path) -> Folder | None:
@@ -178,7 +181,8 @@ def _began(path: Path) -> str:
 
 
 def best_of_n(folders: Sequence[Folder]) -> list[tuple[str, dict[str, Any]]]:
-    """Names and results of the best-of-N curves that were stored; without any, those that scored rows give."""
+    """Names and results of best-of-N curves: stored ones, and those that scoring jobs outside quick starts give, unless
+    there is one of ``stepkd best-of-n``, which may hold them."""
     from stepkd.evaluation.best_of_n import best_of_n_from_files
 
     runs = [folder for folder in folders if folder.kind == QUICKSTART]
@@ -189,8 +193,9 @@ def best_of_n(folders: Sequence[Folder]) -> list[tuple[str, dict[str, Any]]]:
         if "best_of_n" in stage
     ]
     found += [(folder.name, folder.summary) for folder in folders if folder.kind == BEST_OF_N]
-    for folder in folders if not found else ():
-        if folder.kind == SCORES:
+    is_stored = any(folder.kind == BEST_OF_N for folder in folders)
+    for folder in folders if not is_stored else ():
+        if folder.kind == SCORES and not any(run.path in folder.path.parents for run in runs):
             with contextlib.suppress(StepkdError):  # no grades, or duplicates were dropped
                 found.append((folder.name, best_of_n_from_files({"score": folder.path}).to_dict()))
     return [(name, result) for name, result in found if len(result["ks"]) > 1]

@@ -94,7 +94,8 @@ def _hash(text: str) -> str:
 
 def _json(value: Any) -> str:
     """JSON that no HTML parser takes for markup."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c").replace("&", "\\u0026")
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace("&", "\\u0026")
 
 
 def _problems(solutions: Sequence[tuple[Solution, Sequence[str]]]) -> list[dict[str, Any]]:

@@ -206,19 +206,19 @@ def _axis(
     """An axis that holds the values, and ends with them where it is tight; its ticks are round unless given."""
     low, high = min(values, default=0.0), max(values, default=1.0)
     size = max(abs(low), abs(high))
-    if high - low <= 1e-9 * max(size, 1e-3):  # by rounding only
+    if high - low <= max(1e-5 * size, 1e-12):  # too near for ticks of their own
         low, high = low - (size or 1) / 10, high + (size or 1) / 10
     exponent = math.floor(math.log10((high - low) / 4))
     power = 10.0**exponent
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= (high - low) / 4 * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     places = [round(i * step, 1 - exponent) for i in range(first, last + 1)]
-    marks = {at: _tick(at) for at in places if low <= at <= high or not tight}
+    digits = max(4, math.floor(math.log10(max(size, high - low))) - exponent + 2)  # so that neighbours differ
+    marks = {at: _tick(at, digits) for at in places if low <= at <= high or not tight}
     ends = (low, high) if tight else (min(marks), max(marks))
     return Axis(*ends, start, end, marks if ticks is None else ticks)
 
 
-def _tick(value: float) -> str:
-    if abs(value) >= 1e4:
-        return f"{value / 1e3:g}k" if abs(value) < 1e6 else f"{value / 1e6:g}M"
-    return f"{value:.4g}".replace("-", "−") if abs(value) >= 1e-3 or not value else f"{value:.0e}"
+def _tick(value: float, digits: int) -> str:
+    unit, scale = ("M", 1e6) if abs(value) >= 1e6 else ("k", 1e3) if abs(value) >= 1e4 else ("", 1.0)
+    return f"{value / scale:.{digits}g}{unit}".replace("-", "−")

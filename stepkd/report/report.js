@@ -23,11 +23,14 @@
     store(name);
   });
 
-  const openAll = () => document.querySelectorAll("details").forEach((each) => (each.open = true));
-  if (!at("list")) {
-    addEventListener("beforeprint", openAll);
-    return;
-  }
+  // Printing opens everything, and closes it again.
+  const opened = [];
+  addEventListener("beforeprint", () => {
+    opened.push(...document.querySelectorAll("details:not([open])"));
+    opened.forEach((each) => (each.open = true));
+  });
+  addEventListener("afterprint", () => opened.splice(0).forEach((each) => (each.open = false)));
+  if (!at("list")) return;
 
   // Solutions. Every text becomes a text node.
   const AT_ONCE = 8; // problems
@@ -72,12 +75,12 @@
     return row;
   };
 
-  // Equal solutions of a problem are one card, with the runs that gave it.
+  // Solutions of a problem that differ in nothing that a card shows are one card, with the runs that gave it.
   const together = (solutions) => {
     const groups = new Map();
     for (const entry of solutions) {
-      const [{ steps, more, labels, scores, correct }] = entry;
-      const key = JSON.stringify([steps, more, labels, scores, correct]);
+      const [{ run, sample, tags, ...shown }] = entry;
+      const key = JSON.stringify(shown);
       groups.set(key, [...(groups.get(key) ?? []), entry]);
     }
     return [...groups.values()].sort((a, b) => b[0][0].tags.length - a[0][0].tags.length);
@@ -210,10 +213,8 @@
     at("list").children[before]?.focus();
   });
   addEventListener("hashchange", follow);
-  addEventListener("beforeprint", () => {
-    openAll();
-    render(true);
-  });
+  addEventListener("beforeprint", () => render(true));
+  addEventListener("afterprint", () => render());
   addEventListener("keydown", (event) => {
     if (event.target.closest("input, select, textarea") || event.ctrlKey || event.metaKey || event.altKey) return;
     if (event.key !== "j" && event.key !== "k") return;

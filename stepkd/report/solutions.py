@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -108,10 +109,15 @@ FILTERS: Mapping[str, tuple[str, Callable[[Solution], bool]]] = {
 
 def tags_of(solutions: Sequence[Solution]) -> list[list[str]]:
     """Of every solution the filters that it passes."""
-    lengths = sorted((each.length for each in solutions), reverse=True)
-    longest = lengths[int(len(lengths) * LONGEST_SHARE)] if lengths else 0
+    lengths: dict[bool, list[int]] = defaultdict(list)
+    for each in sorted(solutions, key=lambda each: -each.length):
+        lengths[each.tokens is None].append(each.length)
+    longest = {unit: every[int(len(every) * LONGEST_SHARE)] for unit, every in lengths.items()}
     tags = [[name for name, (_, holds) in FILTERS.items() if holds(each)] for each in solutions]
-    return [own + ["longest"] * (each.length > longest) for each, own in zip(solutions, tags, strict=True)]
+    return [
+        own + ["longest"] * (each.length > longest[each.tokens is None])
+        for each, own in zip(solutions, tags, strict=True)
+    ]
 
 
 # ---- rows of every kind ----------------------------------------------------------------------------------------------
@@ -120,7 +126,8 @@ def tags_of(solutions: Sequence[Solution]) -> list[list[str]]:
 def solution(run: str, row: Row) -> Solution | None:
     """The solution of a labelled, scored, judged, sampled or rolled-out row; None where it holds no text.
 
-    Labels and scores of another division of the text into steps are left out.
+    Labels and scores of another division of the text into steps are left out, and so is what has another type than its
+    column: rows of others may hold anything.
     """
     name = str(row["id"])
     steps = row.get("steps") or row.get("completions") or solution_steps(row.get("completion") or "")
@@ -129,11 +136,15 @@ def solution(run: str, row: Row) -> Solution | None:
     prompt, problem = row.get("prompt") or "", str(row.get("problem_id", name))
     if isinstance(prompt, list):
         prompt = prompt[-1].get("content", "")
-    labels = next((row[column] for column in ("step_labels", "labels") if row.get(column)), ())
-    column = next((column for column in SCORES if row.get(column) and len(row[column]) == len(steps)), None)
-    values = {name: row[name] for name in ("reward", "score") if name in row}
-    rewards = row.get("rewards") or {}
-    values |= {visible(str(name)): value for name, value in rewards.items()} if len(rewards) > 1 else {}
+    fitting = {name: each for name, each in row.items() if isinstance(each, list) and len(each) == len(steps)}
+    labels = next((fitting.get(column, ()) for column in ("step_labels", "labels") if row.get(column)), ())
+    column = next((column for column in SCORES if column in fitting), None)
+    values = {name: _number(row[name]) for name in ("reward", "score") if name in row}
+    rewards = row.get("rewards")
+    rewards = rewards if isinstance(rewards, Mapping) else {}
+    values |= {visible(str(name)): _number(value) for name, value in rewards.items()} if len(rewards) > 1 else {}
+    tokens, step = row.get("tokens"), row.get("step")
+    correct = row.get("outcome") if row.get("correct") is None else row["correct"]
     answer, found = (None if row.get(each) is None else visible(str(row[each])) for each in ("answer", "extracted"))
     return Solution(
         run=run,
@@ -142,17 +153,21 @@ def solution(run: str, row: Row) -> Solution | None:
         prompt=visible(str(prompt).strip("\n")),
         answer=answer,
         steps=tuple(map(visible, steps)),
-        labels=tuple(verdicts(labels)) if len(labels) == len(steps) else (),
-        scores=tuple(row[column]) if column else (),
+        labels=tuple(verdicts(labels)),
+        scores=tuple(map(_number, fitting[column])) if column else (),
         scored_by=SCORES[column] if column else "",
-        correct=row.get("outcome") if row.get("correct") is None else row["correct"],
+        correct=correct if isinstance(correct, bool) else None,
         found=found,
         cut_off=row.get("finish") == "length",
-        tokens=row.get("tokens", len(row.get("token_ids") or ()) or None),
+        tokens=tokens if isinstance(tokens, int) else len(row.get("token_ids") or ()) or None,
         values=values,
-        step=row.get("step"),
+        step=step if isinstance(step, int) else None,
         key=(name, str(row["model"]), *steps) if "model" in row else (),
     )
+
+
+def _number(value: Any) -> float | None:
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def sampled_rows(problems: Iterable[Row]) -> Iterator[Row]:
@@ -182,15 +197,17 @@ def merged(solutions: Iterable[Solution]) -> list[Solution]:
     for number, each in enumerate(solutions):
         key = each.key or (str(number),)
         earlier = found.pop(key, None)
-        if earlier is not None and not each.scores and earlier.scored_by == "scorer":
+        if earlier is not None and each.scored_by != "scorer" and earlier.scored_by == "scorer":
             each = replace(each, scores=earlier.scores, scored_by=earlier.scored_by, values=earlier.values)
+        if earlier is not None and not each.labels:
+            each = replace(each, labels=earlier.labels)
         found[key] = each
     return list(found.values())
 
 
 def pick(solutions: Sequence[Solution], tags: Sequence[Sequence[str]], most: int) -> list[int]:
-    """Numbers of the solutions that a page shows: whole problems; of every run and every filter the first one, then the
-    second ones, and so on.
+    """Numbers of the solutions that a page shows: of every run and every filter the first problem, then the second
+    ones, and so on, each with its first :data:`OF_ONE_PROBLEM` solutions; of the last one those that fit.
 
     Args:
         solutions: all there are.

@@ -1,13 +1,7 @@
-"""The page in headless Chromium, at the width of a phone and of a desktop, dark and light.
-
-Chromium comes from the system (``apt-get install chromium``; ``STEPKD_CHROMIUM`` names another), its driver from the
-package index (``pip install playwright``); without them the tests are skipped, but not where ``CI`` is set.
-"""
+"""The page in headless Chromium, at the width of a phone and of a desktop, dark and light."""
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,25 +13,6 @@ from stepkd.report.page import write_report
 from stepkd.runs.files import write_jsonl
 
 pytestmark = pytest.mark.slow
-CHROMIUM = os.environ.get("STEPKD_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-QUIET = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking")
-QUIET += ("--disable-component-update", "--disable-sync")
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    """The browser."""
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        sync_playwright = None
-    if CHROMIUM is None or sync_playwright is None:
-        assert not os.environ.get("CI"), "pip install playwright, apt-get install chromium"
-        pytest.skip("no Chromium, or no playwright")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(QUIET))
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -190,3 +165,6 @@ def test_print_shows_all_that_is_selected_without_controls(opened: Callable[...,
     shown = page.locator(".problem").count()
     assert shown == int(page.locator("#found").text_content().split()[3])
     assert len(page.pdf()) > 10_000
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert page.locator("details[open]").count() == 0
+    assert page.locator(".problem").count() == min(shown, 8)

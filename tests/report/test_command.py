@@ -60,3 +60,18 @@ def test_samples_of_a_run_without_rollouts_says_so(
 ) -> None:
     assert main(["samples", str(training("run"))]) == 2
     assert "no solutions there" in capsys.readouterr().err
+
+
+def test_samples_shows_the_last_rollouts_of_each_of_several_trainings(
+    training: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    short, long = (training(name, rollouts=True) for name in ("short", "long"))
+    text = (short / "samples.jsonl").read_text()
+    (short / "samples.jsonl").write_text(text.splitlines()[0] + "\n")
+    assert main(["samples", str(short), str(long)]) == 0
+    shown = capsys.readouterr().out
+    assert [f"{name}, step {step}, 0" in shown for name, step in (("short", 0), ("long", 0), ("long", 20))] == [
+        True,
+        False,
+        True,
+    ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 from left import begin, evaluation_rows, scored_rows
 
 from stepkd.evaluation.best_of_n import best_of_n_from_files
+from stepkd.evaluation.diagnostics import argmin_positions
 from stepkd.evaluation.metrics import compare_runs
 from stepkd.evaluation.step_metrics import calibration_report, labelled_steps
 from stepkd.report.content import content
@@ -116,8 +119,6 @@ def test_a_judgement_shows_its_stored_numbers(judgement: Path) -> None:
 
 
 def test_two_judgements_are_paired_by_solution(judgement: Path, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(judgement, tmp_path / "second")
     ((name, found),) = of(judgement, tmp_path / "second")["f1_differences"]
     assert name == "second minus judged: gsm8k, fixed"
@@ -169,3 +170,38 @@ def test_settings_that_differ_are_told_for_folders_of_one_kind(evaluation: Calla
     a, b = evaluation("a", limit=5), evaluation("b", limit=9)
     assert of(a, b)["differing"]["evaluation"]["limit"] == [5, 9]
     assert "benchmark.name" not in of(a, b)["differing"]["evaluation"]
+
+
+def test_a_scoring_job_outside_a_quick_start_keeps_its_curve(
+    tmp_path: Path, scores: Path, write: Callable[..., None]
+) -> None:
+    curve = {"ks": [1, 2], "problems": 9, "curves": {"pass": [{"value": 0.5, "low": 0.4, "high": 0.6}] * 2}}
+    for name in ("quick", "other"):
+        shutil.copytree(scores, tmp_path / name / "scores")
+    begin(tmp_path / "quick", "quick start", 1)
+    write(tmp_path / "quick" / "summary.json", {"stages": {"prm": {"best_of_n": curve}}})
+    found = of(tmp_path / "quick", tmp_path / "other")["best_of_n"]
+    assert [each["name"] for each in found] == ["prm", "other/scores"]
+
+
+def test_places_of_lowest_scores_are_resampled_by_problem(scores: Path) -> None:
+    write_jsonl(scores / "results.jsonl", [{**row, "step_labels": None} for row in scored_rows()])
+    (folder,) = find_folders([scores])
+    lists = [[*each.scores] for each in folder.solutions]
+    expected = argmin_positions(lists, problems=[each.problem for each in folder.solutions])  # type: ignore[arg-type]
+    assert of(scores)["sets"]["scores"][""]["argmin"] == expected
+
+
+def test_metrics_without_a_split_have_plots_of_their_own(tmp_path: Path) -> None:
+    lines = [{"run": 1, "step": at, "loss": 1.0 * at, "lr-AdamW": at / 10, "val/loss": 2.0 * at} for at in range(3)]
+    write_jsonl(tmp_path / "run" / "metrics.jsonl", lines)
+    loss, rate = of(tmp_path / "run")["plots"]["curves"]
+    assert (loss.title, [line.name for line in loss.legend]) == ("run: loss", ["loss", "val"])
+    assert rate.title == "run: lr-AdamW"
+
+
+def test_places_that_few_solutions_reach_are_left_out_with_a_note(labels: Path, write: Callable[..., None]) -> None:
+    summary = json.loads((labels / "summary.json").read_text())
+    write(labels / "summary.json", summary | {"labelled": 900})
+    (figure,) = of(labels)["plots"]["labels"]
+    assert figure.note.endswith("; without places that fewer than 1% reach")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from left import begin
 
 from stepkd.data.io import read_samples
 from stepkd.errors import ConfigError, DataError
@@ -104,3 +105,16 @@ def test_samples_of_another_program_are_refused(tmp_path: Path) -> None:
         (tmp_path / "samples.jsonl").write_text(text)
         with pytest.raises(DataError, match="not the samples of a run"):
             read_samples(tmp_path)
+
+
+def test_a_teachers_cache_has_no_state_since_it_has_no_summary(tmp_path: Path) -> None:
+    begin(tmp_path / "cache", "teacher's cache", 1)
+    assert [folder.state for folder in find_folders([tmp_path])] == [""]
+
+
+@pytest.mark.parametrize("text", ["{", "3", "[1]"])
+def test_a_damaged_summary_is_refused_with_its_file(evaluation: Callable[..., Path], text: str) -> None:
+    folder = evaluation("broken")
+    (folder / "summary.json").write_text(text)
+    with pytest.raises(DataError, match=r"broken/summary.json: damaged"):
+        _ = find_folders([folder])[0].summary

@@ -255,3 +255,28 @@ def test_killed_quick_starts_and_iterated_trainings_say_how_far_they_came(quicks
         found = {folder.path: folder.state for folder in find_folders([quickstart])}
         assert tuple(found[each] for each in folders) == states
         assert all((each in page(quickstart).words) == (each != "finished") for each in states)
+
+
+def test_variants_of_a_claim_are_named(claim: Path) -> None:
+    assert "main: pass@1" not in page(claim).words
+    found = json.loads((claim / "summary.json").read_text())
+    own = found["b_beats_a"]
+    own["metrics"]["small"] = own["metrics"]["main"]
+    own["statements"] = [{**own["statements"][0], "variant": name} for name in ("main", "small")]
+    write_json(claim / "summary.json", found)
+    for name in ("main", "small"):
+        assert f"{name}: pass@1: b > a" in page(claim).words
+
+
+def test_columns_that_are_no_percentages_are_named(iterated: Path) -> None:
+    assert "iterated: 64 problems, percent except tokens" in page(iterated).words
+
+
+def test_values_of_another_type_than_their_column_are_left_out(scores: Path) -> None:
+    odd = {"tokens": [1], "reward": "high", "rewards": [1.0], "score": float("nan"), "step": "2", "correct": "yes"}
+    rows = [{**row, **odd, "step_scores": [float("inf"), "x", 0.5], "labels": 3} for row in scored_rows()]
+    (scores / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for each in (own for problem in page(scores).data for own in problem["solutions"]):
+        assert each["scores"] == [None, None, 0.5]
+        assert each["values"] == {"reward": None, "score": None}
+        assert (each["tokens"] >= 5, each["correct"]) == (True, None)

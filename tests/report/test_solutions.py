@@ -165,3 +165,17 @@ def test_names_of_rewards_are_visible() -> None:
     found = solution("run", {"id": "a", "completion": "x", "rewards": {"a\u202eb": 1.0, "c": 0.5}})
     assert found is not None
     assert found.values == {"a⟨U+202E⟩b": 1.0, "c": 0.5}
+
+
+def test_the_longest_are_found_among_tokens_and_characters_apart() -> None:
+    solutions = [made(tokens=9) for _ in range(39)] + [made(tokens=10)]
+    solutions += [made(tokens=None, steps=("x" * 500,)) for _ in range(40)]
+    assert [i for i, own in enumerate(tags_of(solutions)) if "longest" in own] == [39]
+
+
+def test_of_two_jobs_on_one_solution_neither_labels_nor_scores_of_a_model_are_lost() -> None:
+    scored, continued = made(labels=()), made(scores=(0.25, 0.5), scored_by="continuations")
+    (found,) = merged([scored, continued])
+    assert (found.labels, found.scores, found.scored_by) == ((True, True), (0.9, 0.9), "scorer")
+    (found,) = merged([continued, scored])
+    assert (found.labels, found.scores, found.scored_by) == ((True, True), (0.9, 0.9), "scorer")
