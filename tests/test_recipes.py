@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ SHARED = sorted((ROOT / "claims" / "base").glob("*.yaml"))
 EVERY = sorted(ROOT.rglob("*.yaml"))
 
 
-def instantiate(*configs: Path, extra: tuple[str, ...] = (), build: bool = True) -> Any:
+def instantiate(*configs: Path, extra: Sequence[str] = (), build: bool = True) -> Any:
     """Parse and (unless told otherwise) build module and data through the real command-line class."""
     from stepkd.training.fit import StepkdCLI
 
@@ -80,95 +81,70 @@ def distilling() -> list[Path]:
 
 @pytest.mark.parametrize("method", METHODS + TINY, ids=name)
 def test_method_builds_with_a_tiny_model_for_a_first_look(method: Path) -> None:
-    extra = ("--model.teacher.path", "tiny-2m") if method in distilling() else ()
+    extra = ["--model.policy.path", "tiny-0.1m"]
+    extra += ["--model.teacher.path", "tiny-0.1m"] if method in distilling() else []
     cli = instantiate(method, ROOT / "base" / "tiny.yaml", DEBUG, extra=extra)
-    assert cli.model.policy_spec.path == "tiny-0.5m"
+    assert cli.model.policy_spec.lora is None, "base/tiny.yaml takes it away"
     assert (cli.config.trainer.max_steps, cli.config.checkpoint.every_n_steps) == (4, None)
     assert cli.config.data.init_args.train.limit == 64
     cli.model.configure_model()
     assert cli.model.policy.trainable_parameters()
 
 
-@pytest.mark.parametrize(
-    ("method", "overlay"),
-    [
-        pytest.param(
-            method,
-            overlay,
-            id=f"{method.stem}-{overlay.stem}",
-            marks=[] if overlay.stem == "qwen2.5-1.5b-qlora" or method.stem in ("sft", "gkd") else pytest.mark.slow,
-        )
-        for method in METHODS
-        for overlay in OVERLAYS
-    ],
-)
-def test_every_student_composes_with_every_method_and_a_logger(method: Path, overlay: Path) -> None:
-    """Quick: every student with two methods, and every method with one student."""
-    cli = instantiate(method, overlay, LOGGERS[0], extra=("--trainer.precision", "null"), build=False)
-    wanted = yaml.safe_load(overlay.read_text(encoding="utf-8"))
-    policy = cli.config.model.init_args.policy
-    assert policy.path == wanted["model"]["init_args"]["policy"]["path"]
-    assert (policy.lora is None) == (wanted["model"]["init_args"]["policy"].get("lora") is None)
-    assert cli.config.data.init_args.chat_kwargs == wanted.get("data", {}).get("init_args", {}).get("chat_kwargs")
-    strategy = wanted["trainer"]["strategy"]["class_path"] if "fsdp2" in overlay.stem else "auto"
-    assert cli.config.trainer.logger.class_path.endswith("MLFlowLogger")
-    assert getattr(cli.config.trainer.strategy, "class_path", cli.config.trainer.strategy) == strategy
+def samples(method: Path) -> bool:
+    return re.search("    (rollout|source):", method.read_text(encoding="utf-8")) is not None
 
 
-@pytest.mark.parametrize("teacher", TEACHERS, ids=name)
-@pytest.mark.parametrize("method", [path for path in distilling() if path in METHODS], ids=name)
-def test_every_teacher_composes_with_every_distillation(method: Path, teacher: Path) -> None:
-    cli = instantiate(method, ROOT / "base" / "smollm2-135m-lora.yaml", teacher, build=False)
-    wanted = yaml.safe_load(teacher.read_text(encoding="utf-8"))["model"]["init_args"]["teacher"]["init_args"]
-    chosen = cli.config.model.init_args
-    found = chosen.teacher.init_args
-    assert (found.path, found.dtype) == (wanted["path"], wanted["dtype"])
-    assert chosen.policy.path == "HuggingFaceTB/SmolLM2-135M-Instruct"
+def compositions() -> Iterator[Any]:
+    """A method with an overlay of every kind at a time.
+
+    SFT and GKD with every overlay there is of a kind, distillation with every teacher, what samples with every engine,
+    and every method with FSDP2, QLoRA and a logger. An overlay changes its own section alone: crossing all of them
+    says no more.
+    """
+    qlora = next(path for path in OVERLAYS if path.stem == "qwen2.5-1.5b-qlora")
+    fsdp2 = next(path for path in STRATEGIES if path.stem == "fsdp2")
+    kinds = [sorted(OVERLAYS, key=lambda path: path != qlora), sorted(STRATEGIES, key=lambda path: path != fsdp2)]
+    for at, method in enumerate(METHODS):
+        own = [TEACHERS] * (method in distilling()) + [ENGINES] * samples(method)
+        for turn in range(max(map(len, kinds + own if method.stem in ("sft", "gkd") else [[fsdp2], *own]))):
+            chosen = [kind[turn % len(kind)] for kind in kinds + own]
+            chosen.insert(2, LOGGERS[(at + turn) % len(LOGGERS)])
+            yield pytest.param(method, chosen, id="-".join(path.stem for path in [method, *chosen]))
 
 
-@pytest.mark.parametrize("engine", ENGINES, ids=name)
-@pytest.mark.parametrize(
-    "method", [path for path in METHODS if re.search("    (rollout|source):", path.read_text("utf-8"))], ids=name
-)
-def test_every_engine_composes_with_every_method_that_samples(method: Path, engine: Path) -> None:
-    cli = instantiate(method, ROOT / "base" / "smollm2-135m-lora.yaml", engine, build=False)
-    wanted = yaml.safe_load(engine.read_text(encoding="utf-8"))["model"]["init_args"]["engine"]
-    found = cli.config.model.init_args.engine
-    assert found.class_path.endswith(wanted["class_path"])
-    assert found.init_args.as_dict().items() >= wanted["init_args"].items()
+@pytest.mark.parametrize(("method", "overlays"), [*compositions()])
+def test_overlays_of_every_kind_compose_with_every_method(method: Path, overlays: list[Path]) -> None:
+    _, strategy, logger, *_ = overlays
+    cli = instantiate(method, *overlays, build=False)
+    found, settings = cli.config.model.init_args, [yaml.safe_load(path.read_text("utf-8")) for path in overlays]
+    base = settings[0]["model"]["init_args"]
+    assert found.policy.path == base["policy"]["path"]
+    assert (found.policy.lora is None) == (base["policy"].get("lora") is None)
+    assert cli.config.data.init_args.chat_kwargs == settings[0].get("data", {}).get("init_args", {}).get("chat_kwargs")
+    for path, name, wanted in ((strategy, "strategy", settings[1]), (logger, "logger", settings[2])):
+        assert set(wanted) == {"trainer"}, "it changes nothing but where a recipe runs, and where its numbers go"
+        assert_chosen(cli.config.trainer[name], wanted["trainer"][name], path)
+    for path, wanted in zip(overlays[3:], settings[3:], strict=True):
+        (part,) = wanted["model"]["init_args"]
+        assert_chosen(found[part], wanted["model"]["init_args"][part], path)
 
 
-@pytest.mark.parametrize(
-    ("method", "strategy"),
-    [
-        pytest.param(method, strategy, id=f"{method.stem}-{strategy.stem}")
-        for method in METHODS
-        for strategy in STRATEGIES
-        if strategy.stem == "fsdp2" or method.stem == "sft"
-    ],
-)
-def test_every_strategy_composes_with_a_method_and_every_method_with_one(method: Path, strategy: Path) -> None:
-    """A strategy changes the trainer's section alone, and a method nothing of that: crossing them says no more."""
-    cli = instantiate(method, ROOT / "base" / "smollm2-135m-lora.yaml", strategy, build=False)
-    wanted = yaml.safe_load(strategy.read_text(encoding="utf-8"))
-    assert set(wanted) == {"trainer"}, "a strategy changes nothing but where a recipe runs"
-    found = cli.config.trainer.strategy
-    if isinstance(found, str):
-        assert found == wanted["trainer"]["strategy"]
+def assert_chosen(found: Any, wanted: Any, path: Path) -> None:
+    """The class that an overlay names (or a word of Lightning's), with its settings."""
+    if isinstance(wanted, str):
+        assert found == wanted, path
     else:
-        assert found.class_path == wanted["trainer"]["strategy"]["class_path"]
-        for setting, value in wanted["trainer"]["strategy"].get("init_args", {}).items():
-            assert found.init_args[setting] == value
+        assert found.class_path.endswith(wanted["class_path"]), path
+        settings = wanted.get("init_args", {})
+        assert not settings or found.init_args.as_dict().items() >= settings.items(), path
 
 
-@pytest.mark.parametrize("logger", LOGGERS, ids=name)
-def test_every_logger_composes_with_a_method(logger: Path) -> None:
-    cli = instantiate(ROOT / "sft.yaml", logger, build=False)
-    wanted = yaml.safe_load(logger.read_text(encoding="utf-8"))
-    assert set(wanted) == {"trainer"}
-    found = cli.config.trainer.logger
-    assert found.class_path == wanted["trainer"]["logger"]["class_path"]
-    assert found.init_args.as_dict().items() >= wanted["trainer"]["logger"]["init_args"].items()
+def test_a_student_for_several_devices_brings_its_strategy() -> None:
+    student = ROOT / "base" / "qwen2.5-7b-lora-fsdp2.yaml"
+    cli = instantiate(ROOT / "sft.yaml", student, build=False)
+    wanted = yaml.safe_load(student.read_text(encoding="utf-8"))["trainer"]["strategy"]
+    assert cli.config.trainer.strategy.class_path == wanted["class_path"]
 
 
 def chat_tokenizer(chat_template: str) -> Any:

@@ -23,7 +23,12 @@ from typing import Any
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
-    ["stepkd.training.fit", "stepkd.labels.job", "stepkd.evaluation.runner", "transformers.models.llama.modeling_llama"]
+    [
+        *("stepkd.training.fit", "stepkd.labels.job", "stepkd.evaluation.runner"),
+        *("transformers.models.llama.modeling_llama", "stepkd.cli.parser", "rich._emoji_codes"),
+        # With a Trainer's first step; bitsandbytes, where it is installed, brings torch's compiler to peft.
+        *("peft", "attrs", "transformers.training_args", "transformers.trainer_pt_utils", "torch.profiler"),
+    ]
 )
 _running: set[Any] = set()
 
