@@ -22,6 +22,7 @@ TINY = sorted(path for path in (ROOT / "tiny").glob("*.yaml") if path not in ITE
 OVERLAYS = sorted((ROOT / "base").glob("*.yaml"))
 TEACHERS = sorted((ROOT / "teacher").glob("*.yaml"))
 ENGINES = sorted((ROOT / "engine").glob("*.yaml"))
+EVALUATIONS = sorted((ROOT / "eval").glob("*.yaml"))
 LOGGERS = sorted((ROOT / "logger").glob("*.yaml"))
 STRATEGIES = sorted((ROOT / "strategy").glob("*.yaml"))
 CLAIMS = sorted((ROOT / "claims").glob("*.yaml"))
@@ -62,6 +63,21 @@ def test_house_rules(path: Path) -> None:
         )
     elif path not in SHARED:
         assert not has_list(yaml.safe_load("\n".join(lines))), "a list in an overlay replaces the method's list"
+
+
+@pytest.mark.parametrize("benchmark", ["aime24", "math500", "gsm8k"])
+@pytest.mark.parametrize("path", EVALUATIONS, ids=name)
+def test_settings_of_evaluations_draw_what_the_field_draws(path: Path, benchmark: str) -> None:
+    from stepkd.cli.parser import parse
+    from stepkd.evaluation.config import EvaluateConfig
+
+    words = ["--config", f"eval/{path.stem}", "--model", "tiny-0.1m", "--benchmark", benchmark, "--out", "x"]
+    config = parse(EvaluateConfig, words, command="evaluate")
+    many = {"aime24": 64, "math500": 4, "gsm8k": 1}[benchmark] if path.stem == "sampled" else 1
+    assert (config.drawn.n, config.drawn.temperature) == (many, 0.6 if path.stem == "sampled" else 0)
+    assert config.drawn.max_new_tokens == {"aime24": 4096, "math500": 2048, "gsm8k": 1024}[benchmark]
+    if path.stem == "sampled":
+        assert parse(EvaluateConfig, [*words, "--sampling.n", "8"], command="evaluate").drawn.n == 8
 
 
 def has_list(value: Any) -> bool:

@@ -15,6 +15,8 @@ class BenchmarksConfig:
 def run(config: BenchmarksConfig) -> int:
     """Run ``stepkd benchmarks``."""
     for benchmark in BENCHMARKS.values():
-        print(f"{benchmark.name:<14} {benchmark.help}")
-    print("\nStep scorers: stepkd evaluate-prm, on ProcessBench (arXiv 2412.06559) or any step-labelled set (--sets)")
+        several = f", n = {benchmark.samples}" if benchmark.samples > 1 else ""
+        print(f"{benchmark.name:<14} {benchmark.help}{several}")
+    print("\nn (1 where none is shown): completions of a problem under --config eval/sampled")
+    print("Step scorers: stepkd evaluate-prm, on ProcessBench (arXiv 2412.06559) or any step-labelled set (--sets)")
     return 0

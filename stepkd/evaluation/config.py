@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from stepkd.data.config import DataConfig, parse_spec
+from stepkd.data.sources import get_benchmark
 from stepkd.data.sources.problems import SUBSETS
 from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, check_bounds, check_choice, nearest
@@ -33,6 +34,9 @@ class EvaluateConfig(JobConfig):
     """Only the first so many problems, at least 1; the default takes all."""
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.0))
     """How solutions are sampled; greedy by default, where one sample is enough."""
+    benchmark_samples: bool = False
+    """Draw as many completions of a problem as the field does on this benchmark (64 of AIME's; stepkd benchmarks shows
+    it) where sampling.n is left at 1; off by default, because greedy evaluations need one."""
     grading: GradingConfig = field(default_factory=GradingConfig)
     """How answers are found and compared."""
     template: str | PromptTemplate | None = None
@@ -51,16 +55,24 @@ class EvaluateConfig(JobConfig):
     max_rows: int = 32
     """Completions decoded at once, at least 1; it belongs to what decides the result: batch shapes decide rounding."""
     ks: tuple[int, ...] = ()
-    """The k of pass@k and maj@k, each from 1 to sampling.n; the default takes the powers of two up to it."""
+    """The k of pass@k and maj@k, each from 1 to the samples of a problem; the default takes the powers of two up to
+    that."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        n = self.sampling.n
+        n = self.drawn.n
         if n > 1 and self.sampling.temperature == 0:
             raise ConfigError(f"{n} samples at temperature 0 would all be the same: set sampling.temperature")
         check_bounds("", self, limit="[1, inf)", max_rows="[1, inf)")
         if bad := [k for k in self.ks if not 1 <= k <= n]:
             raise ConfigError(f"k={bad[0]} of pass@k: must lie between 1 and the number of samples per problem, {n}")
+
+    @property
+    def drawn(self) -> SamplingConfig:
+        """``sampling`` with the benchmark's longest completion and number of samples where it leaves them to it."""
+        benchmark, own = get_benchmark(self.benchmark), self.sampling
+        n = benchmark.samples if self.benchmark_samples and own.n == 1 else own.n
+        return replace(own, n=n, max_new_tokens=own.max_new_tokens or benchmark.max_new_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)

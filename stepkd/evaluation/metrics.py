@@ -41,6 +41,9 @@ from stepkd.statistics import (
 )
 from stepkd.steps.labels import tally
 
+MIN_G_PASS = 4
+"""Least k of G-Pass@k that is reported: of fewer samples it says little beside pass@k."""
+
 
 def default_ks(samples: int) -> list[int]:
     """The k of pass@k and maj@k that are reported.
@@ -79,6 +82,37 @@ def pass_at_k(n: ArrayLike, c: ArrayLike, k: int) -> FloatArray:
     for j in range(k):
         all_incorrect = all_incorrect * np.maximum(n_arr - c_arr - j, 0.0) / (n_arr - j)
     return np.asarray(1.0 - all_incorrect, dtype=np.float64)
+
+
+THRESHOLDS = (0.5, 0.75, 1.0)
+"""The tau of G-Pass@k_tau that are reported."""
+
+
+def g_pass_at_k(n: ArrayLike, c: ArrayLike, k: int, tau: float | None) -> FloatArray:
+    """Unbiased G-Pass@k_tau, and their mean mG-Pass@k (Liu et al. 2024, arXiv 2412.13147).
+
+    Args:
+        n, c, k: as in :func:`pass_at_k`.
+        tau: share of the k samples that must be correct, in [0, 1]; near 0 it is pass@k. None: mG-Pass@k, twice the
+            integral over tau from 0.5 to 1, by the paper's sum ``2/k * sum(G-Pass@k_(i/k) for i > ceil(k/2))``.
+
+    Returns:
+        Float array of the broadcast shape, values in [0, 1]: the chance that at least ceil(tau * k) of k samples, drawn
+        without replacement, are correct.
+
+    Raises:
+        ConfigError: counts out of range, k larger than some n, or tau outside [0, 1].
+    """
+    from scipy.stats import hypergeom
+
+    pass_at_k(n, c, k)  # refuses impossible counts
+    if tau is not None and not 0 <= tau <= 1:
+        raise ConfigError(f"G-Pass@{k} at tau={tau}: tau is a share and must lie between 0 and 1")
+    drawn = np.arange(k + 1)
+    chances = hypergeom.pmf(drawn, np.asarray(n)[..., None], np.asarray(c)[..., None], k)
+    # sum over i > m of P(X >= i) is the mean of how far X lies above m.
+    worth = 2 / k * np.maximum(drawn - -(-k // 2), 0) if tau is None else drawn >= tau * k - 1e-9
+    return np.asarray(np.minimum((chances * worth).sum(axis=-1), 1.0), dtype=np.float64)
 
 
 def maj_at_k(answers: Sequence[Hashable | None], correct: Sequence[bool], k: int) -> float:
@@ -151,13 +185,16 @@ def summarise(
 
     Args:
         rows: one mapping per problem, in any order.
-        ks: numbers of samples k for pass@k and, where k > 1, maj@k; pass@1 is always given.
+        ks: numbers of samples k for pass@k and, where k > 1, maj@k; pass@1 is always given, as avg@n too where every
+            problem has the same n > 1 samples, and G-Pass@k for the largest k of 4 or more with at least 3k
+            samples (the paper's n).
         seed: seed of the bootstrap.
         n_resamples: resamples of the bootstrap.
 
     Returns:
         ``problems``, ``samples``, ``total_tokens``, ``seed``, ``n_resamples`` and ``metrics``: a dict from
-        name to ``{"value", "low", "high", "method"}``. Names: ``pass@K``, ``maj@K``, ``unparsed_rate``,
+        name to ``{"value", "low", "high", "method"}``. Names: ``pass@K``, ``maj@K``, ``avg@N``, ``G-Pass@K_TAU``,
+        ``mG-Pass@K``, ``unparsed_rate``,
         ``timeout_rate``, ``truncated_rate``, ``truncated_answered_rate`` (samples cut off behind a complete answer),
         ``mean_tokens``, and with step labels ``step_accuracy`` (correct steps among labelled steps) and
         ``correct_with_incorrect_step`` (:class:`~stepkd.steps.labels.Tally`). A ratio without
@@ -185,6 +222,12 @@ def summarise(
         metrics[f"pass@{k}"] = rate(pass_at_k(n, counted("correct"), k))
         if k > 1:
             metrics[f"maj@{k}"] = rate(np.array([maj_at_k(problem.votes, problem.correct, k) for problem in problems]))
+    if n.min() == n.max() > 1:
+        metrics[f"avg@{int(n.max())}"] = metrics["pass@1"]
+    if several := [k for k in ks if k >= MIN_G_PASS and 3 * k <= n.min()]:
+        k = max(several)
+        for name, tau in [*((f"G-Pass@{k}_{tau}", tau) for tau in THRESHOLDS), (f"mG-Pass@{k}", None)]:
+            metrics[name] = rate(g_pass_at_k(n, counted("correct"), k, tau))
     for name in ("unparsed", "timeout", "truncated", "truncated_answered"):
         metrics[f"{name}_rate"] = rate(counted(name) / n)
     metrics["mean_tokens"] = cluster_bootstrap(counted("tokens") / n, **settings)

@@ -61,7 +61,7 @@ def evaluate(config: EvaluateConfig, *, policy: Policy | None = None, options: J
         DataError, ModelError: the data or the model cannot be used.
     """
     benchmark = get_benchmark(config.benchmark)
-    sampling = replace(config.sampling, max_new_tokens=config.sampling.max_new_tokens or benchmark.max_new_tokens)
+    sampling = config.drawn
     given = None if config.template is None else get_template(config.template)
     grader = Grader(config.grading, extractors=benchmark.extractors)
     device = pick_device(config.device)

@@ -115,7 +115,7 @@ def test_other_overrides_reach_the_settings(tmp_path: Path) -> None:
         "n": 2, "temperature": 0.5, "top_p": 0.9, "top_k": 5, "max_new_tokens": 8, "stop": ["a", "b"]
     }  # fmt: skip
     metrics = json.loads((tmp_path / "o" / "summary.json").read_text())["metrics"]
-    assert [name for name in metrics if "@" in name] == ["pass@1", "pass@2", "maj@2"]
+    assert [name for name in metrics if "@" in name] == ["pass@1", "pass@2", "maj@2", "avg@2"]
 
 
 def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,7 +140,7 @@ def test_compare_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["benchmarks"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[:-2]] == [*BENCHMARKS]
+    assert [line.split()[0] for line in lines[:-3]] == [*BENCHMARKS]
     assert "stepkd evaluate-prm" in lines[-1]
 
 

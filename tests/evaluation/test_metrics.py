@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepkd.errors import ConfigError, DataError
-from stepkd.evaluation.metrics import compare_runs, maj_at_k, pass_at_k, summarise
+from stepkd.evaluation.metrics import compare_runs, g_pass_at_k, maj_at_k, pass_at_k, summarise
 from stepkd.runs.files import write_json, write_jsonl
 from stepkd.statistics import wilson_interval
 
@@ -61,6 +61,51 @@ def test_pass_at_k_is_vectorised_and_exact_at_the_ends() -> None:
 def test_pass_at_k_refuses_impossible_counts(n: int, c: int, k: int) -> None:
     with pytest.raises(ConfigError, match=r"pass@k|draw more samples or lower k"):
         pass_at_k(n, c, k)
+
+
+# --- G-Pass@k -------------------------------------------------------------------------------------------------------
+
+
+def test_g_pass_at_k_equals_enumeration_of_subsets() -> None:
+    for n in range(1, 8):
+        for c, k in itertools.product(range(n + 1), range(1, n + 1)):
+            hits = np.array([sum(i < c for i in subset) for subset in itertools.combinations(range(n), k)])
+            for tau in (0.0, 0.01, 0.25, 0.5, 0.75, 1.0, *(i / k for i in range(k + 1))):
+                exact = np.mean(hits >= math.ceil(round(tau * k, 9)))
+                assert float(g_pass_at_k(n, c, k, tau)) == pytest.approx(exact, abs=1e-13)
+            shares = [float(g_pass_at_k(n, c, k, i / k)) for i in range(math.ceil(k / 2) + 1, k + 1)]
+            assert float(g_pass_at_k(n, c, k, None)) == pytest.approx(2 / k * sum(shares), abs=1e-13)
+
+
+def test_g_pass_at_k_in_closed_form() -> None:
+    n, c = np.array([48, 48, 48, 48]), np.array([0, 48, 30, 20])
+    assert g_pass_at_k(n, c, 16, 1.0) == pytest.approx(
+        [0, 1, *(math.comb(x, 16) / math.comb(48, 16) for x in (30, 20))]
+    )
+    assert g_pass_at_k(n, c, 16, 1e-6) == pytest.approx(pass_at_k(n, c, 16), abs=1e-13)
+    assert g_pass_at_k(16, np.arange(17), 16, 0.75) == pytest.approx(1.0 * (np.arange(17) >= 12)), "one draw: all"
+    assert g_pass_at_k(n[:2], c[:2], 16, None) == pytest.approx([0, 1])
+    # Large k: nearly the binomial's tail at the same rate.
+    assert float(g_pass_at_k(10_000, 5_000, 4, 0.5)) == pytest.approx(11 / 16, abs=1e-3)
+
+
+@pytest.mark.parametrize(("n", "c", "k", "tau"), [(4, 2, 5, 0.5), (4, 5, 1, 0.5), (4, 2, 2, 1.5), (4, 2, 2, -0.1)])
+def test_g_pass_at_k_refuses_impossible_counts_and_shares(n: int, c: int, k: int, tau: float) -> None:
+    with pytest.raises(ConfigError, match=r"pass@|Pass@"):
+        g_pass_at_k(n, c, k, tau)
+
+
+def test_g_pass_is_reported_at_the_largest_k_with_three_times_the_samples() -> None:
+    counts = range(0, 25, 6)
+    verdicts = {c: ["correct"] * c + ["incorrect"] * (24 - c) for c in counts}
+    many = [{"id": str(c), "samples": [sample(verdict, verdict) for verdict in verdicts[c]]} for c in counts]
+    metrics = summarise(many, [1, 2, 4, 8, 16], n_resamples=200)["metrics"]
+    names = [name for name in metrics if "Pass" in name]
+    assert names == ["G-Pass@8_0.5", "G-Pass@8_0.75", "G-Pass@8_1.0", "mG-Pass@8"]
+    for name, tau in zip(names, [0.5, 0.75, 1.0, None], strict=True):
+        assert metrics[name]["value"] == pytest.approx(np.mean([g_pass_at_k(24, c, 8, tau) for c in counts]))
+        assert metrics[name]["low"] < metrics[name]["value"] < metrics[name]["high"]
+    assert metrics["avg@24"] == metrics["pass@1"]
 
 
 # --- majority vote --------------------------------------------------------------------------------------------------
@@ -171,6 +216,7 @@ def test_summarise_by_hand() -> None:
             "maj@2": sum(enumerated_maj(v, r, 2) for v, r in zip(votes, correct, strict=True)) / 2,
             "pass@4": 1.0,
             "maj@4": (1 + 1 / 3) / 2,
+            "avg@4": (2 / 4 + 1 / 4) / 2,
             "unparsed_rate": 1 / 8,
             "timeout_rate": 1 / 8,
             "truncated_rate": 1 / 8,

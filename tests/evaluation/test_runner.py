@@ -288,6 +288,7 @@ def test_real_problems(name: str, spec: EvaluateConfig, policy: Policy, data_dir
         ({"n": 2}, "2 samples at temperature 0 would all be the same: set sampling.temperature"),
         ({"limit": 0}, "limit=0: must be at least 1"),
         ({"max_rows": 0}, "max_rows=0"),
+        ({"benchmark": "aime24", "benchmark_samples": True}, "64 samples at temperature 0 would all be the same"),
         ({"ks": (2,)}, r"k=2 of pass@k: must lie between 1 and the number of samples per problem, 1"),
         ({"ks": (0,)}, "k=0 of pass@k"),
     ],
