@@ -206,7 +206,7 @@ def _validate(out: Path, **settings: Any) -> Measured:
 
 def _cache_teacher(out: Path, *, top_k: int, **settings: Any) -> Measured:
     """``recipes``, ``top_k``, and training settings on top: the cache that ``stepkd cache-teacher`` writes."""
-    from stepkd.modules.distillation import cache_teacher
+    from stepkd.modules.gkd import cache_teacher
     from stepkd.training.fit import check_fit
 
     checked = check_fit(*training_settings(**settings))

@@ -31,7 +31,7 @@ class CacheTeacherConfig(RecipeChoice, JobConfig):
 
 def run(config: CacheTeacherConfig) -> int:
     """Run ``stepkd cache-teacher``."""
-    from stepkd.modules.distillation import cache_teacher
+    from stepkd.modules.gkd import cache_teacher
     from stepkd.scorers.load import pick_device
     from stepkd.teachers.cache import COMPLETIONS
     from stepkd.training.fit import check_fit

@@ -38,11 +38,10 @@ class LossTerms:
         """The loss of this micro-batch, ready for ``backward``.
 
         Args:
-            scales: factor of every component's sum, from :func:`component_scales`; not read where ``loss`` is given,
-                which was made with them.
+            scales: factor of every component's sum, from :func:`component_scales`; ``loss`` holds them already.
 
         Returns:
-            A scalar: ``loss`` where the loss function made it, else the sums, each times its scale.
+            A scalar: ``loss`` where there is one, else the sums, each times its scale.
 
         Raises:
             KeyError: a component without a scale.

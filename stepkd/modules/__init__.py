@@ -9,24 +9,24 @@ from stepkd.lazy import lazily
 _HOMES = {
     "base": "StepModule",
     "components": "Component CrossEntropy ForwardPass",
-    "distillation": "Distillation DistillationModule",
-    "distillation_settings": (
+    "distillation": "DistillationModule",
+    "dpo": "DPOModule IPO PairLoss Sigmoid SigmoidByVisits",
+    "fidelity": "FidelityConfig",
+    "gkd": "Distillation GKDModule",
+    "gkd_settings": (
         "BalancedKL Beside CrossEntropyConfig DivergenceConfig ForwardKL JSD Mixed NKD ReverseKL SkewForwardKL "
         "SkewReverseKL SourceConfig"
     ),
-    "dpo": "DPOModule IPO PairLoss Sigmoid SigmoidByVisits",
-    "fidelity": "FidelityConfig",
-    "gkd": "GKDModule",
     "kdrl": "KDRLModule",
+    "kdrl_settings": (
+        "AsAdvantage Constant ExactKL KDConfig Linear PolicyLossConfig RolloutConfig SampleLogConfig SampledKL "
+        "StepCreditConfig Switch"
+    ),
     "kto": "KTOModule ReferencePointConfig StepKTOModule",
     "optim": "OptimizerConfig",
     "preference": "PreferenceModule ReferenceConfig",
     "prm": "LanguageModelling PRMModule StepCrossEntropy StepLoss",
     "rewards": "RewardConfig",
-    "settings": (
-        "AsAdvantage Constant ExactKL KDConfig Linear PolicyLossConfig RolloutConfig SampleLogConfig SampledKL "
-        "StepCreditConfig Switch"
-    ),
     "sft": "SFTModule",
     "step_scores": "FocusConfig",
     "validation": "ValidationConfig",

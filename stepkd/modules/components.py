@@ -128,8 +128,8 @@ class Component(ABC):
     def terms(self, forward: ForwardPass) -> LossTerms:
         """The sums, not divided, and metrics of one micro-batch.
 
-        A loss of several sums that takes its gradients in the forward pass gives ``LossTerms.loss`` too: the sums, each
-        times its ``forward.scales``.
+        A loss of several sums that takes its gradients in the forward pass makes ``LossTerms.loss`` of
+        ``forward.scales``, too.
 
         Args:
             forward: the micro-batch under the policy; what it computes is shared with the other components.

@@ -1,25 +1,48 @@
 """Generalised knowledge distillation: a divergence from a teacher, on the student's own samples or given completions.
 
-The loss is :class:`~stepkd.modules.distillation.Distillation`.
+The loss is :meth:`Distillation.terms`, of the functions in :data:`DIVERGENCES`; whose completions it reads is drawn for
+every optimiser step (:meth:`GKDModule.draw_source`).
+
+Axes: B completions and N completion tokens of a micro-batch, C of one chunk, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, cast
 
+import torch
+from torch import Tensor
+
+from stepkd import losses
 from stepkd.data.batching import StepBatch
 from stepkd.data.collate import Batch
 from stepkd.data.completion import Completion
+from stepkd.data.datamodule import StepData
 from stepkd.data.encode import with_completion
-from stepkd.errors import check_choice
+from stepkd.errors import ConfigError, check_choice
+from stepkd.losses import LossTerms, fused_sum, segment_sum, target_logps, tempered
 from stepkd.models.spec import PolicyConfig
-from stepkd.modules.base import telling
-from stepkd.modules.distillation import Average, Distillation, DistillationModule
-from stepkd.modules.distillation_settings import JSD, CrossEntropyConfig, DivergenceConfig, SourceConfig
+from stepkd.modules.base import StepModule, telling
+from stepkd.modules.components import Component, ForwardPass
+from stepkd.modules.distillation import DistillationModule
 from stepkd.modules.fidelity import Fidelity, FidelityConfig, Sums, with_calibration
+from stepkd.modules.gkd_settings import (
+    JSD,
+    NKD,
+    BalancedKL,
+    CrossEntropyConfig,
+    DivergenceConfig,
+    ForwardKL,
+    ReverseKL,
+    SkewForwardKL,
+    SkewReverseKL,
+    SourceConfig,
+)
 from stepkd.modules.step_scores import FocusConfig, focused, load_step_scorer
 from stepkd.randomness import generator
 from stepkd.runs.process import STOP_REQUEST
@@ -27,15 +50,115 @@ from stepkd.sampling.config import IN_PROCESS, EngineConfig
 from stepkd.sampling.engine import Engine
 from stepkd.scorers.scorer import StepScorer
 from stepkd.steps.segment import get_segmenter
+from stepkd.teachers.cache import write_cache
 from stepkd.teachers.config import TeacherConfig
 from stepkd.teachers.local import LocalTeacher
 from stepkd.teachers.signals import Teacher
+
+_CPU = torch.device("cpu")
+
+
+DIVERGENCES: dict[type[DivergenceConfig], Callable[..., Tensor]] = {
+    JSD: losses.generalized_jsd,
+    ForwardKL: losses.forward_kl,
+    ReverseKL: losses.reverse_kl,
+    SkewForwardKL: losses.skew_forward_kl,
+    SkewReverseKL: losses.skew_reverse_kl,
+    BalancedKL: losses.balanced_kl,
+    NKD: losses.nkd,
+}
+"""The function of each: log-probabilities of student and teacher (C, V), where :attr:`DivergenceConfig.whole` says so
+also the targets (C,), and the settings, to a divergence (C,) in nats."""
+Average = Literal["tokens", "sequences"]
+
+
+@dataclass
+class Distillation(Component):
+    """Divergence from a teacher and cross-entropy of the same tokens, in one pass over the logits."""
+
+    divergence: DivergenceConfig
+    average: Average
+    """Whether every token of the global batch weighs the same, or every completion."""
+    term_weights: Callable[[], tuple[float, float]] | None
+    """Weights of divergence and cross-entropy as they are now; None: of the divergence alone, 1."""
+    focuses: bool
+    """Whether steps have weights."""
+
+    names = ("kd",)
+
+    def __post_init__(self) -> None:
+        own = {} if self.divergence.tempers else {"temperature": self.divergence.temperature}
+        own |= {name: value for name, value in vars(self.divergence).items() if name != "temperature"}
+        function = DIVERGENCES.get(type(self.divergence))
+        if function is None:
+            names = ", ".join(each.__name__ for each in DIVERGENCES)
+            raise ConfigError(f"divergence {type(self.divergence).__name__} has no function in DIVERGENCES ({names})")
+        self._divergence = partial(function, **own)
+
+    def count(self, batch: Batch) -> dict[str, float]:
+        """The denominator of ``kd``.
+
+        Args:
+            batch: a micro-batch.
+
+        Returns:
+            For ``tokens`` the completion tokens (or the sum of their weights), for ``sequences`` the completions in
+            which something counts.
+        """
+        weights_N = self.step_weights(batch)
+        if self.average == "tokens":
+            return {"kd": float(weights_N.sum())}
+        return {"kd": float(len(batch.completion_N[weights_N > 0].unique()))}
+
+    def terms(self, forward: ForwardPass) -> LossTerms:
+        """``kd``: the summed divergence (and weighted cross-entropy) in nats.
+
+        Metrics over all completion tokens: ``divergence`` alone, ``agreement`` (share of positions at which both find
+        the same argmax token), ``ce`` where it has a weight, ``focus`` (share that counts) where steps have weights.
+        """
+        batch, signals = forward.batch, forward.signals
+        kd_weight, ce_weight = (1.0, 0.0) if self.term_weights is None else self.term_weights()
+        assert signals is not None
+
+        def position(logits_CV: Tensor, targets_C: Tensor, *chunk: Tensor) -> Tensor:
+            student, teacher, argmax_C = signals.compare(
+                tempered(logits_CV, self.divergence.logits_temperature), *chunk
+            )
+            kd_C = self._divergence(student, teacher, *((targets_C,) if self.divergence.whole else ()))
+            agree_C = (logits_CV.argmax(-1) == argmax_C).to(kd_C.dtype)
+            if self.term_weights is None:
+                return torch.stack([kd_C, kd_C.detach(), agree_C], dim=-1)
+            ce_C = -target_logps(logits_CV, targets_C)
+            total_C = kd_weight * kd_C + ce_weight * ce_C
+            return torch.stack([total_C, kd_C.detach(), agree_C, ce_C.detach()], dim=-1)
+
+        weights_N = self.step_weights(batch)
+        if self.average == "sequences":
+            totals_B = segment_sum(weights_N, batch.completion_N, len(batch.examples))
+            weights_N = weights_N / totals_B.clamp_min(1e-300)[batch.completion_N]
+        arguments = (forward.hidden_NH, weights_N, batch.targets_N, *signals.tensors)
+        total, values = fused_sum(position, forward.head, *arguments, chunk_size=forward.chunk_size)
+        number = torch.tensor(float(len(values)), device=values.device)
+        metrics = {"divergence": (values[:, 1].sum(), number), "agreement": (values[:, 2].sum(), number)}
+        if self.focuses:
+            metrics["focus"] = ((weights_N > 0).double().sum(), number)
+        if self.term_weights is not None:
+            metrics["ce"] = (values[:, 3].sum(), number)
+        return LossTerms({"kd": total}, metrics)
+
+    @staticmethod
+    def step_weights(batch: Batch) -> Tensor:
+        """(N,) weight of every target, float64: its step's, or 1 where steps have none."""
+        steps = [each.step_weights or (1.0,) * len(each.step_ends) for each in batch.examples]
+        weights_S = torch.tensor([w for own in steps for w in own], dtype=torch.float64, device=batch.step_N.device)
+        return weights_S[batch.step_N]
 
 
 class GKDModule(DistillationModule):
     """GKD (Agarwal et al. 2024, arXiv 2306.13649): ``(1 - lambda) E_data D + lambda E_student D`` of a divergence D.
 
-    No gradient goes through sampling. What is counted is known only once a batch has been sampled; the denominators are
+    The expectations take turns: an optimiser step draws whose completions all of its batch is (:meth:`draw_source`). No
+    gradient goes through sampling. What is counted is known only once a batch has been sampled; the denominators are
     reduced over ranks after that.
 
     Args:
@@ -82,14 +205,14 @@ class GKDModule(DistillationModule):
         teacher.require(({} if fidelity is None else fidelity.needs()) | self.source.needs() | self.divergence.needs())
         self.teacher = teacher.build()
         self.teacher_temperature = self.divergence.logits_temperature
-        weights = None if cross_entropy is None else self._weights
+        weights = None if cross_entropy is None else self._term_weights
         self.components = [Distillation(self.divergence, average, weights, focus is not None)]
         self._segmenter = get_segmenter(self.source.segmenter)
 
-    def _weights(self) -> tuple[float, float]:
+    def _term_weights(self) -> tuple[float, float]:
         assert self.cross_entropy is not None
         now = (self.global_step, self.planned_steps()) if self.training else (None, None)
-        return self.cross_entropy.weights(*now)
+        return self.cross_entropy.term_weights(*now)
 
     def after_step(self) -> None:
         """A teacher that is the student itself keeps up with it."""
@@ -187,3 +310,41 @@ class GKDModule(DistillationModule):
     def _fidelity(self) -> Fidelity:
         assert self.fidelity_spec is not None
         return Fidelity(self.fidelity_spec, self, self.sampled_accuracy.grader)
+
+
+def cache_teacher(
+    module: StepModule,
+    data: StepData,
+    out: str | Path,
+    *,
+    validation: bool = True,
+    device: torch.device = _CPU,
+    **how: Any,
+) -> dict[str, Any]:
+    """Write the cache that a distillation module with the teacher Cached reads, or resume.
+
+    Args:
+        module: a module with a divergence and a teacher in this process, not attached to a Trainer.
+        data: its data; the completions of the training data are scored.
+        out: folder of the cache.
+        validation: score those of the validation data, too.
+        device: where the teacher computes.
+        **how: ``top_k``, ``precision`` and ``options`` of :func:`~stepkd.teachers.cache.write_cache`.
+
+    Returns:
+        See :func:`~stepkd.teachers.cache.write_cache`.
+
+    Raises:
+        ConfigError: another module or teacher; and what ``write_cache`` refuses.
+    """
+    teacher, loss = getattr(module, "teacher", None), module.components[0]
+    if not isinstance(loss, Distillation) or not isinstance(teacher, LocalTeacher):
+        raise ConfigError("a teacher's cache needs a distillation recipe (GKDModule) with the teacher Local")
+    data.trainer = SimpleNamespace(lightning_module=module, global_rank=0, world_size=1)  # type: ignore[assignment]
+    data.setup("fit")
+    names = ("train", "validation") if validation else ("train",)
+    teacher.bind(module.tokenizer)
+    teacher.place(device)
+    examples = [example for name in names for example in data.examples.get(name, [])]
+    how |= {"max_tokens": module.micro_batch_tokens, "chunk_size": module.chunk_size}
+    return write_cache(out, teacher, examples, temperature=loss.divergence.logits_temperature, **how)

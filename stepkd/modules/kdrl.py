@@ -1,9 +1,10 @@
 """Reinforcement learning from rewards, with a teacher: GRPO, on-policy distillation, and both in one (KDRL).
 
 A step reads top to bottom: :meth:`KDRLModule.prepare` samples groups and grades them
-(:class:`~stepkd.modules.rollouts.GroupSampler`), gives every token an advantage (:meth:`KDRLModule.credit`), and cuts
-the rollouts into micro-batches, whose loss is :class:`~stepkd.modules.kdrl_objective.PolicyGradient`. A completion
-keeps its tokens and log-probabilities as arrays from the sampler to the loss.
+(:class:`~stepkd.modules.rollouts.GroupSampler`: ``Rollout.reward``), makes of the rewards an advantage for every token
+(:meth:`KDRLModule.credit`: ``Rollout.advantages``), and cuts the rollouts into micro-batches for the loss
+(:class:`~stepkd.modules.kdrl_objective.KDRLObjective`), which multiplies every token's ratio by its advantage. A
+completion keeps its tokens and log-probabilities as arrays from the sampler to the loss.
 
 Axes: R completions of this rank (groups whole), S their steps, N their tokens or those of a micro-batch, C of one
 chunk, V vocabulary.
@@ -30,10 +31,8 @@ from stepkd.models.spec import PolicyConfig
 from stepkd.modules.base import telling
 from stepkd.modules.components import ForwardPass
 from stepkd.modules.distillation import DistillationModule
-from stepkd.modules.kdrl_objective import PolicyGradient, rollouts_of
-from stepkd.modules.rewards import RewardConfig, Rewards
-from stepkd.modules.rollouts import GroupSampler, Rollout, SampleLog
-from stepkd.modules.settings import (
+from stepkd.modules.kdrl_objective import KDRLObjective, rollouts_of
+from stepkd.modules.kdrl_settings import (
     AsAdvantage,
     KDConfig,
     PolicyLossConfig,
@@ -44,6 +43,8 @@ from stepkd.modules.settings import (
     StepCreditConfig,
     Switch,
 )
+from stepkd.modules.rewards import RewardConfig, Rewards
+from stepkd.modules.rollouts import GroupSampler, Rollout, SampleLog
 from stepkd.modules.step_scores import load_step_scorer, step_scores
 from stepkd.runs.logger import JsonlLogger
 from stepkd.sampling.config import IN_PROCESS, EngineConfig
@@ -107,7 +108,7 @@ class KDRLModule(DistillationModule):
         self.teacher_temperature = self.rollout_spec.sampling.temperature
         self.new_tokens = self.rollout_spec.sampling.longest
         names = sorted(spec.name for spec in self.reward_specs)
-        self.objective = PolicyGradient(self.policy_loss, self.kd, self.teacher_temperature, names)
+        self.objective = KDRLObjective(self.policy_loss, self.kd, self.teacher_temperature, names)
         self.components = (self.objective,)
 
     def _check_settings(self, teacher: TeacherConfig | None) -> None:

@@ -1,6 +1,7 @@
 """KDRL's objective: clipped policy gradient and distillation term of a micro-batch, in one pass over its logits.
 
-Axes: R completions and N completion tokens of a micro-batch, C tokens of one chunk, V vocabulary.
+Axes: R completions and N completion tokens of a micro-batch, C tokens of one chunk, V vocabulary, M columns of
+:class:`_TokenTerms`.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from stepkd.losses import (
 )
 from stepkd.modules.components import Component, ForwardPass
 from stepkd.modules.distributed import all_reduce
+from stepkd.modules.kdrl_settings import AsAdvantage, ExactKL, KDConfig, PolicyLossConfig, SampledKL
 from stepkd.modules.rollouts import Rollout
-from stepkd.modules.settings import AsAdvantage, ExactKL, KDConfig, PolicyLossConfig, SampledKL
 from stepkd.teachers.signals import most_likely
 
 MISMATCH_ALARM = 0.05
@@ -59,7 +60,7 @@ class _TokenTerms(NamedTuple):
 
 
 @dataclass(eq=False)
-class PolicyGradient(Component):
+class KDRLObjective(Component):
     """``pg``, the clipped objective, and ``kd``, beta times the divergence from the teacher, both summed by token.
 
     One component, because both are functions of the same logits: each token's terms depend on its own logits alone, so
@@ -129,7 +130,7 @@ class PolicyGradient(Component):
             return LossTerms({"pg": ce, "kd": ce * 0.0})
 
         def position(logits_CV: Tensor, targets_C: Tensor, *constants: Tensor) -> Tensor:
-            advantages_C, old_C, sampled_C, weights_C, kept_C, *chunk = constants
+            advantages_C, old_C, sampled_C, pg_weight_C, kd_weight_C, *chunk = constants
             log_CV = tempered(logits_CV, self.temperature)
             logps_C = target_logps(log_CV, targets_C)
             teacher_C, kd_C = torch.zeros_like(logps_C), torch.zeros_like(logps_C)
@@ -140,16 +141,16 @@ class PolicyGradient(Component):
                     kd_C = reverse_kl(*most_likely(student_CV, teacher_CV, self.kd.top_k))
                 elif isinstance(self.kd, SampledKL):
                     # Tokens that do not count are taken out before: k3 of a far-off one overflows, and 0 inf is NaN.
-                    near_C = torch.where(kept_C > 0, logps_C, teacher_C)
+                    near_C = torch.where(kd_weight_C > 0, logps_C, teacher_C)
                     kd_C = kl_estimate(self.kd.estimator, near_C, teacher_C)
-                kd_C = self.beta * kept_C * kd_C
+                kd_C = self.beta * kd_weight_C * kd_C
                 if isinstance(self.kd, AsAdvantage):
                     advantages_C = advantages_C + self.beta * (teacher_C - logps_C).detach()
-            pg_C, low_C, high_C = self._clipped(logps_C, advantages_C, old_C, sampled_C, weights_C)
+            pg_C, low_C, high_C = self._clipped(logps_C, advantages_C, old_C, sampled_C, pg_weight_C)
             total_C = scales["pg"] * self.weight * pg_C + scales["kd"] * kd_C
             entropy_C = entropy(log_CV.detach())
             columns = _TokenTerms(total_C, self.weight * pg_C, kd_C, logps_C, entropy_C, teacher_C, low_C, high_C)
-            return torch.stack([column.double() for column in columns], dim=-1)
+            return torch.stack([each.double() for each in columns], dim=-1)
 
         constants = self._constants(batch, rollouts)
         loss, columns_NM = fused_sum(
@@ -187,7 +188,7 @@ class PolicyGradient(Component):
         return advantages_N, old_N, sampled_N, *weights_R2[batch.completion_N].unbind(-1)
 
     def _clipped(
-        self, logps_C: Tensor, advantages_C: Tensor, old_C: Tensor, sampled_C: Tensor, weights_C: Tensor
+        self, logps_C: Tensor, advantages_C: Tensor, old_C: Tensor, sampled_C: Tensor, pg_weight_C: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The weighted clipped objective, and where its bounds took the gradient."""
         old_C = torch.where(old_C.isnan(), logps_C.detach().double(), old_C)
@@ -198,7 +199,7 @@ class PolicyGradient(Component):
             clip_low=self.policy_loss.clip_low,
             clip_high=self.policy_loss.clip_high,
         )
-        pg_C = clipped.loss_N * weights_C
+        pg_C = clipped.loss_N * pg_weight_C
         if self.policy_loss.tis_cap is not None:
             pg_C = pg_C * (old_C - sampled_C).exp().clamp(max=self.policy_loss.tis_cap)
         return pg_C, clipped.low_N, clipped.high_N

@@ -22,8 +22,8 @@ from stepkd.data.io import SAMPLES_FILE
 from stepkd.errors import disk_error
 from stepkd.models.policy import Policy
 from stepkd.modules.distributed import all_reduce
+from stepkd.modules.kdrl_settings import RolloutConfig, SampleLogConfig
 from stepkd.modules.rewards import Rewards
-from stepkd.modules.settings import RolloutConfig, SampleLogConfig
 from stepkd.modules.step_scores import without_blank_end
 from stepkd.runs.logger import append, open_to_append
 from stepkd.runs.process import STOP_REQUEST

@@ -83,9 +83,9 @@ def stepkd_round(policy: Path, teacher: Path | None, folder: Path, dtype: str) -
     from stepkd.data.templates import PromptTemplate
     from stepkd.models.spec import PolicyConfig
     from stepkd.modules.kdrl import KDRLModule
+    from stepkd.modules.kdrl_settings import PolicyLossConfig, RolloutConfig, SampledKL
     from stepkd.modules.optim import OptimizerConfig
     from stepkd.modules.rewards import RewardConfig
-    from stepkd.modules.settings import PolicyLossConfig, RolloutConfig, SampledKL
     from stepkd.sampling.engine import SamplingConfig
     from stepkd.steps.segment import get_segmenter
 

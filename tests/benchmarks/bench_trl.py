@@ -130,10 +130,10 @@ def train_stepkd(method: str, of: Setting, steps: int, folder: Path, pause: Call
     from stepkd.models.spec import PolicyConfig
     from stepkd.modules.dpo import DPOModule
     from stepkd.modules.kdrl import KDRLModule
+    from stepkd.modules.kdrl_settings import PolicyLossConfig, RolloutConfig
     from stepkd.modules.kto import KTOModule
     from stepkd.modules.optim import OptimizerConfig
     from stepkd.modules.rewards import RewardConfig
-    from stepkd.modules.settings import PolicyLossConfig, RolloutConfig
     from stepkd.sampling.config import Transformers
     from stepkd.sampling.engine import SamplingConfig
 

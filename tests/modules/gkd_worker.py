@@ -18,8 +18,8 @@ from stepkd.data.completion import Completion
 from stepkd.data.encode import Encoder
 from stepkd.data.templates import get_template
 from stepkd.models.spec import PolicyConfig, tiny_tokenizer
-from stepkd.modules.distillation_settings import JSD, ReverseKL, SourceConfig
 from stepkd.modules.gkd import GKDModule
+from stepkd.modules.gkd_settings import JSD, ReverseKL, SourceConfig
 from stepkd.modules.optim import OptimizerConfig
 from stepkd.runs.launcher import check_launch, trainer_defaults
 from stepkd.sampling.engine import SamplingConfig

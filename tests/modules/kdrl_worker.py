@@ -19,10 +19,10 @@ from stepkd.data.encode import Encoder
 from stepkd.data.templates import get_template
 from stepkd.models.spec import PolicyConfig, tiny_tokenizer
 from stepkd.modules.kdrl import KDRLModule
+from stepkd.modules.kdrl_settings import ExactKL, PolicyLossConfig, RolloutConfig, SampledKL
 from stepkd.modules.optim import OptimizerConfig
 from stepkd.modules.rewards import RewardConfig
 from stepkd.modules.rollouts import Rollout
-from stepkd.modules.settings import ExactKL, PolicyLossConfig, RolloutConfig, SampledKL
 from stepkd.runs.launcher import check_launch, trainer_defaults
 from stepkd.runs.logger import JsonlLogger
 from stepkd.sampling.engine import SamplingConfig

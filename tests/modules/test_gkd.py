@@ -24,9 +24,9 @@ from stepkd.errors import ConfigError, ModelError, TrainingError
 from stepkd.losses import generalized_jsd, nkd, reverse_kl, top_k_buckets
 from stepkd.models.policy import Policy
 from stepkd.models.spec import LabelTokens, PolicyConfig, build_tiny
-from stepkd.modules.distillation_settings import JSD, NKD, BalancedKL, Beside, ReverseKL, SkewForwardKL, SourceConfig
 from stepkd.modules.fidelity import ANSWERS, FidelityConfig, _kind
 from stepkd.modules.gkd import GKDModule
+from stepkd.modules.gkd_settings import JSD, NKD, BalancedKL, Beside, ReverseKL, SkewForwardKL, SourceConfig
 from stepkd.modules.step_scores import FocusConfig
 from stepkd.sampling.engine import SamplingConfig
 from stepkd.scorers.load import PRM

@@ -15,7 +15,7 @@ from stepkd.errors import ConfigError, DataError, TrainingError
 from stepkd.models import Classifier, LabelTokens
 from stepkd.modules import OptimizerConfig, ReferenceConfig, ReferencePointConfig, RolloutConfig, SourceConfig
 from stepkd.modules.base import StepModule
-from stepkd.modules.distillation_settings import Mixed
+from stepkd.modules.gkd_settings import Mixed
 from stepkd.teachers import Local, SelfSnapshot
 
 SOLUTIONS = [

@@ -27,8 +27,7 @@ from stepkd.losses import group_advantages, kl_estimate, reverse_kl
 from stepkd.models.policy import Policy
 from stepkd.models.spec import PolicyConfig
 from stepkd.modules.kdrl import KDRLModule
-from stepkd.modules.rewards import RewardConfig, Rewards
-from stepkd.modules.settings import (
+from stepkd.modules.kdrl_settings import (
     AsAdvantage,
     ExactKL,
     Linear,
@@ -39,6 +38,7 @@ from stepkd.modules.settings import (
     StepCreditConfig,
     Switch,
 )
+from stepkd.modules.rewards import RewardConfig, Rewards
 from stepkd.sampling.engine import SamplingConfig
 from stepkd.sampling.transformers_engine import TransformersEngine
 from stepkd.teachers.config import SelfAverage, TopK

@@ -14,9 +14,9 @@ import torch
 from stepkd.cli import main
 from stepkd.data.io import read_samples
 from stepkd.errors import ConfigError, DataError, TrainingError
+from stepkd.modules.kdrl_settings import PolicyLossConfig, SampleLogConfig, StepCreditConfig
 from stepkd.modules.rewards import RewardConfig
 from stepkd.modules.rollouts import SampleLog
-from stepkd.modules.settings import PolicyLossConfig, SampleLogConfig, StepCreditConfig
 
 WORKER = Path(__file__).with_name("kdrl_worker.py")
 _SPEC = importlib.util.spec_from_file_location("kdrl_worker", WORKER)

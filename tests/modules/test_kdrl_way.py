@@ -19,9 +19,9 @@ from stepkd.models.policy import Policy
 from stepkd.models.spec import tiny_tokenizer
 from stepkd.modules import rollouts as sampling
 from stepkd.modules.kdrl import KDRLModule
-from stepkd.modules.kdrl_objective import PolicyGradient
+from stepkd.modules.kdrl_objective import KDRLObjective
+from stepkd.modules.kdrl_settings import SampledKL, StepCreditConfig
 from stepkd.modules.rollouts import GroupSampler, Rollout
-from stepkd.modules.settings import SampledKL, StepCreditConfig
 from stepkd.sampling.transformers_engine import TransformersEngine
 
 WORKER = Path(__file__).with_name("kdrl_worker.py")
@@ -63,7 +63,7 @@ def met(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
     watch(KDRLModule, "credit", "credit")
     watch(collating, "collate", "batch")
     monkeypatch.setattr("stepkd.modules.base.collate", collating.collate)
-    watch(PolicyGradient, "terms", "loss")
+    watch(KDRLObjective, "terms", "loss")
     watch(sampling, "sample_row", "row")
     return found
 

@@ -15,16 +15,16 @@ from stepkd.data.config import DataConfig
 from stepkd.data.datamodule import StepData
 from stepkd.errors import ConfigError, DataError
 from stepkd.models.spec import LabelTokens, PolicyConfig, tiny_tokenizer
-from stepkd.modules.distillation_settings import SourceConfig
 from stepkd.modules.dpo import DPOModule
 from stepkd.modules.fidelity import FidelityConfig
 from stepkd.modules.gkd import GKDModule
+from stepkd.modules.gkd_settings import SourceConfig
 from stepkd.modules.kdrl import KDRLModule
+from stepkd.modules.kdrl_settings import PolicyLossConfig, RolloutConfig, SampledKL
 from stepkd.modules.kto import StepKTOModule
 from stepkd.modules.optim import OptimizerConfig
 from stepkd.modules.prm import PRMModule
 from stepkd.modules.rewards import RewardConfig
-from stepkd.modules.settings import PolicyLossConfig, RolloutConfig, SampledKL
 from stepkd.modules.sft import SFTModule
 from stepkd.modules.validation import ValidationConfig
 from stepkd.sampling.engine import SamplingConfig

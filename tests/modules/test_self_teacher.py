@@ -16,9 +16,9 @@ from stepkd.errors import ConfigError
 from stepkd.models.checkpoint import load_trained
 from stepkd.models.policy import Policy
 from stepkd.models.spec import LoRAConfig, PolicyConfig
-from stepkd.modules.distillation_settings import Beside, ForwardKL, Mixed, SourceConfig
 from stepkd.modules.fidelity import FidelityConfig
 from stepkd.modules.gkd import GKDModule
+from stepkd.modules.gkd_settings import Beside, ForwardKL, Mixed, SourceConfig
 from stepkd.teachers.config import Local, SelfAverage, SelfBase, SelfSnapshot
 
 WORKER = Path(__file__).with_name("gkd_worker.py")
@@ -145,13 +145,13 @@ def test_the_mix_is_a_cross_entropy_with_a_soft_target(recorded: Any, distance: 
 
 
 def test_shares() -> None:
-    assert [MIX.weights(step, None)[0] for step in range(5)] == [0.25, 0.5, 0.75, 0.75, 0.75]
-    assert MIX.weights(None, None) == (0.75, 0.25), "in validation"
-    assert Mixed().weights(99, 100)[0] == 0.8
-    assert Mixed(start=0.3, steps=1).weights(0, None) == (0.3, 0.7)
-    assert Beside(0.4).weights(3, 10) == Beside(0.4).weights(None, None) == (1.0, 0.4)
+    assert [MIX.term_weights(step, None)[0] for step in range(5)] == [0.25, 0.5, 0.75, 0.75, 0.75]
+    assert MIX.term_weights(None, None) == (0.75, 0.25), "in validation"
+    assert Mixed().term_weights(99, 100)[0] == 0.8
+    assert Mixed(start=0.3, steps=1).term_weights(0, None) == (0.3, 0.7)
+    assert Beside(0.4).term_weights(3, 10) == Beside(0.4).term_weights(None, None) == (1.0, 0.4)
     with pytest.raises(ConfigError, match=r"cross_entropy.steps is null and the run has no planned end"):
-        Mixed().weights(0, None)
+        Mixed().term_weights(0, None)
 
 
 @pytest.mark.parametrize("teacher", [["SelfSnapshot"], ["SelfSnapshot", "every", "2"], ["SelfAverage", "decay", "0.6"]])

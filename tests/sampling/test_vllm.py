@@ -16,8 +16,8 @@ import torch
 from stepkd.errors import ConfigError, DataError, ModelError
 from stepkd.models.policy import Policy
 from stepkd.models.spec import LoRAConfig, PolicyConfig
-from stepkd.modules.distillation_settings import JSD, NKD, SourceConfig
 from stepkd.modules.fidelity import FidelityConfig
+from stepkd.modules.gkd_settings import JSD, NKD, SourceConfig
 from stepkd.sampling.config import VLLM, VLLMServer
 from stepkd.sampling.engine import SamplingConfig
 from stepkd.sampling.vllm import (
@@ -327,8 +327,8 @@ def test_the_engine_on_the_training_gpu(policy: Policy, monkeypatch: pytest.Monk
 def test_recipes_sample_through_it(policy: Policy, server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """GRPO's groups and GKD's students come from the server, which is given the weights before every step."""
     from stepkd.modules.gkd import GKDModule
+    from stepkd.modules.kdrl_settings import RolloutConfig
     from stepkd.modules.rollouts import GroupSampler
-    from stepkd.modules.settings import RolloutConfig
     from stepkd.runs.progress import PhaseTracker
 
     given: list[int] = []

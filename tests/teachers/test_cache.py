@@ -21,9 +21,9 @@ from stepkd.errors import ConfigError, DataError, ModelError
 from stepkd.losses import forward_kl
 from stepkd.models.policy import Policy
 from stepkd.models.spec import PolicyConfig, tiny_tokenizer
-from stepkd.modules.distillation_settings import NKD, SourceConfig
 from stepkd.modules.fidelity import FidelityConfig
 from stepkd.modules.gkd import GKDModule
+from stepkd.modules.gkd_settings import NKD, SourceConfig
 from stepkd.runs.job import JobOptions
 from stepkd.steps.segment import get_segmenter
 from stepkd.tasks.rows import make_rows

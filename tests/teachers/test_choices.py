@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from stepkd.errors import ConfigError
-from stepkd.modules.distillation_settings import JSD, Beside, SkewReverseKL
+from stepkd.modules.gkd_settings import JSD, Beside, SkewReverseKL
 from stepkd.sampling.config import Transformers, VLLMServer
 from stepkd.teachers.config import Local, SelfAverage, Served, TopK
 from stepkd.teachers.own import AverageTeacher

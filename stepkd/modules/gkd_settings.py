@@ -14,7 +14,7 @@ from stepkd.teachers.config import Needs
 
 class DivergenceConfig(ABC):
     """How far a student is from its teacher at a position; its function is in
-    :data:`~stepkd.modules.distillation.DIVERGENCES`."""
+    :data:`~stepkd.modules.gkd.DIVERGENCES`."""
 
     temperature: float
     tempers: ClassVar[bool] = True
@@ -111,7 +111,7 @@ class CrossEntropyConfig(ABC):
     """How the cross-entropy of the same tokens joins the divergence: :class:`Beside` it or :class:`Mixed` with it."""
 
     @abstractmethod
-    def weights(self, step: int | None, total: int | None) -> tuple[float, float]:
+    def term_weights(self, step: int | None, total: int | None) -> tuple[float, float]:
         """Weights of divergence and cross-entropy.
 
         Args:
@@ -133,8 +133,8 @@ class Beside(CrossEntropyConfig):
     def __post_init__(self) -> None:
         check_bounds("cross_entropy.", self, weight="(0, inf)")
 
-    def weights(self, step: int | None, total: int | None) -> tuple[float, float]:
-        """See :meth:`CrossEntropyConfig.weights`."""
+    def term_weights(self, step: int | None, total: int | None) -> tuple[float, float]:
+        """See :meth:`CrossEntropyConfig.term_weights`."""
         return 1.0, self.weight
 
 
@@ -156,8 +156,8 @@ class Mixed(CrossEntropyConfig):
     def __post_init__(self) -> None:
         check_bounds("cross_entropy.", self, start="[0, 1]", end="[0, 1]", steps="[1, inf)")
 
-    def weights(self, step: int | None, total: int | None) -> tuple[float, float]:
-        """See :meth:`CrossEntropyConfig.weights`."""
+    def term_weights(self, step: int | None, total: int | None) -> tuple[float, float]:
+        """See :meth:`CrossEntropyConfig.term_weights`."""
         if step is None:
             return self.end, 1.0 - self.end
         steps = self.steps or total
