@@ -423,8 +423,7 @@ def run_stages(context: Context, stages: Sequence[Stage], job: Job) -> None:
         start = time.perf_counter()
         context.stage = stage.name
         job.once(PHASE, stage.name, partial(stage.run, context))
-        done = [each.name for each in STAGES if not job.missing(PHASE, [each.name])]
-        sections = {name: job.once(PHASE, name, dict) for name in done}
+        sections = {each.name: facts for each in STAGES if (facts := job.facts(PHASE, each.name)) is not None}
         settings = {"seed": context.seed, "scale": context.scale, "task": context.named["task"]}
         write_json(job.out / SUMMARY_NAME, {"settings": settings, "stages": sections})
         done_seconds += seconds[stage.name]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shlex
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,15 @@ from stepkd.data.rows import PROBLEM
 from stepkd.errors import ConfigError, DataError, StepkdError
 from stepkd.iteration.measure import summarise_run
 from stepkd.iteration.spec import IterateConfig
-from stepkd.iteration.stages import Iteration, Report, evaluate_model, train_next, training_settings
+from stepkd.iteration.stages import Iteration, evaluate_model, train_next, training_settings
 from stepkd.runs.files import write_json
 from stepkd.runs.job import SUMMARY_NAME, Job, JobOptions, package_versions
 from stepkd.yaml_files import as_yaml, find_recipe
 
 
-def run_iterations(spec: IterateConfig, out: str | Path, *, report: Report, overwrite: bool = False) -> dict[str, Any]:
+def run_iterations(
+    spec: IterateConfig, out: str | Path, *, report: Callable[[str], None], overwrite: bool = False
+) -> dict[str, Any]:
     """Run what is missing of an iterated training.
 
     Args:
@@ -58,11 +61,12 @@ def run_iterations(spec: IterateConfig, out: str | Path, *, report: Report, over
         facts: list[dict[str, Any]] = []
         summary: dict[str, Any] = {}
         for it in runs:
-            if not it.is_done("measure"):  # nothing of a finished iteration is read again but its rows
+            if it.facts("measure") is None:  # nothing of a finished iteration is read again but its rows
                 if it.k:
                     train_next(it)
                 evaluate_model(it)
-            facts.append({name: it.facts(name) for name in ("label", "convert", "pairs", "train") if it.is_done(name)})
+            left = {name: it.facts(name) for name in ("label", "convert", "pairs", "train")}
+            facts.append({name: each for name, each in left.items() if each is not None})
             summary = summarise_run(spec, [each.folder for each in runs[: it.k + 1]], facts)
             write_json(out / SUMMARY_NAME, summary)
     return summary

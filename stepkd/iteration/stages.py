@@ -13,6 +13,7 @@ import shlex
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,7 @@ from stepkd.runs.files import write_file, write_jsonl
 from stepkd.runs.job import RESULTS_NAME, SUMMARY_NAME, Job, JobOptions, read_settings
 from stepkd.yaml_files import as_yaml, find_recipe, nested, yaml_text
 
-Report = Callable[[str], None]
-
-SETTINGS_NAME = "settings.yaml"
+TRAIN_SETTINGS_NAME = "settings.yaml"
 """What an iteration adds to the training recipes."""
 CONVERTED_NAME = "converted.jsonl"
 
@@ -50,7 +49,7 @@ class Iteration:
     """Number; 0 only evaluates M0."""
     seed_weights: str
     """Fingerprint of M0."""
-    report: Report
+    report: Callable[[str], None]
     """Told what goes on, one line at a time."""
 
     @property
@@ -71,23 +70,19 @@ class Iteration:
         """Fingerprint of M_k."""
         if k == 0:
             return self.seed_weights
-        found, trained = fingerprint(Path(self.model(k))), replace(self, k=k)
-        if trained.is_done("export") and trained.facts("export")["model"] != found:
+        found, exported = fingerprint(Path(self.model(k))), replace(self, k=k).facts("export")
+        if exported is not None and exported["model"] != found:
             raise ConfigError(
                 f"{self.model(k)} is no longer the model that iteration {k} trained (it has changed since): put it "
                 "back, or start again with another --out (or --overwrite)"
             )
         return found
 
-    def is_done(self, stage: str) -> bool:
-        """Whether a stage is finished."""
-        return not self.job.missing(self.phase(self.k), [stage])
+    def facts(self, stage: str) -> dict[str, Any] | None:
+        """What a finished stage left; None: it is not finished."""
+        return self.job.facts(self.phase(self.k), stage)
 
-    def facts(self, stage: str) -> dict[str, Any]:
-        """What a finished stage left."""
-        return self.job.once(self.phase(self.k), stage, dict)
-
-    def run(
+    def once(
         self, stage: str, inputs: Mapping[str, Any], work: Callable[[], Mapping[str, Any]], line: str
     ) -> dict[str, Any]:
         """Do a stage, unless it is done; its facts.
@@ -126,19 +121,19 @@ def train_next(it: Iteration) -> None:
     k, spec, labels = it.k, it.spec, it.folder / "labels"
     job = spec.label_spec(k, out=str(labels), model=it.model(k - 1))
     line = f"M{k - 1} writes solutions, labeller: {type(job.labeller).__name__}"
-    _check_answers(it, it.run("label", {"model": it.identity(k - 1)}, lambda: _run_job(it, job), line))
+    _check_answers(it, it.once("label", {"model": it.identity(k - 1)}, lambda: _run_job(it, job), line))
     rows = labels / LABELS_NAME
     if spec.convert is not None:
         line = f"labels to {type(spec.convert).__name__}"
-        it.run("convert", {"labels": fingerprint(rows)}, lambda: _convert(it, labels), line)
+        it.once("convert", {"labels": fingerprint(rows)}, lambda: _convert(it, labels), line)
         rows = it.folder / CONVERTED_NAME
     if spec.pairs is not None:
         inputs = {"model": it.identity(k - 1), "labels": fingerprint(rows)}
-        it.run("pairs", inputs, lambda: _pairs(it, job), f"M{k - 1} draws {type(spec.pairs).__name__}")
+        it.once("pairs", inputs, lambda: _pairs(it, job), f"M{k - 1} draws {type(spec.pairs).__name__}")
         rows = it.folder / "pairs" / PAIRS_NAME
     inputs = {"model": it.identity(k - 1), "rows": fingerprint(rows)}
-    trained = it.run("train", inputs, lambda: _train(it, rows), f"training M{k}")
-    it.run("export", {"train": trained["run"]}, lambda: _export(it), f"exporting M{k}")
+    trained = it.once("train", inputs, lambda: _train(it, rows), f"training M{k}")
+    it.once("export", {"train": trained["created"]}, lambda: _export(it), f"exporting M{k}")
 
 
 def evaluate_model(it: Iteration) -> None:
@@ -146,28 +141,28 @@ def evaluate_model(it: Iteration) -> None:
     from stepkd.iteration.measure import problem_rows
 
     k, folder = it.k, it.folder / "evaluation"
-    inputs = {"model": it.identity(k)}
-    drawn = judged = it.spec.held_out_spec(out=str(folder / "samples"), model=it.model(k))
+    model, judged = {"model": it.identity(k)}, None
+    drawn = it.spec.held_out_spec(out=str(folder / "samples"), model=it.model(k))
     if isinstance(drawn.labeller, MonteCarlo):
         # Continuations come from M0 for every model: the same judge for all of them. The steps stay as they were cut.
         existing = Existing(completions=drawn.out, model=it.spec.model)
         judged = replace(drawn, out=str(folder / "labels"), solutions=existing, steps=OwnSteps())
         drawn = replace(drawn, labeller=Outcome())
     line = f"M{k} samples {it.spec.evaluation.sampling.n} solutions of every held-out problem"
-    it.run("samples", inputs, lambda: _run_job(it, drawn), line)
+    it.once("samples", model, lambda: _run_job(it, drawn), line)
     line = f"M{k} solves the held-out problems, greedy"
-    it.run("greedy", inputs, lambda: _greedy(it, drawn, folder / "greedy"), line)
-    inputs["samples"] = fingerprint(Path(drawn.out) / LABELS_NAME)
-    if judged.out != drawn.out:
-        it.run("judge", inputs, lambda: _run_job(it, judged), f"continuations by M0 label the steps of M{k}")
-    labels = None if isinstance(judged.labeller, Outcome) else Path(judged.out)
+    it.once("greedy", model, lambda: _greedy(it, drawn, folder / "greedy"), line)
+    inputs = model | {"samples": fingerprint(Path(drawn.out) / LABELS_NAME)}
+    if judged is not None:
+        it.once("judge", inputs, partial(_run_job, it, judged), f"continuations by M0 label the steps of M{k}")
+    labels = None if isinstance((judged or drawn).labeller, Outcome) else Path((judged or drawn).out)
 
     def measure() -> dict[str, Any]:
         rows = problem_rows(Path(drawn.out), labels, drawn, seed_model=it.spec.model)
         write_jsonl(folder / RESULTS_NAME, rows)
         return {"problems": len(rows), "samples": sum(len(row["samples"]) for row in rows)}
 
-    it.run("measure", inputs, measure, f"comparing M{k} with M0" if k else "the results of M0")
+    it.once("measure", inputs, measure, f"comparing M{k} with M0" if k else "the results of M0")
 
 
 def _run_job(it: Iteration, job: LabelConfig | PairJobConfig) -> dict[str, Any]:
@@ -270,20 +265,20 @@ def _train(it: Iteration, rows: Path) -> dict[str, Any]:
     from stepkd.runs.rundir import read_marker
     from stepkd.training.fit import fit
 
-    run, settings = it.folder / "train", training_settings(it, rows)
+    folder, settings = it.folder / "train", training_settings(it, rows)
     recipes = [str(find_recipe(name)) for name in it.spec.train.recipes]
     text = f"# Written by stepkd iterate: what iteration {it.k} adds to the training recipes.\n"
-    write_file(it.folder / SETTINGS_NAME, (text + yaml.safe_dump(settings, sort_keys=False)).encode())
-    if (read_marker(run) or {}).get("status") != "finished":
+    write_file(it.folder / TRAIN_SETTINGS_NAME, (text + yaml.safe_dump(settings, sort_keys=False)).encode())
+    if (read_marker(folder) or {}).get("status") != "finished":
         if it.spec.launcher is None:
-            fit(recipes, settings, out=run, resume=True)
+            fit(recipes, settings, out=folder, resume=True)
         else:
-            words = [word for name in (*recipes, str(it.folder / SETTINGS_NAME)) for word in ("--config", name)]
-            _launch(it, ["fit", *words, "--out", str(run), "--resume", "true"])
-    marker = read_marker(run) or {}
+            words = [word for name in (*recipes, str(it.folder / TRAIN_SETTINGS_NAME)) for word in ("--config", name)]
+            _launch(it, ["fit", *words, "--out", str(folder), "--resume", "true"])
+    marker = read_marker(folder) or {}
     if marker.get("status") != "finished":
-        raise StepkdError(f"iteration {it.k}: the training in {run} was stopped: {marker.get('message')}")
-    return {"rows": sum(1 for _ in read_rows(rows)), "run": str(marker["created"])}
+        raise StepkdError(f"iteration {it.k}: the training in {folder} was stopped: {marker.get('message')}")
+    return {"rows": sum(1 for _ in read_rows(rows)), "created": str(marker["created"])}
 
 
 def _export(it: Iteration) -> dict[str, Any]:

@@ -338,6 +338,11 @@ class Job:
             )
         return dict(record["facts"])
 
+    def facts(self, phase: str, key: str) -> dict[str, Any] | None:
+        """What :meth:`once` left of a unit; None: it is not done. Nothing is written."""
+        rows = self.rows(phase, [key])
+        return None if rows is None else dict(rows[0]["facts"])
+
     def rows(self, phase: str, units: Iterable[str]) -> list[dict[str, Any]] | None:
         """All rows of a phase, by their ``index`` where they have one; None while a unit is missing."""
         units = list(units)

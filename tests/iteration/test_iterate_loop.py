@@ -296,6 +296,7 @@ def test_training_reads_the_pairs_of_a_pair_job(
     assert given == [tmp_path / "iteration-1" / "pairs" / "pairs.jsonl"] * 2
     rows = [json.loads(line) for line in given[0].read_text().splitlines()]
     facts = iteration(spec, tmp_path, 1).facts("pairs")
+    assert facts is not None
     assert facts["counts"]["pairs"] == len(rows) > 0
     assert {"prefix", "chosen", "rejected"} <= set(rows[0])
 

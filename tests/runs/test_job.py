@@ -181,10 +181,13 @@ def test_a_rank_waits_for_the_others_and_says_for_whom(tmp_path: Path) -> None:
 
 def test_a_stage_is_done_once_and_refused_when_its_inputs_have_changed(tmp_path: Path) -> None:
     job = start(tmp_path)
+    assert job.facts("stages", "train") is None
+    assert job.missing("stages", ["train"]), "asking writes nothing"
     assert job.once("stages", "train", lambda: {"loss": 1.5}, inputs={"rows": "ab"}) == {"loss": 1.5}
     assert job.once("stages", "train", lambda: {"loss": 9.9}, inputs={"rows": "ab"}) == {"loss": 1.5}
     with pytest.raises(ConfigError, match=r"(?s)train\.jsonl is finished.*rows: 'ab' then, 'cd' now"):
         job.once("stages", "train", lambda: {"loss": 9.9}, inputs={"rows": "cd"})
+    assert job.facts("stages", "train") == {"loss": 1.5}
 
 
 def test_a_job_that_trains_keeps_other_processes_out_and_a_dead_one_does_not(tmp_path: Path) -> None:
