@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from pkgutil import resolve_name
 from typing import Any
 
 from stepkd.errors import ConfigError
@@ -58,6 +59,23 @@ def check_import(path: str, setting: str) -> None:
             f"{setting} names the code {path!r}, and --safe allows only {', '.join(ALLOWED)}: read that code, then run "
             "without --safe"
         )
+
+
+def imported(name: str, setting: str) -> Any:
+    """What a setting names, imported.
+
+    Args:
+        name: ``package.module:function``, or with a dot.
+        setting: where it is named, for the message.
+
+    Raises:
+        ConfigError: it cannot be imported, or may not be in safe mode.
+    """
+    check_import(name.replace(":", "."), setting)
+    try:
+        return resolve_name(name)
+    except Exception as error:
+        raise ConfigError(f"{setting}: {name!r} cannot be imported: {type(error).__name__}: {error}") from error
 
 
 def check_remote_code(wanted: bool) -> None:

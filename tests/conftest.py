@@ -36,7 +36,7 @@ def data_dir(request: pytest.FixtureRequest) -> Path:
     return path
 
 
-_WORKERS: dict[tuple[int, int, float], tuple[Any, list[Any]]] = {}
+_WORKERS: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +50,7 @@ def one_grading_pool(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
 
     def join(self: Grader, *arguments: Any, **settings: Any) -> None:
         begin(self, *arguments, **settings)
-        limits = (self._owner, self.config.memory_mb, self.config.deadline_s)
+        limits = (self._owner, self.config.memory_mb, self.config.deadline_s, self.config.grader)
         self._lock, self._pool = _WORKERS.setdefault(limits, (self._lock, self._pool))
 
     monkeypatch.setattr(Grader, "__init__", join)

@@ -66,8 +66,8 @@ def test_what_names_foreign_code_is_refused(evil: tuple[Path, Path]) -> None:
     told = [line for line in done.stderr.splitlines() if line.startswith("stepkd fit: ")]
     classes = ("evil.Own", "evil.Watch", "evil.Watch", "subprocess.Popen", "evil.Own")
     words = [f"the recipe names the code {name!r}, and --safe allows only stepkd, lightning" for name in classes]
-    words += ["runs code of the model's repository", "rewards: name names the code 'evil'"]
-    words += ["rewards: name names the code 'trl.rewards'", "the recipe names the code 'evil.Own'"]
+    words += ["runs code of the model's repository", "rewards names the code 'evil.reward'"]
+    words += ["rewards names the code 'trl.rewards.accuracy_reward'", "the recipe names the code 'evil.Own'"]
     for line, expected in zip(told, words, strict=True):
         assert expected in line
 

@@ -44,6 +44,7 @@ def judge(
         [completion.text for _, completion in flat],
         [str(row["answer"]) for row, _ in flat],
         cut_off=[completion.finish == "length" for _, completion in flat],
+        rows=[row for row, _ in flat],
     )
     votes = vote_keys(_grouped([grade.extracted for grade in grades], completions), grader)
     judged = [

@@ -15,6 +15,8 @@ items without an answer.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import inspect
 import json
 import os
 import subprocess
@@ -23,15 +25,18 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import cache
 from multiprocessing.connection import Pipe, wait
+from pathlib import Path
 from typing import Any, Literal
 
-from stepkd.errors import DataError, StepkdError, check_bounds
+from stepkd.errors import ConfigError, DataError, StepkdError, check_bounds
 from stepkd.grading.extract import DEFAULT_EXTRACTORS, check_extractors, extract_answer
 from stepkd.grading.normalise import MAX_ANSWER_CHARS, quick_verdict
+from stepkd.safe import check_import, imported
 
 _START_LIMIT_S = 120.0
 """A fresh worker imports sympy; on a cold network file system that takes tens of seconds."""
@@ -61,6 +66,10 @@ class GradingConfig:
     convention: Literal["stepkd", "prm800k"] = "stepkd"
     """When two answers are equal: by stepkd's rules (the default), or, under prm800k, not where PRM800K's official
     grader refuses them (2/4 for 1/2, 10/2 for 5)."""
+    grader: str | None = None
+    """Function of yours that judges a completion, by dotted name (package.module.function); it takes the completion's
+    text, the reference answer and the problem's row (with ``cut_off``), and returns true, false, or none where it finds
+    no answer. The default compares answers by stepkd's rules, as votes always do."""
     deadline_s: float = 2.0
     """Hard limit on grading one answer, in CPU seconds of a worker and above 0, so that a busy machine changes no
     verdict (30 times as many seconds of wall clock end an item, too); 2 suffices for all but hostile answers."""
@@ -73,10 +82,34 @@ class GradingConfig:
         check_bounds("grading.", self, workers="[1, inf)", deadline_s="(0, inf)", memory_mb=f"[{_MIN_MEMORY_MB}, inf)")
         if self.extractors is not None:
             object.__setattr__(self, "extractors", check_extractors(self.extractors))
+        if self.grader is not None:
+            check_import(self.grader.replace(":", "."), "grading.grader")
 
     def decides(self) -> dict[str, Any]:
         """What of it decides verdicts, as a job records and compares it; extractors stand beside, as they are used."""
-        return {name: getattr(self, name) for name in ("convention", "deadline_s", "memory_mb")}
+        own = {} if self.grader is None else {"grader": {"name": self.grader, "sha256": own_grader(self.grader)[1]}}
+        return {name: getattr(self, name) for name in ("convention", "deadline_s", "memory_mb")} | own
+
+
+@cache
+def own_grader(name: str) -> tuple[Callable[[str, str, Mapping[str, Any]], bool | None], str]:
+    """A user's grader, and the sha256 of the file that defines it (of that file alone).
+
+    Args:
+        name: its dotted name.
+
+    Raises:
+        ConfigError: it cannot be imported, is no function of a file, or does not take three arguments.
+    """
+    function = imported(name, "grading.grader")
+    try:
+        inspect.signature(function).bind("text", "reference", {})
+        code = Path(str(sys.modules[function.__module__].__file__)).read_bytes()
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"grading.grader: {name!r} must be a function of a Python file that takes (text, reference, row): {error}"
+        ) from error
+    return function, hashlib.sha256(code).hexdigest()
 
 
 class Verdict(StrEnum):
@@ -106,8 +139,8 @@ class Grade:
 class _Item:
     """A check that takes a worker, and its outcome."""
 
-    request: tuple[str, str, str]
-    """Candidate, reference answer and convention."""
+    request: tuple[str, str, str | Mapping[str, Any]]
+    """Candidate, reference answer and convention; for a user's grader text, reference answer and row."""
     verdict: Verdict = Verdict.TIMEOUT
 
 
@@ -118,11 +151,11 @@ class _Worker:
     import the parent's main script again).
     """
 
-    def __init__(self, memory_mb: int, deadline_s: float) -> None:
+    def __init__(self, memory_mb: int, deadline_s: float, grader: str | None) -> None:
         self.pipe, theirs = Pipe()
         with theirs:
             paths = [path for path in sys.path if isinstance(path, str)]
-            arguments = json.dumps([paths, theirs.fileno(), os.getpid(), memory_mb, deadline_s])
+            arguments = json.dumps([paths, theirs.fileno(), os.getpid(), memory_mb, deadline_s, grader])
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-c", _BOOT, arguments],
                 stdin=subprocess.DEVNULL,
@@ -164,11 +197,12 @@ class Grader:
         extractors: how answers are found where the settings do not say it (a benchmark's own).
 
     Raises:
-        ConfigError: an unknown extractor.
+        ConfigError: an unknown extractor, or a grader that cannot be used.
     """
 
     def __init__(self, config: GradingConfig | None = None, *, extractors: Sequence[str] = DEFAULT_EXTRACTORS) -> None:
         self.config = config or GradingConfig()
+        self.config.decides()  # imports a user's grader
         self.extractors = self.config.extractors or check_extractors(extractors)
         self._owner, self._lock = os.getpid(), threading.Lock()
         self._pool: list[_Worker] = []
@@ -196,7 +230,12 @@ class Grader:
         return self.grade([completion], [answer])[0]
 
     def grade(
-        self, completions: Sequence[str | None], answers: Sequence[str], *, cut_off: Sequence[bool] | None = None
+        self,
+        completions: Sequence[str | None],
+        answers: Sequence[str],
+        *,
+        cut_off: Sequence[bool] | None = None,
+        rows: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[Grade]:
         r"""Grade completions against reference answers.
 
@@ -206,6 +245,8 @@ class Grader:
                 ``\boxed`` answer.
             cut_off: per completion whether it ended at its longest length. Of such a text a closed box and a finished
                 ``####`` line are answers; anything else is ``unparsed``.
+            rows: per completion its problem's row, for a grader of the user's own; None: empty ones. Such a grader
+                alone decides; what the extractors find is still ``extracted``.
 
         Returns:
             One grade per completion, in order. No text makes this raise: a deadline, a memory cap or a crash of the
@@ -214,7 +255,8 @@ class Grader:
 
         Raises:
             DataError: different lengths, or an empty answer.
-            StepkdError: the workers cannot be started (math-verify missing, ``memory_mb`` too small).
+            StepkdError: the workers cannot be started (math-verify missing, ``memory_mb`` too small), or a grader of
+                the user's own raised or returned something else.
         """
         if len(completions) != len(answers):
             raise DataError(f"{len(completions)} completions but {len(answers)} answers; give one for each")
@@ -223,9 +265,16 @@ class Grader:
             raise DataError(f"answers[{golds.index('')}] is empty: every problem needs an answer", column="answers")
         cut = [False] * len(golds) if cut_off is None else cut_off
         found = [extract_answer(t or "", self.extractors, cut_off=c) for t, c in zip(completions, cut, strict=True)]
+        if self.config.grader is None:
+            verdicts = self._verdicts(found, golds)
+        else:
+            given = zip(completions, answers, rows or [{}] * len(cut), cut, strict=True)
+            items = [_Item((text or "", gold, {**row, "cut_off": c})) for text, gold, row, c in given]
+            self._run(items)
+            verdicts = [item.verdict for item in items]
         return [
             Grade(verdict, answer and answer[:MAX_ANSWER_CHARS])
-            for verdict, answer in zip(self._verdicts(found, golds), found, strict=True)
+            for verdict, answer in zip(verdicts, found, strict=True)
         ]
 
     def same(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
@@ -297,15 +346,17 @@ class Grader:
                         raise self._cannot_start(worker, reply)
                 elif reply is None or reply[0] is None:
                     lost.append(item)
+                elif isinstance(reply[0], StepkdError):
+                    raise reply[0]
                 else:
-                    item.verdict = Verdict.CORRECT if reply[0] else Verdict.INCORRECT
+                    item.verdict = Verdict(reply[0])
                 if reply is None or (item and reply[1]):
                     self._drop([worker])
         return lost
 
     def _start(self) -> _Worker:
         try:
-            return _Worker(self.config.memory_mb, self.config.deadline_s)
+            return _Worker(self.config.memory_mb, self.config.deadline_s, self.config.grader)
         except OSError as error:
             raise StepkdError(f"cannot start a grading worker: {error}") from error
 

@@ -188,6 +188,7 @@ def grade_continuations(
             [_until_stop(ids, end, policy, sampling) for _, ids, end, _ in flat],
             [str(solution.row["answer"]) for solution, _, _, _ in flat],
             cut_off=[each.finish == "length" for _, _, _, each in flat],
+            rows=[solution.row for solution, _, _, _ in flat],
         )
     )
     return [[next(grades).verdict == "correct" for _ in continuations] for _, _, continuations in drawn]

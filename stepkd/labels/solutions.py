@@ -64,6 +64,7 @@ class SampledSolutions:
             [each.text for each in flat],
             [str(prompt.row["answer"]) for prompt, group in zip(prompts, drawn, strict=True) for _ in group],
             cut_off=[each.finish == "length" for each in flat],
+            rows=[prompt.row for prompt, group in zip(prompts, drawn, strict=True) for _ in group],
         )
         signals = _signals([name for name in self.signals if name != "logprobs"], self.bench, self.teacher, flat)
         samples = [
@@ -151,7 +152,10 @@ class ExistingSolutions:
         ]
         found = [self._solution(record) for record in records]
         ungraded = [k for k, r in enumerate(records) if r["correct"] is None and rows[k].get("answer") is not None]
-        grades = self.bench.grader.grade([found[k].text for k in ungraded], [str(rows[k]["answer"]) for k in ungraded])
+        problems = [rows[k] for k in ungraded]
+        grades = self.bench.grader.grade(
+            [found[k].text for k in ungraded], [str(row["answer"]) for row in problems], rows=problems
+        )
         for k, grade in zip(ungraded, grades, strict=True):
             records[k]["correct"] = grade.verdict == "correct"
             # Published step-labelled solutions often stop at the first error, without an answer.

@@ -265,6 +265,8 @@ class PolicyModule(LightningModule):
     def _settings(self) -> dict[str, Any]:
         """The module's arguments, as plain values under dotted names, and the Trainer's precision."""
         found = {short_name(name): _plain(value) for name, value in flat(as_yaml(self.arguments)).items()}
+        own = self.validation_spec.grading.decides().get("grader", {})
+        found |= {f"validation.grader.{name}": value for name, value in own.items()}
         return found | {"trainer.precision": str(self.trainer.precision)}
 
     def _settle(self, checkpoint: dict[str, Any], position: dict[str, int]) -> None:

@@ -19,7 +19,6 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from stepkd.errors import ConfigError, TrainingError, nearest
 from stepkd.grading.pool import Grader, Verdict
 from stepkd.modules.distributed import all_reduce, union
 from stepkd.modules.step_scores import load_step_scorer, step_scores
-from stepkd.safe import check_import
+from stepkd.safe import imported
 
 RewardFunction = Callable[..., Any]
 """In TRL's signature; an async one gives a coroutine."""
@@ -167,7 +166,8 @@ class Rewards:
     def correct(self, columns: dict[str, list[Any]]) -> list[bool]:
         """Whether each final answer is correct; of a completion that was cut off (``cut_off``), only a finished one."""
         golds = [str(answer) for answer in columns["answer"]]
-        grades = self.grader.grade(columns["completions"], golds, cut_off=columns.get("cut_off"))
+        known = {name: columns.get(name) for name in ("cut_off", "rows")}
+        grades = self.grader.grade(columns["completions"], golds, **known)
         return [grade.verdict is Verdict.CORRECT for grade in grades]
 
     def logged(self, device: torch.device) -> dict[str, float]:
@@ -257,12 +257,7 @@ def _failing_line(error: BaseException, own: _OwnFunction | None) -> str:
 
 
 def _imported(spec: RewardConfig) -> _OwnFunction:
-    path, _, attribute = spec.name.rpartition(":" if ":" in spec.name else ".")
-    check_import(path, "rewards: name")
-    try:
-        function = getattr(import_module(path), attribute)
-    except Exception as error:
-        raise ConfigError(f"rewards: {spec.name!r} cannot be imported: {type(error).__name__}: {error}") from error
+    function = imported(spec.name, "rewards")
     try:
         own, options = _OwnFunction(function, spec.options), spec.options
         if not own.takes_all and not own.names & {"prompts", "completions", "completion_ids", "steps", "rows"}:

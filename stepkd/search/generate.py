@@ -250,9 +250,9 @@ class ContinuationValue:
         going = [state for state in states if state.correct is None]
         endings = self.generator.complete(going, self.continuations) if going else []
         texts = [state.text + ending.text for state, group in zip(going, endings, strict=True) for ending in group]
-        answers = [str(state.problem.row["answer"]) for state in going for _ in range(self.continuations)]
+        rows = [state.problem.row for state in going for _ in range(self.continuations)]
         cut_off = [ending.end == "length" for group in endings for ending in group]
-        grades = iter(self.grader.grade(texts, answers, cut_off=cut_off))
+        grades = iter(self.grader.grade(texts, [str(row["answer"]) for row in rows], cut_off=cut_off, rows=rows))
         return [
             sum(next(grades).verdict == "correct" for _ in range(self.continuations)) / self.continuations
             if state.correct is None

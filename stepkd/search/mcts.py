@@ -206,7 +206,9 @@ def _expand(
     new = [(tree, child) for tree, leaf in leaves for child in leaf.children]
     over = [(tree, node) for tree, node in new if node.terminal]
     grades = grader.grade(
-        [node.state(tree.problem).text for tree, node in over], [str(tree.problem.row["answer"]) for tree, _ in over]
+        [node.state(tree.problem).text for tree, node in over],
+        [str(tree.problem.row["answer"]) for tree, _ in over],
+        rows=[tree.problem.row for tree, _ in over],
     )
     for (_, node), grade in zip(over, grades, strict=True):
         node.correct = grade.verdict == "correct"

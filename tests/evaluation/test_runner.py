@@ -19,6 +19,7 @@ from stepkd.errors import ConfigError, DataError, MachineError, ModelError, Step
 from stepkd.evaluation.config import EvaluateConfig
 from stepkd.evaluation.metrics import summarise
 from stepkd.evaluation.runner import evaluate
+from stepkd.grading.pool import own_grader
 from stepkd.models.checkpoint import tokenizer_fingerprint
 from stepkd.models.policy import Policy
 from stepkd.models.spec import PolicyConfig
@@ -208,6 +209,24 @@ def test_changed_settings_are_refused_by_name(
     with pytest.raises(ConfigError, match=rf"(?s)begun under other settings.*  {re.escape(key)}.*another --out"):
         evaluate(changed(spec, **changes), policy=policy)
     assert whole(spec.out) == before
+
+
+def test_a_grader_of_ones_own_decides_and_another_is_refused(
+    spec: EvaluateConfig, policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "grades_all.py"
+    file.write_text("def judge(text, reference, row):\n    return row['answer'] == reference and 'task' in row\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    spec = changed(spec, grader="grades_all.judge", limit=2)
+    summary = evaluate(spec, policy=policy)
+    assert summary["metrics"]["pass@1"]["value"] == 1.0
+    assert summary["settings"]["grader"]["name"] == "grades_all.judge"
+    file.write_text(file.read_text() + "# another\n")
+    own_grader.cache_clear()
+    with pytest.raises(ConfigError, match=r"(?s)begun under other settings.*  grader\.sha256: "):
+        evaluate(spec, policy=policy)
+    with pytest.raises(ConfigError, match=r"(?s)begun under other settings.*  grader\.name: 'grades_all\.judge' then"):
+        evaluate(changed(spec, grader=None), policy=policy)
 
 
 def test_changed_weights_are_refused(spec: EvaluateConfig, policy: Policy) -> None:

@@ -13,7 +13,7 @@ import forked
 import pytest
 
 from stepkd.errors import ConfigError, TrainingError
-from stepkd.grading.pool import Grader
+from stepkd.grading.pool import Grader, GradingConfig
 from stepkd.modules.rewards import RewardConfig, Rewards
 
 TEXTS = [r"<think>a</think> \boxed{\frac{1}{2}}", r"\boxed{3}", "nothing"]
@@ -29,6 +29,15 @@ def columns(*, chat: bool = False, **more: Any) -> dict[str, list[Any]]:
 def given(*specs: Any, **more: Any) -> dict[str, list[float | None]]:
     made = [each if isinstance(each, RewardConfig) else RewardConfig(each) for each in specs]
     return Rewards(made, Grader())(columns(**more), NAMES)[1]
+
+
+def test_accuracy_is_what_the_grader_of_the_run_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "says_no.py").write_text("def judge(text, reference, row):\n    return text == row['wanted']\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    rows = [{"wanted": "nothing"}] * 3
+    with Grader(GradingConfig(grader="says_no.judge")) as grader:
+        _, parts = Rewards([RewardConfig()], grader)(columns(answer=["3"] * 3, rows=rows), NAMES)
+    assert parts == {"accuracy": [0.0, 0.0, 1.0]}
 
 
 # ---- TRL's own ------------------------------------------------------------------------------------------------------
