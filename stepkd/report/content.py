@@ -82,7 +82,8 @@ def _benchmarks(evaluations: Sequence[Folder]) -> Iterator[dict[str, Any]]:
         figures = []
         for metric, title in DRAWN.items():
             rows = {model: [each[metric][end] for end in ENDS] for model, each in models.items() if metric in each}
-            figures += [dots(title, rows, "percent", 100.0)] if rows else []
+            is_defined = any(value is not None for value, *_ in rows.values())
+            figures += [dots(title, rows, "percent", 100.0)] if is_defined else []
         pairs = [{**each, "a": names[a.name], "b": names[b.name]} for a, b, each in _pairs(same)]
         yield {"name": " ".join(filter(None, name)), "models": models, "figures": figures, "pairs": pairs}
 

@@ -128,7 +128,7 @@
     const show = (from, to) => grid.append(...groups.slice(from, to).map((group) => card(problem, group)));
     show(0, all ? groups.length : BESIDE);
     if (!all && groups.length > BESIDE) {
-      const more = make("button", "rest", `${groups.length - BESIDE} more solutions of this problem`);
+      const more = make("button", "rest", `${groups.length - BESIDE} more of this problem`);
       more.type = "button";
       more.addEventListener("click", () => {
         more.remove();

@@ -71,6 +71,13 @@ def test_an_evaluation_without_step_labels_has_no_step_metrics(evaluation: Calla
     assert found["pairs"][0]["step_accuracy"] is None
 
 
+def test_a_metric_without_a_value_has_no_plot(evaluation: Callable[..., Path]) -> None:
+    rows = [{**row, "samples": row["samples"][:1] * 2} for row in evaluation_rows("ii")]
+    (found,) = of(evaluation("a", rows=rows))["benchmarks"]
+    assert found["models"]["a"]["correct_with_incorrect_step"]["value"] is None
+    assert [figure.title for figure in found["figures"]] == ["correct (pass@1)", "correct steps"]
+
+
 def test_reliability_of_scored_rows_with_labels_is_that_of_their_steps_up_to_the_first_error(scores: Path) -> None:
     (folder,) = find_folders([scores])
     steps = labelled_steps(
