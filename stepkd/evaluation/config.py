@@ -13,6 +13,7 @@ from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, check_bounds, check_choice, nearest
 from stepkd.grading.pool import GradingConfig
 from stepkd.runs.job import JobConfig
+from stepkd.sampling.config import IN_PROCESS, EngineConfig
 from stepkd.sampling.engine import SamplingConfig
 from stepkd.scorers.load import DType
 from stepkd.scorers.scorer import Reduction, ScorerConfig
@@ -52,8 +53,8 @@ class EvaluateConfig(JobConfig):
     """Numeric type of the weights; the default keeps the one they are stored in."""
     attention: str | None = None
     """Attention implementation (sdpa, eager, flash_attention_2); the default lets transformers choose."""
-    max_rows: int = 32
-    """Completions decoded at once, at least 1; it belongs to what decides the result: batch shapes decide rounding."""
+    engine: EngineConfig = IN_PROCESS
+    """Where solutions are sampled: Transformers (in this process), VLLMServer or VLLM."""
     ks: tuple[int, ...] = ()
     """The k of pass@k and maj@k, each from 1 to the samples of a problem; the default takes the powers of two up to
     that."""
@@ -63,7 +64,7 @@ class EvaluateConfig(JobConfig):
         n = self.drawn.n
         if n > 1 and self.sampling.temperature == 0:
             raise ConfigError(f"{n} samples at temperature 0 would all be the same: set sampling.temperature")
-        check_bounds("", self, limit="[1, inf)", max_rows="[1, inf)")
+        check_bounds("", self, limit="[1, inf)")
         if bad := [k for k in self.ks if not 1 <= k <= n]:
             raise ConfigError(f"k={bad[0]} of pass@k: must lie between 1 and the number of samples per problem, {n}")
 

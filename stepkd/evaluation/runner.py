@@ -32,7 +32,7 @@ from stepkd.models.checkpoint import load_trained, tokenizer_fingerprint, weight
 from stepkd.models.policy import Policy
 from stepkd.models.source import template_for
 from stepkd.runs.job import ALONE, RESULTS_NAME, SUMMARY_NAME, Job, JobOptions, numbered
-from stepkd.sampling.transformers_engine import TransformersEngine, encode_prompts, fixed_batches
+from stepkd.sampling.transformers_engine import encode_prompts, fixed_batches
 from stepkd.scorers.load import pick_device
 
 logger = logging.getLogger(__name__)
@@ -71,11 +71,14 @@ def evaluate(config: EvaluateConfig, *, policy: Policy | None = None, options: J
     rows = load_rows(data, contract=PROBLEM)
     check_unique_ids(rows, path=config.data)
     if policy is None:
-        policy = load_trained(config.model, dtype=config.dtype, attention=config.attention)
-    policy.to(device)
+        weights = config.engine.holds_weights
+        policy = load_trained(config.model, dtype=config.dtype, attention=config.attention, weights=weights)
+    if config.engine.holds_weights:
+        policy.to(device)
     asked = {name: value for name in ("style", "system", "few_shot") if (value := getattr(config, name)) is not None}
     template = replace(template_for(config.model, benchmark.template, given), **asked)
     prompts = encode_prompts(policy, template, rows)
+    engine = config.engine.build(policy, sampling)
     settings = job.begin(
         _data_settings(benchmark, data)
         | _model_settings(policy, template)
@@ -87,13 +90,13 @@ def evaluate(config: EvaluateConfig, *, policy: Policy | None = None, options: J
             },
             "sampling": {name: value for name, value in asdict(sampling).items() if name != "seed"},
             "seed": sampling.seed,
-            "batch_size": config.max_rows,
+            "engine": engine.facts(),
+            "batch_size": config.engine.at_once,
             "extractor": EXTRACTOR_VERSION,
             "extractors": list(grader.extractors),
             **config.grading.decides(),
         }
     )
-    engine = TransformersEngine(policy, max_rows=config.max_rows)
     decode = partial(policy.tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def work(batch: list[int]) -> list[dict[str, Any]]:
@@ -109,7 +112,7 @@ def evaluate(config: EvaluateConfig, *, policy: Policy | None = None, options: J
             for i, samples in zip(batch, judge([rows[i] for i in batch], drawn, grader), strict=True)
         ]
 
-    units = numbered(fixed_batches(prompts, sampling.n, config.max_rows))
+    units = numbered(fixed_batches(prompts, sampling.n, config.engine.at_once))
     with grader:
         job.work(PROBLEMS, units, work, _running)
     results = job.rows(PROBLEMS, units)
@@ -162,6 +165,5 @@ def _model_settings(policy: Policy, template: PromptTemplate) -> dict[str, Any]:
         "tokenizer": tokenizer_fingerprint(policy.tokenizer),
         "end_ids": sorted(policy.eos_ids),
         "dtype": str(next(policy.parameters()).dtype).removeprefix("torch."),
-        "backend": "transformers",
         **machine_settings(policy),
     }

@@ -309,7 +309,7 @@ def _greedy(it: Iteration, drawn: LabelConfig, folder: Path) -> dict[str, Any]:
             template=PromptTemplate(**how["template"]),
             dtype=drawn.dtype,
             device=drawn.device,
-            max_rows=drawn.max_rows,
+            engine=drawn.engine,
         )
     )
     return {"pass@1": summary["metrics"]["pass@1"]}

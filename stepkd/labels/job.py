@@ -42,8 +42,7 @@ from stepkd.models.checkpoint import load_trained, weights_fingerprint
 from stepkd.models.policy import Policy
 from stepkd.runs.files import write_json
 from stepkd.runs.job import ALONE, SUMMARY_NAME, Job, JobOptions, finished_rows, numbered
-from stepkd.sampling.engine import Engine
-from stepkd.sampling.transformers_engine import TransformersEngine
+from stepkd.sampling.engine import Engine, SamplingConfig
 from stepkd.steps.confidence import SegmentThreshold, fit_threshold
 from stepkd.steps.labels import verdicts
 from stepkd.steps.segment import Segmenter, get_segmenter, segmenter_settings
@@ -121,10 +120,9 @@ class Labelling:
         continues = config.labeller.continues or bool(steps.signals)
         if continues and drawn is None:
             bench.check_prompt()
-        if continues or drawn is not None:
-            bench.policy.to(bench.device)  # else only its tokenizer is used
         teacher = None if steps.teacher is None else load_trained(steps.teacher, dtype=config.dtype).to(bench.device)
-        engine = engine or TransformersEngine(bench.policy, max_rows=config.max_rows)
+        if engine is None and (continues or drawn is not None):  # else only the policy's tokenizer is used
+            engine = bench.engine(SamplingConfig() if drawn is None else drawn.sampling)
         self.labeller = labeller or config.labeller.build(bench, engine)
         sampling = None if drawn is None else bench.limited(drawn.sampling)
         self.source: SampledSolutions | ExistingSolutions
@@ -160,7 +158,7 @@ class Labelling:
             "dedupe": self.dedupe,
         }
         labeller = self.config.labeller
-        size = max(1, self.config.max_rows // (labeller.sampling.n if isinstance(labeller, MonteCarlo) else 1))
+        size = max(1, self.config.engine.at_once // (labeller.sampling.n if isinstance(labeller, MonteCarlo) else 1))
         units = numbered([kept[start : start + size] for start in range(0, len(kept), size)])
         job.work(LABELS, units, lambda group: self._label_group(group, segmenter, provenance), _correct_steps)
         records = job.rows(LABELS, units)

@@ -211,7 +211,7 @@ class Scored(LabellerConfig):
 
     def build(self, bench: Any, engine: Any) -> Labeller:
         """A :class:`ScorerLabeller`."""
-        scorer = load_scorer(self.scorer, device=bench.config.device, max_rows=bench.config.max_rows)
+        scorer = load_scorer(self.scorer, device=bench.config.device, max_rows=bench.config.engine.at_once)
         return ScorerLabeller(scorer, threshold=self.threshold)
 
 

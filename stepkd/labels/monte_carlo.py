@@ -56,7 +56,7 @@ class MonteCarloLabeller:
     """Label steps by continuing every prefix.
 
     Args:
-        engine: draws the continuations (:class:`~stepkd.sampling.transformers_engine.TransformersEngine`).
+        engine: draws the continuations (an :class:`~stepkd.sampling.engine.Engine`).
         policy: the engine's model (:class:`~stepkd.models.policy.Policy`), whose tokenizer turns ids into text.
         grader: compares the final answers with the row's ``answer``.
         sampling: how to draw; ``n`` is J, the continuations per step. Its ``seed`` and the solution's ``index`` key the

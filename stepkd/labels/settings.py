@@ -15,6 +15,7 @@ from stepkd.grading.pool import GradingConfig
 from stepkd.labels.labellers import LabellerConfig, check_noise
 from stepkd.labels.monte_carlo import MonteCarlo
 from stepkd.runs.job import JobConfig
+from stepkd.sampling.config import IN_PROCESS, EngineConfig
 from stepkd.sampling.engine import SamplingConfig
 from stepkd.scorers.load import load_scorer
 from stepkd.scorers.scorer import Reduction, ScorerConfig, StepScorer
@@ -35,20 +36,13 @@ class PromptedConfig:
     """How final answers are found and compared."""
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
     """Weights' dtype of the policy, and of a teacher; null leaves them as stored."""
-    max_rows: int = 64
-    """Completions decoded at once, at least 1; also the size of a unit of work, which a kill can lose."""
-
-    def __post_init__(self) -> None:
-        check_bounds("", self, max_rows="[1, inf)")
+    engine: EngineConfig = IN_PROCESS
+    """Where the policy is sampled: Transformers (in this process), VLLMServer or VLLM."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelJobConfig(PromptedConfig, JobConfig):
     """A job that samples for labels or pairs."""
-
-    def __post_init__(self) -> None:
-        PromptedConfig.__post_init__(self)
-        JobConfig.__post_init__(self)
 
 
 # ---- what is labelled ----------------------------------------------------------------------------------------------
@@ -316,7 +310,7 @@ class StepScore(ValueConfig):
         """A :class:`~stepkd.search.generate.ScorerValue`."""
         from stepkd.search.generate import ScorerValue
 
-        loaded = scorer or load_scorer(self.scorer, device=bench.config.device, max_rows=bench.config.max_rows)
+        loaded = scorer or load_scorer(self.scorer, device=bench.config.device, max_rows=bench.config.engine.at_once)
         return ScorerValue(loaded, reduction=self.reduction, name="scorer")
 
 
@@ -333,7 +327,7 @@ class SelfEvaluation(ValueConfig):
         from stepkd.scorers.judge import PromptedJudge
         from stepkd.search.generate import ScorerValue
 
-        rows = bench.config.max_rows
+        rows = bench.config.engine.at_once
         scorer = scorer or PromptedJudge(bench.policy, reference=True, max_rows=rows, name=bench.model)
         return ScorerValue(scorer, reduction=self.reduction, name="self_evaluation")
 

@@ -51,7 +51,7 @@ class SampledSolutions:
 
     def groups(self) -> list[list[int]]:
         """Item numbers of every group; depends on nothing but the data and the settings."""
-        return fixed_batches(self.prompts, self.sampling.n, self.bench.config.max_rows)
+        return fixed_batches(self.prompts, self.sampling.n, self.bench.config.engine.at_once)
 
     def work(self, items: Sequence[int]) -> list[dict[str, Any]]:
         """Draw and grade the solutions of these problems: records with ``id``, ``index`` and other JSON values."""

@@ -25,7 +25,7 @@ from stepkd.labels.workbench import Workbench, pair_record
 from stepkd.models.checkpoint import weights_fingerprint
 from stepkd.models.policy import Policy
 from stepkd.sampling.annotate import annotate
-from stepkd.sampling.transformers_engine import TransformersEngine
+from stepkd.sampling.engine import Engine
 from stepkd.scorers.load import load_scorer
 from stepkd.scorers.rules import Checker
 from stepkd.steps.confidence import EntropySegmenter
@@ -150,7 +150,7 @@ class StepPairBuilder:
         config: StepPairConfig,
         *,
         policy: Policy | None = None,
-        engine: TransformersEngine | None = None,
+        engine: Engine | None = None,
     ) -> None:
         needs = (*NEEDS, A_TASK) if config.check in ("checker", Checker()) else NEEDS
         self.config = config
@@ -160,12 +160,11 @@ class StepPairBuilder:
             if isinstance(found, int):
                 segmenter_of(row)
         bench.check_prompt()
-        self.policy = bench.policy.to(bench.device)
+        self.engine, self.policy = engine or bench.engine(config.sampling), bench.policy
         self.check = None
         if config.check is not None:
-            scorer = load_scorer(config.check, device=config.device, max_rows=config.max_rows)
+            scorer = load_scorer(config.check, device=config.device, max_rows=config.engine.at_once)
             self.check = ScorerLabeller(scorer, threshold=config.threshold)
-        self.engine = engine or TransformersEngine(bench.policy, max_rows=config.max_rows)
         self.sampling = bench.limited(config.sampling)
         self._source = ExistingSolutions(bench, keep_steps=True)
         sampling = asdict(self.sampling)
@@ -189,7 +188,7 @@ class StepPairBuilder:
         """Item numbers of every group: those with an incorrect step first, then all others; depends on nothing but the
         data and the settings."""
         groups: list[list[int]] = []
-        for drawn, size in ((True, max(1, self.config.max_rows // self.sampling.n)), (False, _LIGHT)):
+        for drawn, size in ((True, max(1, self.config.engine.at_once // self.sampling.n)), (False, _LIGHT)):
             items = [item for item, found in enumerate(self._found) if isinstance(found, int) is drawn]
             groups += [items[start : start + size] for start in range(0, len(items), size)]
         return groups

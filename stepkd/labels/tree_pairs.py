@@ -14,7 +14,7 @@ from stepkd.labels.settings import StepScore, TreePairConfig
 from stepkd.labels.workbench import Workbench, pair_record
 from stepkd.models.policy import Policy
 from stepkd.sampling.engine import Engine
-from stepkd.sampling.transformers_engine import TransformersEngine, encode_prompts, fixed_batches
+from stepkd.sampling.transformers_engine import encode_prompts, fixed_batches
 from stepkd.scorers.rules import Checker
 from stepkd.scorers.scorer import StepScorer
 from stepkd.search.generate import SampledSteps
@@ -46,9 +46,8 @@ class TreePairBuilder:
         needs = (A_TASK,) if exact else ()
         self.config = config
         self.bench = bench = Workbench(config, config.problems, config.model, needs, problems=True, policy=policy)
-        bench.policy.to(bench.device)
         self.generator = SampledSteps(
-            engine or TransformersEngine(bench.policy, max_rows=config.max_rows),
+            engine or bench.engine(config.sampling),
             bench.policy,
             bench.limited(config.sampling),
             segmenter=config.segmenter,
@@ -69,7 +68,7 @@ class TreePairBuilder:
 
     def groups(self) -> list[list[int]]:
         """Item numbers of every group: its trees fill the batch with their actions."""
-        return fixed_batches(self.prompts, self.config.search.actions, self.config.max_rows)
+        return fixed_batches(self.prompts, self.config.search.actions, self.config.engine.at_once)
 
     def work(self, items: Sequence[int]) -> list[dict[str, Any]]:
         """One record per item (:func:`~stepkd.labels.workbench.pair_record`)."""

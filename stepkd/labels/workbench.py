@@ -23,7 +23,7 @@ from stepkd.models.checkpoint import load_trained, tokenizer_fingerprint, weight
 from stepkd.models.policy import Policy
 from stepkd.models.source import template_for
 from stepkd.runs.job import package_versions
-from stepkd.sampling.engine import SamplingConfig
+from stepkd.sampling.engine import Engine, SamplingConfig
 from stepkd.scorers.load import pick_device
 from stepkd.tasks.rows import is_task_row
 
@@ -70,11 +70,20 @@ class Workbench:
         """What the data's prompts, answers and longest completion are like where the settings do not say."""
         self.model = model or _named_model(self.rows)
         template = None if config.template is None else get_template(config.template)
-        self.policy = policy or load_trained(self.model, dtype=config.dtype)
+        self.policy = policy or load_trained(self.model, dtype=config.dtype, weights=config.engine.holds_weights)
         """Samples, continues and tokenises; still on the CPU."""
         self.template = template_for(self.model, self.benchmark.template, template)
         self.grader = Grader(config.grading, extractors=self.benchmark.extractors)
         """Judges final answers; closed at the job's end."""
+        self._engine: dict[str, Any] | None = None
+
+    def engine(self, sampling: SamplingConfig) -> Engine:
+        """What samples from the policy, which is put where it samples."""
+        if self.config.engine.holds_weights:
+            self.policy.to(self.device)
+        engine = self.config.engine.build(self.policy, sampling)
+        self._engine = engine.facts()
+        return engine
 
     @property
     def prompt_id(self) -> str:
@@ -116,7 +125,8 @@ class Workbench:
             **grading.decides(),
             "device": self.device.type,
             "threads": torch.get_num_threads(),
-            "batch_size": self.config.max_rows,
+            "engine": self._engine,
+            "batch_size": self.config.engine.at_once,
             "versions": package_versions(),
         }
 

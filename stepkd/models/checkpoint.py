@@ -20,7 +20,7 @@ from stepkd.errors import ConfigError, ModelError, disk_error
 from stepkd.models.adapter import ADAPTER_CONFIG, add_lora, in_base_precision, misfit
 from stepkd.models.card import write_card
 from stepkd.models.layouts import Layout, check_layout, save_classifier
-from stepkd.models.load import checkpoint_layers, listed_ends, load_tokenizer
+from stepkd.models.load import checkpoint_layers, listed_ends, load_outline, load_tokenizer
 from stepkd.models.policy import Policy
 from stepkd.models.source import find_checkpoint, save_template, trained_template
 from stepkd.models.spec import TINY_PRESETS, PolicyConfig, Quantization, spec_from_dict, step_head_from_dict
@@ -73,6 +73,7 @@ def load_trained(
     attention: str | None = None,
     quantization: Quantization = "none",
     dequantise: bool = False,
+    weights: bool = True,
 ) -> Policy:
     """Load a model for evaluation or export.
 
@@ -82,11 +83,15 @@ def load_trained(
         attention: overrides the attention implementation.
         quantization: other than none: how the base weights are kept.
         dequantise: put a checkpoint's adapter on the unquantised base, whatever it was trained on.
+        weights: off, only settings and tokenizer are read, for a model that another process samples from: its weights
+            are on the ``meta`` device and cannot be computed with.
 
     Raises:
         ModelError: nothing loadable there.
     """
     checkpoint_path, checkpoint, spec = _read(path)
+    if not weights:
+        return Policy(*load_outline(spec), spec, verify_head=False)
     if quantization != "none" and checkpoint is not None and spec.lora is None:
         raise ModelError(
             f"{path} was trained in all weights, which a run keeps unquantised: export it (stepkd export) and "
@@ -139,7 +144,8 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
     """Short hash that tells two sets of weights apart.
 
     Covers every parameter's name, shape and dtype and a thousand of its values, evenly spaced: enough to recognise a
-    changed checkpoint in milliseconds, not a cryptographic proof.
+    changed checkpoint in milliseconds, not a cryptographic proof. Of weights that another process holds it covers
+    names, shapes and dtypes.
     """
     return parameters_fingerprint(model.named_parameters())
 
@@ -150,7 +156,7 @@ def parameters_fingerprint(named: Iterable[tuple[str, torch.nn.Parameter]]) -> s
     for name, parameter in sorted(named, key=lambda pair: pair[0]):
         flat = parameter.detach().reshape(-1)
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        if flat.numel():
+        if flat.numel() and not flat.is_meta:
             stride = max(1, flat.numel() // 1000)
             digest.update(np.ascontiguousarray(flat[::stride].float().cpu().numpy()).tobytes())
     return digest.hexdigest()[:16]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -52,6 +53,25 @@ def load_model(spec: PolicyConfig) -> tuple[Any, Any]:
         checkpoint_layers(model)
     model.eval()
     return model, tokenizer
+
+
+def load_outline(spec: PolicyConfig) -> tuple[Any, Any]:
+    """A model's settings and its tokenizer, as :func:`load_model` gives them, without weights: they are on the ``meta``
+    device.
+
+    Raises:
+        ModelError: nothing readable there.
+    """
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    tokenizer, spec = load_tokenizer(spec), _base_spec(as_trained(spec))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config(spec), trust_remote_code=spec.trust_remote_code)
+    if spec.path not in TINY_PRESETS:
+        source, arguments = _place(spec.path, spec.revision, spec.trust_remote_code)
+        with suppress(OSError):  # there need not be any
+            model.generation_config = GenerationConfig.from_pretrained(source, revision=arguments.get("revision"))
+    return model.eval(), tokenizer
 
 
 def training_spec(spec: PolicyConfig) -> PolicyConfig:

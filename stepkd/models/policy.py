@@ -208,7 +208,15 @@ class Policy(nn.Module):
 
         Args:
             ids: int64 token ids of any shape; nothing is read of them where the model has a row for every id.
+
+        Raises:
+            ConfigError: the weights are not in this process.
         """
+        if self.device.type == "meta":
+            raise ConfigError(
+                "another process samples from the policy, and this job computes with its weights, too (signals of a "
+                "segmenter, a judge, a search value): take --engine Transformers"
+            )
         if self._has_spare_ids:
             check_rows(ids, self._rows, self.tokenizer)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from stepkd.errors import check_bounds
 from stepkd.sampling.engine import Engine, SamplingConfig
@@ -14,14 +14,22 @@ from stepkd.sampling.engine import Engine, SamplingConfig
 class EngineConfig(ABC):
     """Where completions are sampled: :class:`Transformers`, :class:`VLLMServer` or :class:`VLLM`."""
 
+    holds_weights: ClassVar[bool] = True
+    """Whether it samples from weights in this process; else a job reads the model's settings and tokenizer only."""
+
+    @property
     @abstractmethod
-    def build(self, policy: Any, sampling: SamplingConfig, breaks_off: Callable[[], bool]) -> Engine:
+    def at_once(self) -> int:
+        """Completions that are sampled at the same time; in a job the size of a unit of work, which a kill can lose."""
+
+    @abstractmethod
+    def build(self, policy: Any, sampling: SamplingConfig, breaks_off: Callable[[], bool] | None = None) -> Engine:
         """The engine.
 
         Args:
             policy: the :class:`~stepkd.models.policy.Policy` that is sampled from.
             sampling: how it will be asked to draw.
-            breaks_off: asked while it samples; once it says yes, completions end where they are.
+            breaks_off: asked while it samples; once it says yes, completions end where they are. None: never.
 
         Raises:
             ConfigError: what it needs is not there.
@@ -33,12 +41,18 @@ class Transformers(EngineConfig):
     """This process's own decoding, with the weights that are trained."""
 
     max_rows: int = 64
-    """Completions that are decoded at once, >= 1; memory grows with it."""
+    """Completions that are decoded at once, >= 1; memory grows with it. In a job also the size of a unit of work, and
+    part of what decides the result: batch shapes decide rounding."""
 
     def __post_init__(self) -> None:
         check_bounds("engine.", self, max_rows="[1, inf)")
 
-    def build(self, policy: Any, sampling: SamplingConfig, breaks_off: Callable[[], bool]) -> Engine:
+    @property
+    def at_once(self) -> int:
+        """``max_rows``."""
+        return self.max_rows
+
+    def build(self, policy: Any, sampling: SamplingConfig, breaks_off: Callable[[], bool] | None = None) -> Engine:
         """See :meth:`EngineConfig.build`."""
         from stepkd.sampling.transformers_engine import TransformersEngine
 
@@ -65,7 +79,14 @@ class VLLMServer(EngineConfig):
     def __post_init__(self) -> None:
         check_bounds("engine.", self, timeout_s="(0, inf)", requests="[1, inf)")
 
-    def build(self, policy: Any, sampling: SamplingConfig, breaks_off: Callable[[], bool]) -> Engine:
+    holds_weights = False
+
+    @property
+    def at_once(self) -> int:
+        """``requests``."""
+        return self.requests
+
+    def build(self, policy: Any, sampling: SamplingConfig, breaks_off: Callable[[], bool] | None = None) -> Engine:
         """See :meth:`EngineConfig.build`."""
         from stepkd.sampling.vllm import ServerEngine, connect
 
@@ -83,7 +104,12 @@ class VLLM(EngineConfig):
     def __post_init__(self) -> None:
         check_bounds("engine.", self, gpu_memory="(0, 1)")
 
-    def build(self, policy: Any, sampling: SamplingConfig, breaks_off: Callable[[], bool]) -> Engine:
+    @property
+    def at_once(self) -> int:
+        """The engine makes batches of its own of 256."""
+        return 256
+
+    def build(self, policy: Any, sampling: SamplingConfig, breaks_off: Callable[[], bool] | None = None) -> Engine:
         """See :meth:`EngineConfig.build`."""
         from stepkd.sampling.vllm import VLLMEngine
 

@@ -97,6 +97,28 @@ class SamplingConfig:
         return DEFAULT_NEW_TOKENS if self.max_new_tokens is None else self.max_new_tokens
 
 
+@dataclass(frozen=True)
+class Branch:
+    """A sequence, and the prefixes of it that are to be continued."""
+
+    token_ids: Sequence[int]
+    """Prompt and solution."""
+    cuts: Sequence[int]
+    """Lengths of the prefixes in tokens, strictly increasing, each from 1 to the sequence's length."""
+    index: int
+    """Global number of the sequence; keys the noise of its continuations."""
+
+
+@dataclass(frozen=True)
+class BranchContinuations:
+    """What was drawn from one branch."""
+
+    continuations: tuple[tuple[Completion, ...], ...]
+    """For each cut its continuations, by sample number; their ``prompt_ids`` are the prefix."""
+    prefill_tokens: int
+    """Tokens of the sequence read for it: the longest prefix where reading is shared, else all prefixes together."""
+
+
 class Wanted(NamedTuple):
     """A prompt to complete."""
 
@@ -104,8 +126,9 @@ class Wanted(NamedTuple):
     """Its token ids."""
     limit: int
     """Most tokens of a completion."""
-    key: tuple[str, int, int]
-    """Purpose, step and its global number: what the noise of its completions is keyed by, with the seed."""
+    key: tuple[int | str, ...]
+    """Purpose, step and its global number (of a prefix: the sequence's, and the cut): what the noise of its completions
+    is keyed by, with the seed."""
 
 
 class Engine(ABC):
@@ -159,6 +182,51 @@ class Engine(ABC):
         ]
         return self._draw(wanted, spec, on_progress)
 
+    def continue_branches(
+        self,
+        branches: Sequence[Branch],
+        spec: SamplingConfig,
+        *,
+        purpose: str = "branch",
+        step: int = 0,
+        on_progress: Progress | None = None,
+    ) -> list[BranchContinuations]:
+        """Draw ``spec.n`` continuations of every prefix.
+
+        Args:
+            branches: sequences with their cuts.
+            spec: how to draw.
+            purpose: names the use, so that different uses draw different noise.
+            step: optimiser step (or iteration). Sample j of the prefix of c tokens of sequence g uses the stream of
+                ``(spec.seed, purpose, step, g, c, j)``, whatever the batch.
+            on_progress: called with the number of continuations just finished.
+
+        Returns:
+            One record per branch, in order.
+
+        Raises:
+            DataError: a prefix that leaves no room for a single token in the model's context.
+            ModelError, ConfigError: see :meth:`generate`.
+        """
+        wanted = [
+            Wanted(
+                np.asarray(branch.token_ids[:cut]).tolist(),
+                spec.room(f"a prefix of branch {branch.index}", cut, self.policy.max_length),
+                (purpose, step, branch.index, cut),
+            )
+            for branch in branches
+            for cut in branch.cuts
+        ]
+        drawn = iter(self._draw(wanted, spec, on_progress))
+        return [
+            BranchContinuations(tuple(tuple(next(drawn)) for _ in branch.cuts), sum(branch.cuts)) for branch in branches
+        ]
+
+    def facts(self) -> dict[str, Any]:
+        """What decides samples beside model and settings, for a job's ``settings.json``: the engine's name, and what it
+        knows of its build."""
+        return {"name": type(self).__name__.removesuffix("Engine")}
+
     def update(self, version: int) -> None:
         """Have it sample from the policy's weights as they are now; all ranks call it.
 
@@ -180,28 +248,6 @@ class Engine(ABC):
         self, wanted: Sequence[Wanted], spec: SamplingConfig, on_progress: Progress | None
     ) -> list[list[Completion]]:
         """What :meth:`sample` gives."""
-
-
-@dataclass(frozen=True)
-class Branch:
-    """A sequence, and the prefixes of it that are to be continued."""
-
-    token_ids: Sequence[int]
-    """Prompt and solution."""
-    cuts: Sequence[int]
-    """Lengths of the prefixes in tokens, strictly increasing, each from 1 to the sequence's length."""
-    index: int
-    """Global number of the sequence; keys the noise of its continuations."""
-
-
-@dataclass(frozen=True)
-class BranchContinuations:
-    """What was drawn from one branch."""
-
-    continuations: tuple[tuple[Completion, ...], ...]
-    """For each cut its continuations, by sample number; their ``prompt_ids`` are the prefix."""
-    prefill_tokens: int
-    """Tokens of the sequence read for it: the longest prefix where reading is shared, else all prefixes together."""
 
 
 def decode_text(tokenizer: Any, token_ids: Sequence[int]) -> str:

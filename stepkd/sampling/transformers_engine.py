@@ -63,26 +63,11 @@ class TransformersEngine(Engine):
         step: int = 0,
         on_progress: Progress | None = None,
     ) -> list[BranchContinuations]:
-        """Draw ``spec.n`` continuations of every prefix.
-
-        Args:
-            branches: sequences with their cuts.
-            spec: how to draw.
-            purpose: names the use, so that different uses draw different noise.
-            step: optimiser step (or iteration). Sample j of the prefix of c tokens of sequence g uses the stream of
-                ``(spec.seed, purpose, step, g, c, j)``, whatever the batch.
-            on_progress: called with the number of continuations just finished.
+        """See :meth:`~stepkd.sampling.engine.Engine.continue_branches`.
 
         Every sequence is read once. Where the model cannot skip a part of its cache (a sliding window shorter than the
         sequence, recurrent layers), the prefixes of that sequence are read one by one: same noise, same result, more
         work, as ``prefill_tokens`` says.
-
-        Returns:
-            One record per branch, in order.
-
-        Raises:
-            DataError: a prefix that leaves no room for a single token in the model's context.
-            ModelError: the model's logits are not numbers.
         """
         with evaluation_mode(self.policy):
             if self._gap_limit is None:

@@ -183,7 +183,10 @@ def give(columns: Any, problems: Any = ()) -> dict[str, Any]:
         ({"call": {"function": "fake_claim_code.missing"}}, "no function fake_claim_code.missing"),
         ({"call": {"function": "no_such_module.x"}}, "no function no_such_module.x"),
         ({"label": {"labeler": "TaskChecker"}}, "'labeler' is not a setting; did you mean 'labeller'?"),
-        ({"evaluate": {"model": "tiny-0.1m", "max_rows": "many"}}, "evaluate: max_rows: expected int, got 'many'"),
+        (
+            {"evaluate": {"model": "tiny-0.1m", "engine": {"max_rows": "many"}}},
+            "evaluate: engine.max_rows: expected int, got 'many'",
+        ),
         (
             {"draw": {"rows": "r", "count": "5", "seed": 0, "key": "a"}},
             "draw: count: Input should be a valid integer, ",

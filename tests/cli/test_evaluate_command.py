@@ -15,7 +15,7 @@ from stepkd.runs.job import read_results, read_settings
 from stepkd.runs.launcher import LaunchInfo
 
 SMALL = ["--model", "tiny-0.1m", "--benchmark", "task", "--data", "task=modular:terms=3,n=4", "--device", "cpu"]
-SHORT = ["--sampling.max-new-tokens", "8", "--max-rows", "2"]
+SHORT = ["--sampling.max-new-tokens", "8", "--engine.max-rows", "2"]
 
 
 def run(*arguments: str) -> int:
@@ -168,7 +168,7 @@ def test_overwrite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ([*SMALL, "--out", "{out}", "--sampling.n", "4"], "4 samples at temperature 0 would all be the same"),
         ([*SMALL, "--out", "{out}", "--ks", "3"], "k=3 of pass@k"),
         ([*SMALL, "--out", "{out}", "--few-shot", "9"], "few_shot=9: there are 4 built-in examples"),
-        ([*SMALL, "--out", "{out}", "--max-rows", "0"], "max_rows=0"),
+        ([*SMALL, "--out", "{out}", "--engine.max-rows", "0"], "max_rows=0"),
         ([*SMALL, "--out", "{out}", "--sampling.max-new-tokens", "0"], "max_new_tokens=0: must be at least 1"),
         ([*SMALL, "--out", "{out}", "--limit", "0"], "limit=0"),
         ([*SMALL, "--out", "{out}", "--temperature", "1"], "did you mean --sampling.temperature?"),

@@ -35,7 +35,7 @@ data:
 """
 COMMANDS = {
     "evaluate": "evaluate --model tiny-0.1m --benchmark task --data task=modular:terms=3,n=40 --sampling.n 2 "
-    "--sampling.temperature 1 --sampling.max-new-tokens 60 --max-rows 2 --device cpu --out {out}",
+    "--sampling.temperature 1 --sampling.max-new-tokens 60 --engine.max-rows 2 --device cpu --out {out}",
     "score": "score --scorer Judge --scorer.path tiny-0.1m --completions {data}/rows.jsonl --max-rows 1 "
     "--scorer.answers Y N --device cpu --out {out}",
     "cache-teacher": "cache-teacher --recipe {data}/gkd.yaml --validation false --top-k 6 --device cpu --out {out}",

@@ -9,7 +9,7 @@ import pytest
 
 from stepkd.cli import main
 
-SMALL = ["--max-rows", "4", "--device", "cpu", "--dtype", "float64", "--grading.extractors", "last_number"]
+SMALL = ["--engine.max-rows", "4", "--device", "cpu", "--dtype", "float64", "--grading.extractors", "last_number"]
 PROBLEMS = [
     *("--solutions", "Sampled", "--solutions.problems", 'task:task="modular:terms=3,modulus=2",n=3'),
     *("--solutions.model", "tiny-0.1m", "--solutions.sampling.n", "2", "--solutions.sampling.max_new_tokens", "8"),

@@ -15,7 +15,16 @@ from stepkd.data.rows import STEP_PREFERENCE
 PROBLEMS = ["--problems", 'task:task="modular:terms=3,modulus=2",n=3', "--model", "tiny-0.1m"]
 SMALL = [
     *("--search.iterations", "1", "--search.actions", "3", "--search.depth", "2", "--search.max-steps", "2"),
-    *("--max-step-tokens", "8", "--sampling.max-new-tokens", "8", "--segmenter", "regex:[a-m]", "--max-rows", "6"),
+    *(
+        "--max-step-tokens",
+        "8",
+        "--sampling.max-new-tokens",
+        "8",
+        "--segmenter",
+        "regex:[a-m]",
+        "--engine.max-rows",
+        "6",
+    ),
     *("--device", "cpu", "--dtype", "float64", "--grading.extractors", "last_number", "--pairs.solved_only", "false"),
 ]
 SHARE = ["--value.continuations", "2"]

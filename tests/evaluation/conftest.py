@@ -9,6 +9,7 @@ import pytest
 from stepkd.evaluation.config import EvaluateConfig
 from stepkd.models.policy import Policy
 from stepkd.models.spec import PolicyConfig
+from stepkd.sampling.config import Transformers
 from stepkd.sampling.engine import SamplingConfig
 
 
@@ -25,7 +26,7 @@ def spec(tmp_path: Path) -> EvaluateConfig:
         data="task=modular:terms=3,n=7",
         out=str(tmp_path / "out"),
         sampling=SamplingConfig(temperature=0.0, max_new_tokens=24),
-        max_rows=2,
+        engine=Transformers(2),
         dtype="float64",
         device="cpu",
     )

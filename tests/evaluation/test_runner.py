@@ -54,7 +54,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
 
 def changed(spec: EvaluateConfig, **changes: Any) -> EvaluateConfig:
     """The settings with others in place of some, wherever they stand."""
-    for part in ("sampling", "grading"):
+    for part in ("sampling", "grading", "engine"):
         own = {name: changes.pop(name) for name in list(changes) if hasattr(getattr(spec, part), name)}
         spec = replace(spec, **{part: replace(getattr(spec, part), **own)})
     return replace(spec, **changes)

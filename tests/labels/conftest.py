@@ -18,6 +18,7 @@ from stepkd.labels.settings import LabelConfig, Sampled
 from stepkd.models.policy import Policy
 from stepkd.models.spec import PolicyConfig
 from stepkd.runs.job import JobOptions
+from stepkd.sampling.config import Transformers
 from stepkd.sampling.engine import Branch, BranchContinuations, SamplingConfig
 from stepkd.sampling.transformers_engine import TransformersEngine
 
@@ -68,7 +69,7 @@ def spec(tmp_path: Path) -> LabelConfig:
             sampling=SamplingConfig(n=2, max_new_tokens=16),
         ),
         labeller=MonteCarlo(sampling=SamplingConfig(n=2, max_new_tokens=16)),
-        max_rows=4,
+        engine=Transformers(4),
         # Random text now and then gets it right, without a grading process.
         grading=GradingConfig(extractors=("last_number",)),
         dtype="float64",

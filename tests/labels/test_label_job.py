@@ -22,6 +22,7 @@ from stepkd.labels.monte_carlo import MonteCarlo
 from stepkd.labels.settings import Cut, Fitted, LabelConfig, OwnSteps, Reject, Sampled, StepsConfig
 from stepkd.runs.files import write_json
 from stepkd.runs.job import Job, read_settings
+from stepkd.sampling.config import Transformers
 from stepkd.sampling.engine import SamplingConfig
 from stepkd.steps.confidence import SegmentThreshold, fit_threshold
 from stepkd.tasks.rows import check_row
@@ -248,7 +249,7 @@ def test_the_entropy_threshold(spec: LabelConfig, run: Any) -> None:
         ({"labeller": TaskChecker()}, "labeller.labeller: 'monte_carlo' then, 'checker' now"),
         ({"problems": 'task:task="modular:terms=3,modulus=2",n=6'}, "data.rows: 5 then, 6 now"),
         ({"template": "plain"}, "prompt"),
-        ({"max_rows": 8}, "batch_size: 4 then, 8 now"),
+        ({"engine": Transformers(8)}, "batch_size: 4 then, 8 now"),
     ],
 )
 def test_other_settings_are_refused(

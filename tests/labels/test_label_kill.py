@@ -34,16 +34,16 @@ JOBS = {
         *("label", "--solutions", "Sampled", "--solutions.problems", PROBLEMS, "--solutions.model", "tiny-0.1m"),
         *("--solutions.sampling.n", "2", "--solutions.sampling.max_new_tokens", "12", "--steps", "Cut"),
         *("--steps.segmenter", CUT, "--labeller.sampling.n", "2", "--labeller.sampling.max_new_tokens", "12"),
-        *("--max_rows", "2"),
+        *("--engine.max_rows", "2"),
     ],
     "step": [
-        *("pairs", "step", "--sampling.n", "8", "--sampling.max_new_tokens", "6", "--max_rows", "8"),
+        *("pairs", "step", "--sampling.n", "8", "--sampling.max_new_tokens", "6", "--engine.max_rows", "8"),
     ],
     "tree": [
         *("pairs", "tree", "--problems", PROBLEMS, "--model", "tiny-0.1m", "--search.iterations", "1"),
         *("--search.actions", "2", "--search.depth", "2", "--search.max_steps", "2", "--max_step_tokens", "8"),
         *("--sampling.max_new_tokens", "8", "--value.continuations", "2", "--pairs.solved_only", "false"),
-        *("--segmenter", CUT, "--max_rows", "2"),
+        *("--segmenter", CUT, "--engine.max_rows", "2"),
     ],
 }
 Command = Callable[[str], list[str]]

@@ -55,7 +55,7 @@ def test_a_label_travels_with_the_same_objects_and_arrays(
     spec: LabelConfig, run: Any, met: dict[str, list[Any]], policy: Policy
 ) -> None:
     """Row, completion, labels, row, completion, batch, loss terms: no other class holds a solution."""
-    run(replace(spec, max_rows=8))
+    run(replace(spec, engine=Transformers(8)))
     assert {type(each) for each in met["source"]} == {type(each) for each in met["steps"]} == {Solution}
     assert issubclass(Solution, Completion)
     assert {type(each) for each in met["labeller"]} == {StepLabels}

@@ -22,6 +22,7 @@ from stepkd.labels.settings import LabelConfig, StepPairConfig
 from stepkd.labels.step_pairs import first_incorrect_step, next_step, segmenter_of
 from stepkd.models.policy import Policy
 from stepkd.runs.job import JobOptions
+from stepkd.sampling.config import Transformers
 from stepkd.sampling.engine import Branch, BranchContinuations, SamplingConfig
 from stepkd.scorers.load import Judge
 from stepkd.scorers.scorer import Solutions
@@ -109,7 +110,7 @@ def pair_spec(tmp_path: Path) -> StepPairConfig:
         out=str(tmp_path / "pairs"),
         completions=str(tmp_path / "rows.jsonl"),
         sampling=SamplingConfig(n=2, temperature=0.8, top_p=0.95, max_new_tokens=24),
-        max_rows=4,
+        engine=Transformers(4),
         grading=GradingConfig(extractors=("hash",)),
         dtype="float64",
         device="cpu",
@@ -456,7 +457,7 @@ def test_a_real_sampler_draws_the_same_whatever_the_ranks(
     another number."""
     settings: dict[str, Any] = {"sampling": replace(pair_spec.sampling, n=8, max_new_tokens=6)}
     settings["grading"] = GradingConfig(extractors=("last_number",))
-    pair_spec = replace(pair_spec, max_rows=16, max_pairs=3, **settings)
+    pair_spec = replace(pair_spec, engine=Transformers(16), max_pairs=3, **settings)
     cut = {"segmenter": {"name": "regex", "pattern": "[^0-9]", "cut": "after"}}
     rows = [row | {"labelling": cut} for row in many(policy)]
     summary = build(pair_spec, rows)

@@ -21,6 +21,7 @@ from stepkd.labels.settings import ContinuationShare, SelfEvaluation, StepScore,
 from stepkd.models.policy import Policy
 from stepkd.randomness import generator
 from stepkd.runs.job import JobOptions, read_settings
+from stepkd.sampling.config import Transformers
 from stepkd.sampling.engine import SamplingConfig
 from stepkd.sampling.transformers_engine import TransformersEngine
 from stepkd.scorers.judge import PromptedJudge
@@ -44,7 +45,7 @@ def spec(tmp_path: Path) -> TreePairConfig:
         value=ContinuationShare(continuations=1),
         segmenter="regex:[a-m]",
         max_step_tokens=10,
-        max_rows=4,
+        engine=Transformers(4),
         grading=GradingConfig(extractors=("last_number",)),
         dtype="float64",
         device="cpu",
@@ -202,7 +203,7 @@ def test_ranks_batches_and_interruptions_change_nothing(
     assert content(two) == expected
     assert sorted(path.name for path in (Path(two.out) / "log").iterdir()) == ["rank-0.jsonl", "rank-1.jsonl"]
 
-    wide = replace(spec, out=str(tmp_path / "wide"), max_rows=64)
+    wide = replace(spec, out=str(tmp_path / "wide"), engine=Transformers(64))
     run(wide)
     assert content(wide) == expected, "in one group"
 
