@@ -90,7 +90,7 @@ def evaluate(config: EvaluateConfig, *, policy: Policy | None = None, options: J
             },
             "sampling": {name: value for name, value in asdict(sampling).items() if name != "seed"},
             "seed": sampling.seed,
-            "engine": engine.facts(),
+            "engine": {"name": type(config.engine).__name__} | engine.facts(),
             "batch_size": config.engine.at_once,
             "extractor": EXTRACTOR_VERSION,
             "extractors": list(grader.extractors),

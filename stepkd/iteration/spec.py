@@ -161,6 +161,11 @@ class IterateConfig:
 
     def __post_init__(self) -> None:
         check_bounds("", self, iterations="[1, inf)", problems_per_iteration="[1, inf)", seed="[0, inf)")
+        if not self.label.engine.holds_weights:
+            raise ConfigError(
+                f"label.engine={type(self.label.engine).__name__}: a server keeps its model, and every iteration "
+                "samples from another one: take Transformers"
+            )
         job = self.label_spec(1, out="labels", model=self.model)
         held_out = self.held_out_spec(out="samples", model=self.model)
         if isinstance(held_out.steps, Fitted):

@@ -127,6 +127,7 @@ class Labelling:
         sampling = None if drawn is None else bench.limited(drawn.sampling)
         self.source: SampledSolutions | ExistingSolutions
         if sampling is not None:
+            assert engine is not None
             self.source = SampledSolutions(bench, engine, sampling, steps.signals, teacher)
         else:
             keep = isinstance(steps, OwnSteps)

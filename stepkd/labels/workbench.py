@@ -75,14 +75,14 @@ class Workbench:
         self.template = template_for(self.model, self.benchmark.template, template)
         self.grader = Grader(config.grading, extractors=self.benchmark.extractors)
         """Judges final answers; closed at the job's end."""
-        self._engine: dict[str, Any] | None = None
+        self._engine: dict[str, Any] = {"name": type(config.engine).__name__}
 
     def engine(self, sampling: SamplingConfig) -> Engine:
         """What samples from the policy, which is put where it samples."""
         if self.config.engine.holds_weights:
             self.policy.to(self.device)
         engine = self.config.engine.build(self.policy, sampling)
-        self._engine = engine.facts()
+        self._engine |= engine.facts()
         return engine
 
     @property

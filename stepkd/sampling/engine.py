@@ -223,9 +223,8 @@ class Engine(ABC):
         ]
 
     def facts(self) -> dict[str, Any]:
-        """What decides samples beside model and settings, for a job's ``settings.json``: the engine's name, and what it
-        knows of its build."""
-        return {"name": type(self).__name__.removesuffix("Engine")}
+        """What decides samples beside model and settings and is not of this process, for a job's ``settings.json``."""
+        return {}
 
     def update(self, version: int) -> None:
         """Have it sample from the policy's weights as they are now; all ranks call it.

@@ -43,8 +43,8 @@ class TransformersEngine(Engine):
         self, wanted: Sequence[Wanted], spec: SamplingConfig, on_progress: Progress | None
     ) -> list[list[Completion]]:
         rows_of = [
-            [Row(p, j, limit, (purpose, step, index * spec.n + j)) for j in range(spec.n)]
-            for p, (_, limit, (purpose, step, index)) in enumerate(wanted)
+            [Row(p, j, limit, (*key[:-1], int(key[-1]) * spec.n + j)) for j in range(spec.n)]
+            for p, (_, limit, key) in enumerate(wanted)
         ]
         with evaluation_mode(self.policy):
             self._decoder.decode_prompts([each.prompt for each in wanted], rows_of, spec, on_progress)

@@ -138,7 +138,7 @@ class ServerEngine(Engine):
         def ask(number: int) -> list[Completion]:
             prompt, limit, key = wanted[number]
             limit = 1 if self.breaks_off is not None and self.breaks_off() else limit
-            return self._ask(number, prompt, spec, limit, stream_key(spec.seed, *key) % 2**31)
+            return self._ask(number, prompt, spec, limit, stream_key(spec.seed, str(key[0]), *key[1:]) % 2**31)
 
         found = []
         with ThreadPoolExecutor(max_workers=self.requests) as pool:

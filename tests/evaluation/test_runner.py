@@ -103,8 +103,8 @@ def test_settings(spec: EvaluateConfig, policy: Policy) -> None:
     assert settings["model"]["name"] == "tiny-0.1m"
     assert re.fullmatch("[0-9a-f]{16}", settings["model"]["weights"])
     assert settings["prompt"] == get_template("task").prompt_id(policy.tokenizer)
-    assert (settings["dtype"], settings["seed"], settings["backend"], settings["device"]) == (
-        "float64", 7, "transformers", "cpu"
+    assert (settings["dtype"], settings["seed"], settings["engine"]["name"], settings["device"]) == (
+        "float64", 7, "Transformers", "cpu"
     )  # fmt: skip
     assert settings["sampling"] == {
         "n": 1, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 24, "stop": ["x"]

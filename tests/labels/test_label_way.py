@@ -25,6 +25,7 @@ from stepkd.losses import LossTerms
 from stepkd.models.policy import Policy
 from stepkd.models.spec import LabelTokens, PolicyConfig
 from stepkd.modules.prm import PRMModule
+from stepkd.sampling.config import Transformers
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from stepkd.models.checkpoint import (
     load_trained,
     read_checkpoint,
     save_policy,
+    tokenizer_fingerprint,
     weights_fingerprint,
 )
 from stepkd.models.load import load_tokenizer, model_config
@@ -259,3 +260,19 @@ def test_fingerprints_cover_the_end_of_odd_sizes() -> None:
             layer.weight.mul_(1.5)
         assert weights_fingerprint(layer) != before
     assert weights_fingerprint(nn.Linear(0, 4, bias=False)) != weights_fingerprint(nn.Linear(0, 5, bias=False))
+
+
+def test_a_model_that_another_process_samples_from(tmp_path: Path) -> None:
+    """Everything but its weights, which nothing can be computed with."""
+    save_policy(Policy.load(PolicyConfig("tiny-0.1m")), tmp_path / "model")
+    for path in ("tiny-0.1m", str(tmp_path / "model")):
+        whole, outline = load_trained(path), load_trained(path, weights=False)
+        facts = [
+            (each.eos_ids, each.max_length, each.vocab_size, tokenizer_fingerprint(each.tokenizer))
+            for each in (whole, outline)
+        ]
+        assert facts[0] == facts[1]
+        assert weights_fingerprint(outline) != weights_fingerprint(whole)
+        ids = torch.tensor([[5, 6]])
+        with pytest.raises(ConfigError, match="another process samples from the policy"):
+            outline.hidden(ids, torch.ones_like(ids))

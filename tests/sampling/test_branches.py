@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from stepkd.models.policy import Policy
 from stepkd.models.spec import build_tiny, tiny_tokenizer
 from stepkd.sampling import branches
 from stepkd.sampling.decode import Decoder
-from stepkd.sampling.engine import Branch, BranchContinuations, SamplingConfig
+from stepkd.sampling.engine import Branch, BranchContinuations, Engine, SamplingConfig
 from stepkd.sampling.transformers_engine import TransformersEngine
 
 SPEC = SamplingConfig(n=3, max_new_tokens=10, seed=4)
@@ -141,6 +142,14 @@ def test_noise_is_keyed_by_what_is_continued(
     monkeypatch.setattr("stepkd.sampling.decode.generator", noted)
     TransformersEngine(policy).continue_branches(some, SPEC, purpose="label", step=6)
     assert sorted(keys) == sorted((4, "label", 6, b.index, cut, j) for b in some for cut in b.cuts for j in range(3))
+
+
+def test_an_engine_without_shared_reading_asks_for_every_prefix(policy: Policy, some: list[Branch]) -> None:
+    """As any engine does that has only ``generate``; greedy, since the noise of a prefix is keyed otherwise there."""
+    engine, spec = TransformersEngine(policy), replace(SPEC, n=1, temperature=0.0)
+    found = Engine.continue_branches(engine, some, spec)
+    assert_same(found, engine.continue_branches(some, spec))
+    assert [each.prefill_tokens for each in found] == [sum(branch.cuts) for branch in some]
 
 
 def test_company_and_order_do_not_matter(policy: Policy, some: list[Branch]) -> None:
