@@ -1,4 +1,4 @@
-"""Pages that mkdocs makes from the code: the API reference, one page a room, and the page of commands."""
+"""Pages that mkdocs makes from the code: the API reference, one page a package, and the page of commands."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_config(config: Any) -> Any:
-    """Every room's page of the API reference in the navigation."""
-    rooms = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py") if path.parent.name != "cli")
-    pages = [{"stepkd": "api/stepkd.md"}, *({f"stepkd.{room}": f"api/{room}.md"} for room in rooms)]
+    """Every package's page of the API reference in the navigation."""
+    packages = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py") if path.parent.name != "cli")
+    pages = [{"stepkd": "api/stepkd.md"}, *({f"stepkd.{package}": f"api/{package}.md"} for package in packages)]
     config.nav[-1] = {"API reference": ["api/index.md", *pages]}
     return config
 
@@ -87,7 +87,9 @@ def _commands() -> str:
         home = _home(tree, settings.id) if isinstance(settings, ast.Name) else None
         if isinstance(settings, ast.Name):
             entry = _entry(f"{home or f'stepkd.cli.{path.stem}'}.{settings.id}", 3)
-            texts.append(entry + ("      skip_local_inventory: true\n" if home else ""))  # its own page is the room's
+            texts.append(
+                entry + ("      skip_local_inventory: true\n" if home else "")
+            )  # its own page is the package's
     texts += [
         "## stepkd fit, validate, test, predict",
         "Lightning's command line: the settings are those of a module (`fit --model.help GKDModule`), of the data "
@@ -121,21 +123,21 @@ def _entry(name: str, level: int = 2) -> str:
 
 
 def _reference() -> dict[str, str]:
-    """A page a room with all of its modules, and the single files of the package on one."""
+    """A page a package with all of its modules, and the single files of the package on one."""
     pages, index = {}, ["# API reference", "What a script needs is in `stepkd` itself: [From Python](../python.md)."]
-    rooms: dict[str, list[Path]] = {}
+    packages: dict[str, list[Path]] = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         inside = path.relative_to(PACKAGE)
         if path.name in ("__main__.py",) or inside.parts[0] == "cli":
             continue
-        rooms.setdefault(inside.parts[0] if len(inside.parts) > 1 else "stepkd", []).append(path)
-    for room, paths in sorted(rooms.items()):
-        uri = f"api/{room}.md"
-        front = PACKAGE / room / "__init__.py" if room != "stepkd" else PACKAGE / "__init__.py"
-        title = "stepkd" if room == "stepkd" else f"stepkd.{room}"
+        packages.setdefault(inside.parts[0] if len(inside.parts) > 1 else "stepkd", []).append(path)
+    for package, paths in sorted(packages.items()):
+        uri = f"api/{package}.md"
+        front = PACKAGE / package / "__init__.py" if package != "stepkd" else PACKAGE / "__init__.py"
+        title = "stepkd" if package == "stepkd" else f"stepkd.{package}"
         modules = [path.relative_to(ROOT).with_suffix("") for path in paths if path != front]
         names = [".".join(path.parts).removesuffix(".__init__") for path in modules]
         pages[uri] = "\n\n".join([f"# {title}", _docstring(front), *map(_entry, names)]) + "\n"
-        index.append(f"* [`{title}`]({room}.md): {_docstring(front).partition(chr(10))[0]}")
+        index.append(f"* [`{title}`]({package}.md): {_docstring(front).partition(chr(10))[0]}")
     pages["api/index.md"] = "\n\n".join(index[:2]) + "\n\n" + "\n".join(index[2:]) + "\n"
     return pages

@@ -1,4 +1,4 @@
-"""Names of a package that load with their first use: importing a light module of a room loads nothing heavy."""
+"""Names of a package that load with their first use: importing a light module of a package loads nothing heavy."""
 
 from __future__ import annotations
 

@@ -40,13 +40,13 @@ def test_light_imports(name: str, forbidden: list[str]) -> None:
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("room", sorted(p.parent.name for p in Path(stepkd.__path__[0]).glob("*/__init__.py")))
-def test_every_name_that_a_room_promises_loads_and_no_other(room: str) -> None:
-    package = importlib.import_module(f"stepkd.{room}")
-    for names in getattr(package, "_HOMES", {}).values():
-        assert all(getattr(package, name) is not None for name in names.split())
-    with pytest.raises(AttributeError, match=f"module 'stepkd.{room}' has no attribute 'NoSuchName'"):
-        _ = package.NoSuchName
+@pytest.mark.parametrize("package", sorted(p.parent.name for p in Path(stepkd.__path__[0]).glob("*/__init__.py")))
+def test_every_name_that_a_package_promises_loads_and_no_other(package: str) -> None:
+    loaded = importlib.import_module(f"stepkd.{package}")
+    for names in getattr(loaded, "_HOMES", {}).values():
+        assert all(getattr(loaded, name) is not None for name in names.split())
+    with pytest.raises(AttributeError, match=f"module 'stepkd.{package}' has no attribute 'NoSuchName'"):
+        _ = loaded.NoSuchName
 
 
 ORDER = [
@@ -73,7 +73,7 @@ ORDER = [
     {"quickstart"},
     {"cli", "__main__"},
 ]
-"""Rooms in the order in which they may import each other; those of one line do not (the command line's parts do)."""
+"""Packages in the order in which they may import each other; those of one line do not (the command line's parts do)."""
 
 NOT_YET: dict[str, set[str]] = {}
 """Arrows that still point up."""
@@ -98,14 +98,14 @@ def _imports() -> dict[str, set[str]]:
     return found
 
 
-def test_imports_point_only_to_earlier_rooms() -> None:
-    level = {room: number for number, rooms in enumerate(ORDER) for room in rooms}
+def test_imports_point_only_to_earlier_packages() -> None:
+    level = {package: number for number, packages in enumerate(ORDER) for package in packages}
     incorrect = []
     for name, imported in _imports().items():
         here = name.partition(".")[2].partition(".")[0]
         if not here:
             continue
-        assert here in level, f"{here} stands in no room of ORDER"
+        assert here in level, f"{here} stands in no package of ORDER"
         for other in imported:
             there = other.partition(".")[2].partition(".")[0]
             if not there or there == here or there in NOT_YET.get(here, ()):

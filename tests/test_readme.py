@@ -46,6 +46,18 @@ def test_what_is_named_exists(path: Path) -> None:
         assert re.search(rf"\b{name}\b", SOURCE), name
 
 
+def test_contributing_names_where_things_are() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## Where is what")[2].partition("\n## ")[0]
+    assert 6 < len(text.strip().splitlines()) <= 12
+    for path in (found := re.findall(r"`([\w/]+\.(?:py|yaml))`", text)):
+        assert (ROOT / "stepkd" / path).is_file(), path
+    named = re.findall(r"`([\w/]+)\.py`: `([\w.]+)`", text)
+    assert len(named) >= len(found) - 1, "a file of code stands with the name to read there"
+    for module, name in named:
+        home = importlib.import_module(f"stepkd.{module.removesuffix('/__init__').replace('/', '.')}")
+        assert functools.reduce(getattr, name.split("."), home)
+
+
 def test_verdicts_in_the_readme_are_those_of_the_results() -> None:
     rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| (stale: was )?([\w ]+) \|$", README, re.MULTILINE)
     results = {

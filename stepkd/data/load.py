@@ -95,9 +95,9 @@ def _valid_rows(config: DataConfig, contract: Contract | None) -> Iterator[Row]:
     options = source.settings(config.options)
     split = resolve_split(config)
     if source.name == "rows" and config.path is not None:
-        prefix = stem(config.path) if file_ending(config.path) else f"{Path(config.path).name}/{split}"
+        place = stem(config.path) if file_ending(config.path) else f"{Path(config.path).name}/{split}"
     else:
-        prefix = f"{(source.name == 'rows' and config.hub) or source.name}/{split}"
+        place = f"{(source.name == 'rows' and config.hub) or source.name}/{split}"
     # A source of our own keeps what it means to keep; only files in contract form can hold slips of the pen.
     extra: ExtraRule = options["extra_columns"] if source.name == "rows" else "keep"
     wanted = contract or source.contract
@@ -109,7 +109,7 @@ def _valid_rows(config: DataConfig, contract: Contract | None) -> Iterator[Row]:
                 wanted = detect_contract(row, path=path, line=line)
             validate(row, wanted, path=path, line=line, extra=extra)
             if row.get("id") is None:
-                row["id"] = f"{prefix}/{index}/{part}" if several else f"{prefix}/{index}"
+                row["id"] = f"{place}/{index}/{part}" if several else f"{place}/{index}"
             yield row
 
 

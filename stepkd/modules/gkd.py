@@ -263,7 +263,7 @@ class GKDModule(DistillationModule):
         prompts = (
             self.teacher.prompts(batch.examples) if source == "teacher" else [e.prompt_ids for e in batch.examples]
         )
-        with self.gathered(), self.phases.phase(f"{source} rollout", total=len(prompts) * self.sampling.n):
+        with self.gathered(), self.phases.phase(f"sampling from the {source}", total=len(prompts) * self.sampling.n):
             if source == "teacher":
                 engine: Engine = cast(LocalTeacher, self.teacher).engine(self.device, STOP_REQUEST.__bool__)
             else:

@@ -239,7 +239,7 @@ class PolicyModule(LightningModule):
         state = section.get("method_state", {})
         if self.trainer.state.fn == "fit":
             self._check_resume(section)
-            self._settle(checkpoint, section["position"])
+            self._mend_counters(checkpoint, section["position"])
             named = {name.partition(".")[0] for name in self.resume_with}
             for name, now in self.frozen.items():
                 if name not in named and (then := section["frozen"].get(name, now)) != now:
@@ -269,8 +269,9 @@ class PolicyModule(LightningModule):
         found |= {f"validation.grader.{name}": value for name, value in own.items()}
         return found | {"trainer.precision": str(self.trainer.precision)}
 
-    def _settle(self, checkpoint: dict[str, Any], position: dict[str, int]) -> None:
-        """Count nothing twice: a batch given up, the epoch that the run's end broke off, a callback's patience."""
+    def _mend_counters(self, checkpoint: dict[str, Any], position: dict[str, int]) -> None:
+        """Have Lightning count nothing twice, neither a batch given up nor the epoch that the run's end broke off; and
+        early stopping take the patience of this start."""
         loop = checkpoint["loops"]["fit_loop"]
         batches, epochs = loop["epoch_loop.batch_progress"], loop["epoch_progress"]
         for counts in (batches["total"], batches["current"]):

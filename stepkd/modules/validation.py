@@ -122,7 +122,7 @@ class SampledAccuracy:
         self, batch: StepBatch, phases: PhaseTracker, purpose: str
     ) -> tuple[list[list[Completion]], list[list[dict[str, Any]]]]:
         prompts = [example.prompt_ids for example in batch.examples]
-        with phases.phase("rollout", total=len(prompts) * self.sampling.n):
+        with phases.phase("sampling", total=len(prompts) * self.sampling.n):
             sampled = self.engine.generate(
                 prompts, self.sampling, purpose=purpose, indices=batch.indices, on_progress=phases.advance
             )

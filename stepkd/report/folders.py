@@ -118,7 +118,7 @@ def _is_log(path: Path) -> bool:
 
 
 _STAGES = Path(__file__).parents[1] / "quickstart.yaml"
-"""Names all stages of the quick start, a room that stands behind this one."""
+"""Names all stages of the quick start, which imports this package."""
 
 
 def _state(path: Path, kind: str) -> str:

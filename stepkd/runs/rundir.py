@@ -16,7 +16,8 @@ What ``stepkd fit --resume`` does, in this order:
    counters and frozen models' fingerprints, compared once more, to the module
    (:meth:`stepkd.modules.policy_module.PolicyModule.on_load_checkpoint`); the place in the data to the data module
    (:mod:`stepkd.data.batching`), which follows from the module's counters; the best score to ``BestCheckpoint``.
-4. Noise is keyed by step and sample, so the run ends as one that was never interrupted, bit for bit.
+4. Noise is keyed by step and sample, so the run ends as one that was never interrupted: bit for bit on a CPU with one
+   thread count.
 
 Only the process of rank 0 creates, empties or marks folders. The other ranks decide from the flags and the environment
 alone, so they neither trip over the folder that rank 0 has just made nor need a process group.

@@ -1,13 +1,18 @@
 """What a step label says: the one rule that labelling, training, search and evaluation share.
 
 A label is true or false; a rating -1, 0 or 1, where 0 is neutral; or a probability in [0, 1] that the step is correct.
-A probability is correct when it is **at least** the threshold, and so is a step score. None stands for no label. Where
-all labels of a file are whole numbers and none is -1, its reader takes 0 for incorrect (:mod:`stepkd.data.load`).
+A probability is correct when it is **at least** the threshold, and so is a step score. None stands for no label.
 
 Monte-Carlo labels (:func:`reduce_values`) say whether the correct answer can still be reached from the end of a step,
 and stand in for whether the step is correct: an incorrect step from which the model recovers counts as correct.
-Training that keeps such shares as soft targets cuts a solution behind the first step from which **no** continuation
-succeeded (:data:`ANY_SUCCESS`); with a threshold (``labels.harden``) behind the first one below it.
+
+On the way from a file to a loss four places apply the rule, in this order:
+
+1. ``_read_binary_labels`` (:mod:`stepkd.data.load`): whole numbers of a file without a -1 become booleans, 0 incorrect.
+2. ``StepData.ratings`` (:mod:`stepkd.data.datamodule`): a -1 in one split makes 0 neutral in those read after it.
+3. :class:`~stepkd.data.encode.LabelRule`: probabilities stay soft targets, and ``after_error`` begins behind the first
+   step from which **no** continuation succeeded (:data:`ANY_SUCCESS`); ``harden`` is a threshold for both.
+4. :class:`~stepkd.data.feedback.FeedbackEncoder` (KTO, Step-KTO): a label that is still soft is refused.
 """
 
 from __future__ import annotations

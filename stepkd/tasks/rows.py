@@ -32,8 +32,8 @@ class Noise:
     slips, and to what, is a fixed function of its operands and operator (for the cellular automaton the whole row, for
     the star graph the node and the goal)."""
     recover: float = 0.5
-    """Probability that a slip is silently recovered (the lines after it go on from the true values); otherwise they
-    carry it on. In [0, 1]."""
+    """Probability that a slip is silently recovered: the lines after it go on from the true values, as if no line had
+    slipped yet. Otherwise they carry it on. In [0, 1]."""
     seed: int = 0
     """Which operands are mislearnt (systematic); which lines slip (random), together with the caller's generator."""
 
@@ -60,7 +60,7 @@ def demonstration(
 
 
 def _noisy_steps(task: Task, problem: TaskProblem, rng: random.Random, noise: Noise) -> list[str]:
-    truth, rng = task.solution(problem), keyed_rng(noise.seed, rng.getrandbits(64))
+    truth, draws = task.solution(problem), keyed_rng(noise.seed, rng.getrandbits(64))
     steps: list[str] = []
     believed: list[str] = []  # what later lines build on: `steps`, or the truth after a recovered slip
     for index, true_step in enumerate(truth):
@@ -70,11 +70,11 @@ def _noisy_steps(task: Task, problem: TaskProblem, rng: random.Random, noise: No
         if noise.kind == "random":
             # On a chain that carries an earlier slip, a replacement that happens to be true would be no slip.
             incorrect = [candidate for candidate in incorrect if candidate != true_step]
-            slip = rng.choice(incorrect) if incorrect and rng.random() < noise.rate else None
+            slip = draws.choice(incorrect) if incorrect and draws.random() < noise.rate else None
         else:
             slip = _mislearnt(task, task.operands(problem, believed, step), incorrect, noise) if incorrect else None
         steps.append(step if slip is None else slip)
-        recovered = slip is not None and rng.random() < noise.recover
+        recovered = slip is not None and draws.random() < noise.recover
         believed = truth[: index + 1] if recovered else [*believed, steps[-1]]
     return steps
 
@@ -117,12 +117,12 @@ def make_rows(
         n: number of rows, at least 1.
         seed: seed of the problems and of the random slips, at least 0.
         split: which part of the problem space to draw from.
-        noise: slips in the solutions; None for clean ones. No prompt comes twice.
+        noise: slips in the solutions; None for clean ones.
 
     Returns:
-        Rows with `id`, `prompt`, `answer` (the true one), `solution` (the steps joined), `steps`, `step_labels` (bool
-        per step), `outcome` (bool, whether its answer is correct), `task` (canonical text) and `meta`. All are JSON
-        values.
+        Rows, no prompt twice, with `id`, `prompt`, `answer` (the true one), `solution` (the steps joined), `steps`,
+        `step_labels` (bool per step), `outcome` (bool, whether its answer is correct), `task` (canonical text) and
+        `meta`. All are JSON values.
 
     Raises:
         ConfigError: a setting out of range, or fewer than `n` different problems in the split.

@@ -1,4 +1,4 @@
-"""Every room reads step labels by one rule, and counts correct answers with an incorrect step by one tally."""
+"""Every package reads step labels by one rule, and counts correct answers with an incorrect step by one tally."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from stepkd.scorers.scorer import Meaning, Solutions
 from stepkd.steps.labels import tally
 
 Rule = Callable[[list[float], float], list[bool]]
-"""Step labels (or scores) and a threshold to which steps a room takes for correct."""
+"""Step labels (or scores) and a threshold to which steps a package takes for correct."""
 
 
 class Says:
@@ -69,7 +69,7 @@ def completion(*labels: float, **given: Any) -> dict[str, Any]:
 
 
 def each(correct: Callable[[float, float], bool]) -> Rule:
-    """A room that is asked about one label at a time."""
+    """A package that is asked about one label at a time."""
     return lambda labels, threshold: [correct(label, threshold) for label in labels]
 
 
@@ -110,7 +110,7 @@ def judged(labels: list[float], threshold: float) -> list[bool]:
     return list(ScorerLabeller(Says(), threshold=threshold).label([solution])[0].labels)  # type: ignore[arg-type]
 
 
-ROOMS: dict[str, Rule] = {
+PACKAGES: dict[str, Rule] = {
     "--to trl": to(TRLStepwise, "labels", stepwise),
     "trl_row": lambda labels, t: (trl_row(stepwise(*labels), threshold=t) or {})["labels"],
     "hardened PRM": hardened(2),
@@ -145,15 +145,15 @@ AT_A_HALF: dict[str, Callable[[float], bool]] = {
 }
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_at_least_the_threshold_is_correct_in_every_room(room: str) -> None:
+@pytest.mark.parametrize("package", PACKAGES)
+def test_at_least_the_threshold_is_correct_in_every_package(package: str) -> None:
     for labels, threshold in (([1.0, 0.5, 0.25], 0.5), ([1.0, 0.25, 0.5, 0.75], 0.75), ([0.125, 0.0], 0.125)):
-        assert ROOMS[room](labels, threshold) == [label >= threshold for label in labels]
+        assert PACKAGES[package](labels, threshold) == [label >= threshold for label in labels]
 
 
-@pytest.mark.parametrize("room", AT_A_HALF)
-def test_a_half_is_correct_where_no_threshold_is_given(room: str) -> None:
-    assert [AT_A_HALF[room](label) for label in (1.0, 0.5, 0.25)] == [True, True, False]
+@pytest.mark.parametrize("package", AT_A_HALF)
+def test_a_half_is_correct_where_no_threshold_is_given(package: str) -> None:
+    assert [AT_A_HALF[package](label) for label in (1.0, 0.5, 0.25)] == [True, True, False]
 
 
 def test_evaluation_writes_the_same_verdicts(tmp_path: Path) -> None:
@@ -232,12 +232,12 @@ def training(judged: Sequence[Judged]) -> float | None:
     return float(flawed / among) if among else None
 
 
-@pytest.mark.parametrize("room", [evaluation, iteration, claims, validation, training])
-def test_every_room_takes_the_share_of_the_labelled_correct_answers(
-    room: Callable[[Sequence[Judged]], float | None],
+@pytest.mark.parametrize("package", [evaluation, iteration, claims, validation, training])
+def test_every_package_takes_the_share_of_the_labelled_correct_answers(
+    package: Callable[[Sequence[Judged]], float | None],
 ) -> None:
-    assert room(JUDGED) == pytest.approx(2 / 3)
-    assert room([(True, [True, None]), (False, [False])]) is None, "no correct answer whose steps are labelled"
+    assert package(JUDGED) == pytest.approx(2 / 3)
+    assert package([(True, [True, None]), (False, [False])]) is None, "no correct answer whose steps are labelled"
     assert tally(*zip(*JUDGED, strict=True)).share == pytest.approx(2 / 3)
 
 
@@ -261,7 +261,7 @@ def as_targets(labels: Sequence[int]) -> tuple[tuple[float, ...] | None, ...]:
     ],
     ids=["labelling", "Step-KTO's data"],
 )
-def test_every_room_counts_the_same_correct_answers_with_an_incorrect_step(
+def test_every_package_counts_the_same_correct_answers_with_an_incorrect_step(
     count: Callable[[Sequence[Judged]], int],
 ) -> None:
     assert count(JUDGED) == 2
