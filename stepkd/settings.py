@@ -142,7 +142,10 @@ def explain(parser: Any, words: Sequence[str], message: str) -> str:
         if told:
             return f"{file}: {told}" if file else told
     if (required := re.search(r"arguments are required: ([\w.]+)", message)) is None:
-        return message.splitlines()[-1].strip().removeprefix("- ")
+        lines = message.splitlines()
+        if lines[-1].strip().startswith("Given value"):  # a union's whole value; the innermost line says more
+            lines.append(max(lines, key=lambda line: len(line) - len(line.lstrip())))
+        return lines[-1].strip().removeprefix("- ")
     command = words[0] if words else ""
     name = required[1].removeprefix(f"{command}.")
     if name != required[1] and not any(word.partition("=")[0] in ("--config", "-c") for word in words):
@@ -331,7 +334,11 @@ def _refused(name: str, value: Any, known: dict[str, Any]) -> str:
     """What to say of a value that its setting does not take; empty for one that it takes, and for mappings."""
     name = name.removesuffix(".class_path")
     hint = known.get(name, Any)
-    nested = any(isinstance(each, dict) for each in (value if isinstance(value, list) else [value]))
+    items = value if isinstance(value, list) else [value]
+    nested = any(isinstance(each, dict) for each in items)
+    if nested and isinstance(value, list):  # of a list's mappings every part is a setting of its own
+        value = next((each for each in items if not isinstance(each, dict) and not _takes(hint, [each])), None)
+        nested = False
     if value is None or nested or _takes(hint, value):
         return ""
     if isinstance(value, str) and (kinds := _choice(hint)):

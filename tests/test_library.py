@@ -107,7 +107,7 @@ def test_the_page_from_python_runs_word_for_word(
     page = (repo_root / "docs" / "python.md").read_text(encoding="utf-8")
     script, *others = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert len(script.splitlines()) <= 25
-    assert len(others) == 5
+    assert len(others) == 6
     monkeypatch.chdir(tmp_path)
     scope: dict[str, Any] = {"__name__": "page"}
     exec(compile(script, "python.md", "exec"), scope)
@@ -117,6 +117,7 @@ def test_the_page_from_python_runs_word_for_word(
     assert scope["student"].global_step == 2
     for block in others:
         exec(compile(block, "python.md", "exec"), scope)
+    assert len(scope["ranked"]) == 4
     assert scope["row"]["labels"] == [True, False]
     assert scope["ratios_S"].grad.tolist() != [0.0, 0.0, 0.0]
     assert "unparsed" in capsys.readouterr().out

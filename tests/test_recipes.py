@@ -208,6 +208,8 @@ def test_a_model_without_a_system_role_gets_none_unless_one_is_asked_for() -> No
 
 def test_text_of_reward_options_stays_text() -> None:
     """What YAML would read as a comment, a number or nothing, on the command line and in a recipe."""
+    from stepkd.modules import RewardConfig
+
     options = {
         "pattern": "#### ",
         "a": "5",
@@ -218,13 +220,14 @@ def test_text_of_reward_options_stays_text() -> None:
         "h": None,
         "i": 0.5,
     }
-    given = [{"name": "package.module:function", "options": options}]
+    given = [{"name": "package.module:function", "options": options}, "accuracy"]
     for build in (False, True):
         cli = instantiate(
             ROOT / "tiny" / "grpo.yaml", extra=("--model.init_args.rewards", yaml.safe_dump(given)), build=build
         )
         found = cli.model.reward_specs[0] if build else cli.config.model.init_args.rewards[0]
         assert found.options == options
+    assert cli.model.reward_specs[1] == RewardConfig("accuracy")
 
 
 def test_the_seed_reaches_module_and_data() -> None:

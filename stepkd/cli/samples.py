@@ -9,8 +9,10 @@ stepkd samples runs/quickstart --show correct_with_incorrect_step    of all its 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from stepkd.errors import ConfigError, check_bounds
@@ -68,7 +70,13 @@ def run(config: SamplesConfig) -> int:
         ]
     if not solutions:
         raise ConfigError(f"{', '.join(config.paths)}: no solutions there")
-    kept = [each for each, own in zip(solutions, tags_of(solutions), strict=True) if config.show in (None, *own)]
+    tags = tags_of(solutions)
+    kept = [each for each, own in zip(solutions, tags, strict=True) if config.show in (None, *own)]
+    if not kept:
+        counts = Counter(chain.from_iterable(tags))
+        others = ", ".join(f"{name} {count}" for name, count in counts.most_common())
+        print(f"none of {len(solutions)} solutions is {config.show}; they are: {others or 'of no such kind'}")
+        return 0
     console = Console(highlight=False)
     print_solutions(console, kept[: config.number])
     console.print(f"\n{min(config.number, len(kept))} of {len(kept)} (of {len(solutions)} solutions)", style="dim")

@@ -30,7 +30,8 @@ class DataConfig:
     source: str = "rows"
     """Name of a data source (gsm8k, math500, task, ...), or `rows` for files and hub datasets in contract form."""
     path: str | None = None
-    """File, folder, or folder written by `datasets`' save_to_disk; wins over the hub. None: the hub (or generated)."""
+    """File, folder, or folder written by `datasets`' save_to_disk; wins over the hub. None: the hub (or generated). A
+    source that generates its rows becomes `rows`, without its options, where a path or a hub id is given."""
     hub: str | None = None
     """Hub dataset id to use in place of the source's own; not read where there is a path."""
     hub_config: str | None = None
@@ -53,8 +54,12 @@ class DataConfig:
     def __post_init__(self) -> None:
         source = get_source(self.source)
         source.settings(self.options)
-        if source.generate is not None and (self.path is not None or self.hub is not None or self.columns):
-            raise ConfigError(f"source {self.source!r} generates its rows; drop path, hub and columns")
+        if source.generate is not None and (self.path is not None or self.hub is not None):
+            object.__setattr__(self, "source", "rows")
+            object.__setattr__(self, "options", {})
+            source = get_source("rows")
+        if source.generate is not None and self.columns:
+            raise ConfigError(f"source {self.source!r} generates its rows; drop columns")
         if not (self.path or self.hub or source.generate or source.hub or isinstance(self, RowsInMemory)):
             raise ConfigError(f"source {self.source!r} has no hub dataset of its own; give path=<file> or hub=<id>")
         check_bounds("", self, limit="[1, inf)", offset="[0, inf)")
@@ -217,11 +222,18 @@ def benchmark_data(benchmark: Benchmark, data: str | None, limit: int | None) ->
         data: None for its own hub data set; a file or folder; or settings as in :func:`parse_spec` without the source's
             name (``path=x.jsonl,split=test`` or ``task=modular,n=200``).
         limit: number of problems, or None for all.
+
+    Raises:
+        ConfigError: a bad word, or a file or hub data set for a benchmark that generates its problems.
     """
     if not data or Path(data).expanduser().exists() or "=" not in data:
         config = DataConfig(source=benchmark.name, path=data or None)
     else:
         config = parse_spec(f"{benchmark.name}:{data}")
+    if config.source != benchmark.name:
+        raise ConfigError(
+            f"{benchmark.name!r} generates its problems; for a file of yours: --benchmark rows --data FILE"
+        )
     single = config.path is not None and Path(config.path).expanduser().is_file()  # is evaluated whatever its name says
     split = config.split if single else config.split or benchmark.evaluated_split
     return replace(config, split=split, limit=config.limit if limit is None else limit)

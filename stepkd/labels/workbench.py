@@ -169,7 +169,9 @@ def _named_model(rows: Sequence[Row]) -> str:
     if len(named) == 1:
         return named[0]
     found = f"the rows name {len(named)} models ({', '.join(named[:3])})" if named else "the rows name none"
-    raise ConfigError(f"give the model whose tokenizer reads the solutions: {found}")
+    raise ConfigError(
+        f"give the model whose tokenizer reads the solutions (--solutions.model; of `stepkd pairs`: --model): {found}"
+    )
 
 
 def pair_record(

@@ -46,7 +46,9 @@ def check_layout(layout: Layout, spec: StepHeadConfig | None, config: Any, templ
     text, say = config.get_text_config(), f"layout {layout} cannot say this model exactly: "
     if isinstance(spec, Classifier) and layout == "token_classification" and spec.layers != 1:
         what = "its head has two layers, and a token classification model has one"
-        raise ConfigError(f"{say}{what}. Train it with head.layers: 1, or take layout qwen_prm")
+        raise ConfigError(
+            f"{say}{what}. Train it with head.layers: 1, or take layout stepkd (or of a Qwen2 model qwen_prm)"
+        )
     plain = {"final_logit_softcapping": None, "logit_scale": 1, "logits_scaling": 1}
     bent = [name for name, value in plain.items() if getattr(text, name, None) not in (None, value)]
     if isinstance(spec, LabelTokens) and bent:

@@ -63,7 +63,8 @@ class KDRLModule(DistillationModule):
 
     Args:
         policy: the model to train.
-        rewards: weighted sum of reward functions; null: the correct final answer. In Python also names and functions.
+        rewards: weighted sum of reward functions; a name stands for itself with weight 1; null: the
+            correct final answer. In Python also functions.
         teacher: the model that is distilled from; null: none.
         rollout: what is sampled.
         engine: where it is sampled: Transformers, VLLMServer or VLLM.
@@ -83,7 +84,7 @@ class KDRLModule(DistillationModule):
     def __init__(
         self,
         policy: PolicyConfig,
-        rewards: list[RewardConfig] | None = None,
+        rewards: list[str | RewardConfig] | None = None,
         teacher: TeacherConfig | None = None,
         rollout: RolloutConfig | None = None,
         engine: EngineConfig = IN_PROCESS,

@@ -119,7 +119,7 @@ def test_bad_data(tmp_path: Path) -> None:
         load_rows(benchmark_data(BENCHMARKS["rows"], str(tmp_path / "nowhere.jsonl"), None))
     with pytest.raises(ConfigError, match=r"unknown key in .* 'm'"):
         benchmark_data(BENCHMARKS["task"], "m=5", None)
-    with pytest.raises(ConfigError, match="source 'task' generates its rows"):
+    with pytest.raises(ConfigError, match=r"'task' generates its problems; .*--benchmark rows --data FILE"):
         benchmark_data(BENCHMARKS["task"], "some/file.jsonl", None)
     with pytest.raises(ConfigError, match="source 'rows' has no hub dataset of its own"):
         benchmark_data(BENCHMARKS["rows"], None, None)

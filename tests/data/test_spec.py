@@ -206,7 +206,7 @@ def test_training_data_is_allowed() -> None:
         ({"source": "rows"}, "source 'rows' has no hub dataset of its own; give path=<file> or hub=<id>"),
         ({"source": "gsm8k", "limit": 0}, "limit=0: must be at least 1"),
         ({"source": "gsm8k", "offset": -1}, "offset=-1: must be 0 or positive"),
-        ({"source": "task", "path": "x"}, "source 'task' generates its rows; drop path, hub and columns"),
+        ({"source": "task", "columns": {"prompt": "q"}}, "source 'task' generates its rows; drop columns"),
         (
             {"source": "task", "options": {"noize": True}},
             r"unknown option \(source task\) 'noize': did you mean",
@@ -281,6 +281,12 @@ def test_a_spec_can_stand_in_a_recipe() -> None:
     assert parsed == DataConfig(
         source="prm800k", path="x", split="train", limit=3, columns={"prompt": "q"}, options={"per_record": 4}
     )
+
+
+def test_rows_of_ones_own_take_the_place_of_generated_ones() -> None:
+    generated: dict[str, Any] = {"source": "task", "options": {"task": "modular:terms=4", "n": 8}}
+    for own in ({"path": "rows.jsonl"}, {"hub": "me/rows", "split": "train"}):
+        assert DataConfig(**generated, **own) == DataConfig(**own)
 
 
 def test_importing_the_sources_is_light() -> None:

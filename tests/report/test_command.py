@@ -42,6 +42,15 @@ def test_samples_shows_steps_with_marks_scores_and_disagreement(
     assert "1 of 1 (of 8 solutions)" in shown
 
 
+def test_samples_says_which_kinds_there_are_where_one_has_none(
+    scores: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["samples", str(scores), "--show", "cut-off"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("none of 8 solutions is cut-off; they are: ")
+    assert "disagrees 1" in shown
+
+
 def test_samples_shows_the_last_rollouts_one_step_or_all(
     training: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -174,7 +174,7 @@ def test_the_card_of_the_published_model_lays_the_qwen_layout_out_alike(tmp_path
 @pytest.mark.parametrize(
     ("layout", "head", "settings", "message"),
     [
-        ("token_classification", Classifier(), {}, "its head has two layers.*head.layers: 1, or take layout qwen_prm"),
+        ("token_classification", Classifier(), {}, "its head has two layers.*head.layers: 1, or take layout stepkd"),
         ("qwen_prm", QWEN, {"template": CHAT}, "it is a llama model, not qwen2"),
         ("qwen_prm", ONE_LAYER, {"kind": "Qwen2"}, "no two-layer Classifier of two classes; its steps end in '<extra_"),
         ("qwen_prm", LabelTokens(), {"kind": "Qwen2", "template": CHAT}, "its head is no two-layer Classifier"),
