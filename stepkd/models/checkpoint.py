@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from stepkd.errors import ConfigError, ModelError, disk_error
-from stepkd.models.adapter import ADAPTER_CONFIG, add_lora, in_base_precision, misfit
+from stepkd.models.adapter import ADAPTER_CONFIG, adapter_folder, add_lora, in_base_precision, misfit
 from stepkd.models.card import write_card
 from stepkd.models.layouts import Layout, check_layout, save_classifier
 from stepkd.models.load import checkpoint_layers, listed_ends, load_outline, load_tokenizer
@@ -87,10 +87,15 @@ def load_trained(
             are on the ``meta`` device and cannot be computed with.
 
     Raises:
-        ModelError: nothing loadable there.
+        ModelError: nothing loadable there; without weights also a run or an adapter.
     """
     checkpoint_path, checkpoint, spec = _read(path)
     if not weights:
+        if checkpoint is not None or adapter_folder(spec.path) is not None:
+            raise ModelError(
+                f"{path} is a run or an adapter, and an engine of its own loads whole models: export it (stepkd export "
+                f"{path} --to FOLDER), and let the engine and --model name the folder"
+            )
         return Policy(*load_outline(spec), spec, verify_head=False)
     if quantization != "none" and checkpoint is not None and spec.lora is None:
         raise ModelError(

@@ -276,3 +276,5 @@ def test_a_model_that_another_process_samples_from(tmp_path: Path) -> None:
         ids = torch.tensor([[5, 6]])
         with pytest.raises(ConfigError, match="another process samples from the policy"):
             outline.hidden(ids, torch.ones_like(ids))
+    with pytest.raises(ModelError, match="loads whole models: export it"):
+        load_trained(save(trained(FULL), tmp_path / "last.ckpt"), weights=False)
