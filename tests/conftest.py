@@ -86,7 +86,8 @@ def chromium() -> Iterator[Any]:
 
 
 LONGEST = [
-    *("test_real_model.py", "test_strategies.py", "test_claim_quick.py", "test_quickstart.py", "test_cli.py"),
+    *("test_real_model.py", "test_strategies.py", "test_claim_quick.py", "test_quickstart.py"),
+    *("test_cluster_scripts.py", "test_label_kill.py", "test_kill_and_resume.py", "test_jobs_killed.py", "test_cli.py"),
     *("test_pool.py", "test_readme.py", "test_recipes.py", "test_invariance.py", "test_kdrl.py", "test_gkd.py"),
 ]
 """Files that take long, longest first: at the end of a run one worker would be left waiting for the other."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -55,7 +56,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Solutions with step labels."""
     from stepkd.tasks.rows import Noise, make_rows
@@ -123,6 +124,14 @@ class Runs:
         environ = {**os.environ, **variables, "OMP_NUM_THREADS": "1"}
         return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=240)
 
+    def whole(self, **ways: Any) -> str:
+        """The name of a run to the end, on one process or several, that is made once."""
+        name = "-".join(["whole", *(str(ways[each]) for each in sorted(ways))])
+        if not (self.folder / name).exists():
+            done = self.fit(name, **ways)
+            assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
+        return name
+
     def write_overlay(self, name: str, file: Path, **checkpoint: Any) -> None:
         """The settings of a run, with the callback that records and stops it."""
         stopper = {"class_path": "stopper.Stopper", "init_args": {"out": str(self.folder / name)}}
@@ -136,6 +145,12 @@ class Runs:
         """By rank, problems of the batch that each optimiser step was taken on in the end."""
         files = sorted(self.folder.glob(f"{name}.batches.*"))
         return [dict(map(json.loads, file.read_text().splitlines())) for file in files]
+
+
+@pytest.fixture(scope="session")
+def kept(tmp_path_factory: pytest.TempPathFactory, labelled: Path) -> Callable[[str], Runs]:
+    """Runs of a method that tests share, save for the names of those which they stop or change."""
+    return functools.cache(lambda method: Runs(method, tmp_path_factory.mktemp(method), labelled))
 
 
 @pytest.fixture

@@ -38,39 +38,35 @@ def assert_alike(runs: Any, name: str, other: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_killed_and_asked_to_stop(method: str, runs: Callable[[str], Any]) -> None:
+def test_killed_and_asked_to_stop(method: str, kept: Callable[[str], Any]) -> None:
     """SIGKILL at one point, SIGTERM at a later one, then to the end: three processes make one run."""
-    made = runs(method)
-    whole = made.fit("whole")
-    assert whole.returncode == 0, whole.stderr[-3000:]
+    made = kept(method)
     draw = random.Random(method)
     killed_at, stopped_at = (made.inner * draw.choice(steps) for steps in ((1, 2), (3, 4)))
     phases = ["optimizer", "rollout" if method in ("kdrl", "grpo") else "batch_end"]
     draw.shuffle(phases)
-    killed = made.fit("parts", stop_at=f"{phases[0]}:{killed_at}:SIGKILL")
+    killed = made.fit("torn", stop_at=f"{phases[0]}:{killed_at}:SIGKILL")
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
-    stopped = made.fit("parts", "--resume", stop_at=f"{phases[1]}:{stopped_at}:SIGTERM")
+    stopped = made.fit("torn", "--resume", stop_at=f"{phases[1]}:{stopped_at}:SIGTERM")
     assert stopped.returncode == 0, stopped.stderr[-3000:]
     assert "asked to stop by SIGTERM" in stopped.stdout
-    assert made.last("parts")["global_step"] - stopped_at in (0, made.inner)  # the step under way may end
-    done = made.fit("parts", "--resume")
+    assert made.last("torn")["global_step"] - stopped_at in (0, made.inner)  # the step under way may end
+    done = made.fit("torn", "--resume")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert_alike(made, "parts", "whole")
+    assert_alike(made, "torn", made.whole())
 
 
 @pytest.mark.slow
-def test_one_rank_is_asked_and_all_stop(runs: Callable[[str], Any]) -> None:
+def test_one_rank_is_asked_and_all_stop(kept: Callable[[str], Any]) -> None:
     """The ranks agree before a batch's first step: none waits for another, and two processes go on from one state."""
-    made = runs("kdrl")
-    whole = made.fit("whole", ranks=2)
-    assert whole.returncode == 0, whole.stderr[-3000:]
-    stopped = made.fit("parts", ranks=2, stop_at="rollout:3:SIGTERM", stop_rank=1)
+    made = kept("kdrl")
+    stopped = made.fit("asked", ranks=2, stop_at="rollout:3:SIGTERM", stop_rank=1)
     assert stopped.returncode == 0, stopped.stderr[-3000:]
     assert "asked to stop by a signal to another rank" in stopped.stdout
-    assert made.last("parts")["global_step"] == 3
-    done = made.fit("parts", "--resume", ranks=2)
+    assert made.last("asked")["global_step"] == 3
+    done = made.fit("asked", "--resume", ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert_alike(made, "parts", "whole")
+    assert_alike(made, "asked", made.whole(ranks=2))
 
 
 def test_sampling_breaks_off(runs: Callable[[str], Any]) -> None:

@@ -31,7 +31,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_step_preference(labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["pairs", "step", "--completions", str(labelled), "--sampling.n", "40", *SMALL]
+    command = ["pairs", "step", "--completions", str(labelled), "--sampling.n", "24", *SMALL]
     command += ["--sampling.max_new_tokens", "48", "--out", str(tmp_path / "job")]
     assert main([*command, "--max-pairs", "2"]) == 0
     shown = capsys.readouterr().out

@@ -269,26 +269,29 @@ for words in {lines!r}:
         main(words)
     except SystemExit:
         pass
-print([name for name in {heavy!r} if name in sys.modules], file=sys.stderr)
+    found = [name for name in {heavy!r} if name in sys.modules]
+    if found:
+        sys.exit(f"{{words}} loads {{found}}")
 """
 
 
-@pytest.mark.parametrize("command", sorted(COMMANDS))
-def test_help_and_parsing_load_nothing_heavy(command: str) -> None:
+def test_help_and_parsing_load_nothing_heavy() -> None:
     """A clock says different things on different machines; the list of loaded modules does not."""
-    module = importlib.import_module(f"stepkd.cli.{command.replace('-', '_')}")
-    starts = [[command, action] for action in getattr(module, "ACTIONS", ())] or [[command]]
-    lines = [[*start, word] for start in starts for word in ("--help", "--print_config", "--no_such_setting=1")]
+    lines = []
+    for command in sorted(COMMANDS):
+        module = importlib.import_module(f"stepkd.cli.{command.replace('-', '_')}")
+        starts = [[command, action] for action in getattr(module, "ACTIONS", ())] or [[command]]
+        lines += [[*start, word] for start in starts for word in ("--help", "--print_config", "--no_such_setting=1")]
     code = LIGHT.format(lines=lines, heavy=HEAVY)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.stderr.splitlines()[-1] == "[]", done.stderr
+    assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_the_overview_loads_no_parser() -> None:
     code = LIGHT.format(lines=[["--help"]], heavy=(*HEAVY, "argparse", "jsonargparse", "yaml"))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.stderr.splitlines()[-1] == "[]", done.stderr
+    assert done.returncode == 0, done.stderr
 
 
 def test_options_are_fields_of_settings_classes() -> None:

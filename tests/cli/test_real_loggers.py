@@ -6,17 +6,15 @@ import json
 import os
 import re
 import sqlite3
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 
 from stepkd.runs.logger import read_metrics
 
-ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
 SECRETS = {
     "HF_TOKEN": "hf_SecretOfTheHubSecretOfTheHub",
@@ -30,26 +28,22 @@ Found = tuple[Mapping[str, Any], list[float], list[list[str]]]
 
 
 def stepkd(home: Path, *words: str) -> None:
-    """Run one command in an empty folder, with credentials in the environment."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "MLFLOW", "TRACKIO"))}
-    variables = {"HOME": str(home), "PYTHONPATH": str(ROOT), "MLFLOW_ALLOW_FILE_STORE": "true", **SECRETS}
-    (home / "here").mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(
-        [sys.executable, "-m", "stepkd", *words],
-        cwd=home / "here",
-        env=kept | variables,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    """Run one command, with credentials in the environment."""
+    done = forked.run(words, HOME=str(home), MLFLOW_ALLOW_FILE_STORE="true", **SECRETS)
     assert done.returncode == 0, done.stdout + done.stderr
     (home / "said.txt").write_text(done.stdout + done.stderr)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("logger", PACKAGES)
-def test_a_logger_gets_settings_metrics_and_samples_and_no_credentials(logger: str, tmp_path: Path) -> None:
+def test_a_logger_gets_settings_metrics_and_samples_and_no_credentials(
+    logger: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip(PACKAGES[logger])
+    for name in [name for name in os.environ if name.startswith(("WANDB", "MLFLOW", "TRACKIO"))]:
+        monkeypatch.delenv(name)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     run = tmp_path / "run"
     rows = {"source": "task", "split": "validation", "options": {"task": "modular:terms=4", "n": 4}}
     words = ["--config", "tiny/sft", "--config", f"logger/{logger}", "--out", str(run)]

@@ -56,41 +56,40 @@ def assert_done(done: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_two_processes_train_as_one(method: str, runs: Callable[[str], Any]) -> None:
-    made = runs(method)
-    assert_done(made.fit("one"))
-    assert len(losses(made.folder / "one")) == 6
+def test_two_processes_train_as_one(method: str, kept: Callable[[str], Any]) -> None:
+    made = kept(method)
+    one = made.whole()
+    assert len(losses(made.folder / one)) == 6
     for strategy in ("ddp", "fsdp2") if method == "kdrl" else ("fsdp2",):  # DDP: tests/modules/test_invariance.py
-        assert_done(made.fit(strategy, ranks=2, strategy=strategy))
-        assert_same_training(made, strategy, "one")
+        assert_same_training(made, made.whole(strategy=strategy, ranks=2), one)
 
 
 @pytest.mark.slow
-def test_what_the_launch_guard_advises_trains_as_one(runs: Callable[[str], Any]) -> None:
+def test_what_the_launch_guard_advises_trains_as_one(kept: Callable[[str], Any]) -> None:
     """The overlay that it names to those who ask accelerate for FSDP; and options of DDP that are allowed."""
     (message,) = ignored_settings({"ACCELERATE_USE_FSDP": "true"})
     (advised,) = re.findall(r"recipes/strategy/(\w+)\.yaml", message)
     options = {"find_unused_parameters": True, "gradient_as_bucket_view": True}
     ddp = ("--trainer.strategy", json.dumps({"class_path": "DDPStrategy", "dict_kwargs": options}))
-    made = runs("sft")
-    assert_done(made.fit("one"))
+    made = kept("sft")
+    one = made.whole()
     assert_done(made.fit("advised", ranks=2, strategy=advised))
     assert_done(made.fit("options", *ddp, ranks=2))
     for name in ("advised", "options"):
-        assert_same_training(made, name, "one")
-        norms = [[row["train/grad_norm"] for row in read_metrics(made.folder / each)] for each in (name, "one")]
+        assert_same_training(made, name, one)
+        norms = [[row["train/grad_norm"] for row in read_metrics(made.folder / each)] for each in (name, one)]
         assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
 @pytest.mark.slow
-def test_a_running_average_is_sharded_too(runs: Callable[[str], Any]) -> None:
+def test_a_running_average_is_sharded_too(kept: Callable[[str], Any]) -> None:
     """A teacher that is the student's average; resumed in the middle."""
-    made = runs("self_distill")
-    assert_done(made.fit("one"))
+    made = kept("self_distill")
+    one = made.whole()
     assert_done(made.fit("two", ranks=2, strategy="fsdp2", stop_at="batch_end:3:SIGTERM"))
     assert_done(made.fit("two", "--resume", ranks=2, strategy="fsdp2"))
-    assert_same_training(made, "two", "one")
-    ours, theirs = (made.last(name)["stepkd"]["method_state"]["teacher"]["weights"] for name in ("two", "one"))
+    assert_same_training(made, "two", one)
+    ours, theirs = (made.last(name)["stepkd"]["method_state"]["teacher"]["weights"] for name in ("two", one))
     assert_same_weights(ours, theirs)
 
 
@@ -124,46 +123,43 @@ def test_half_precision_in_parts(runs: Callable[[str], Any]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["gkd", "kdrl"])
-def test_a_teacher_can_be_cut_up_too(method: str, runs: Callable[[str], Any]) -> None:
-    made = runs(method)
-    assert_done(made.fit("one"))
+def test_a_teacher_can_be_cut_up_too(method: str, kept: Callable[[str], Any]) -> None:
+    made = kept(method)
     sharded = ("--model.init_args.teacher.sharded", "true")
-    assert_done(made.fit("two", *sharded, ranks=2, strategy="fsdp2"))
-    assert_same_training(made, "two", "one")
+    assert_done(made.fit("sharded-teacher", *sharded, ranks=2, strategy="fsdp2"))
+    assert_same_training(made, "sharded-teacher", made.whole())
     refused = made.fit("alone", *sharded)
     assert refused.returncode == 2
     assert "teacher.sharded: true needs several ranks under recipes/strategy/fsdp2.yaml" in refused.stderr
 
 
 @pytest.mark.slow
-def test_from_two_processes_to_one_and_back(runs: Callable[[str], Any]) -> None:
+def test_from_two_processes_to_one_and_back(kept: Callable[[str], Any]) -> None:
     """A sharded run is asked to stop, goes on alone, then sharded again: samples and losses of one that did not."""
-    made = runs("kdrl")
-    assert_done(made.fit("one"))
+    made = kept("kdrl")
     for stop_at, ways in (
         ("batch_end:2:SIGTERM", {"ranks": 2, "strategy": "fsdp2"}),
         ("batch_end:4:SIGTERM", {}),
         ("", {"ranks": 2, "strategy": "fsdp2"}),
     ):
-        assert_done(made.fit("parts", "--resume", stop_at=stop_at, **ways))
-    assert_same_training(made, "parts", "one")
-    assert made.last("parts")["global_step"] == made.last("one")["global_step"]
+        assert_done(made.fit("to-and-fro", "--resume", stop_at=stop_at, **ways))
+    assert_same_training(made, "to-and-fro", made.whole())
+    assert made.last("to-and-fro")["global_step"] == made.last(made.whole())["global_step"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", ["optimizer", "rollout"])
-def test_a_killed_sharded_run_goes_on(phase: str, runs: Callable[[str], Any]) -> None:
+def test_a_killed_sharded_run_goes_on(phase: str, kept: Callable[[str], Any]) -> None:
     """One of two ranks is killed: both are gone within a minute, and the next start ends as if nothing had been."""
-    made = runs("kdrl")
-    assert_done(made.fit("whole", ranks=2, strategy="fsdp2"))
+    made, name = kept("kdrl"), f"killed-{phase}"
     ways = {"ranks": 2, "strategy": "fsdp2"}
-    killed = made.fit("parts", **ways, stop_at=f"{phase}:3:SIGKILL", stop_rank=1)
+    killed = made.fit(name, **ways, stop_at=f"{phase}:3:SIGKILL", stop_rank=1)
     assert killed.returncode != 0
-    assert seconds_since_the_end(made, "parts") < 60
-    assert_done(made.fit("parts", "--resume", ranks=2, strategy="fsdp2"))
+    assert seconds_since_the_end(made, name) < 60
+    assert_done(made.fit(name, "--resume", **ways))
+    ours, theirs = made.last(name), made.last(made.whole(**ways))
     for part in ("state_dict", "optimizer_states"):
-        for ours, theirs in zip(leaves(made.last("parts")[part]), leaves(made.last("whole")[part]), strict=True):
-            assert torch.equal(ours, theirs)
+        assert all(torch.equal(*pair) for pair in zip(leaves(ours[part]), leaves(theirs[part]), strict=True))
 
 
 def leaves(value: Any) -> list[torch.Tensor]:

@@ -27,8 +27,10 @@ EVERY = pytest.mark.parametrize("name", list(worker.METHODS))
 # ---- all methods ----------------------------------------------------------------------------------------------------
 
 LAYOUTS: dict[str, dict[str, Any]] = {
-    "padded on the left": {"layout": {"padding_side": "left", "pad_to": 173}},
-    "padded more": {"layout": {"pad_to": 200}, "chunk_size": 100_000},
+    "padded on the left and more, in one chunk": {
+        "layout": {"padding_side": "left", "pad_to": 200},
+        "chunk_size": 100_000,
+    },
     "micro-batches": {"micro_batch_tokens": 150},
     "one row at a time in chunks": {"micro_batch_tokens": 1, "chunk_size": 3},
     "every row with its own prompt": {"shares": False},
