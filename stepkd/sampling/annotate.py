@@ -7,7 +7,8 @@ Axes: B rows, T padded length, H hidden size, N completion tokens of a batch, C 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor
 
 from stepkd.data.collate import collate, plan
-from stepkd.data.completion import Completion
+from stepkd.data.completion import Completion, Numbers
 from stepkd.errors import DataError, ModelError
+from stepkd.losses.divergence import tempered
 from stepkd.losses.linear import DEFAULT_CHUNK, chunked_head, target_logps
 from stepkd.models.head import evaluation_mode
 from stepkd.models.policy import Policy
@@ -72,17 +74,33 @@ def annotate(
     pairs = zip(prompts_ids, completions_ids, strict=True)
     rows = [Completion(np.asarray(a), np.asarray(b), id=str(number)) for number, (a, b) in enumerate(pairs)]
     _check_rows(rows, policy, "model")
-    found = [
-        TokenSignals(*map(tuple, signals_N2.T.tolist())) for signals_N2 in _read(policy, rows, max_tokens, chunk_size)
-    ]
+    read = _read(policy, rows, max_tokens, chunk_size, _signals)
+    found = [TokenSignals(*map(tuple, signals_N2.T.tolist())) for signals_N2 in read]
     if teacher is None:
         return found
     _check_rows(rows, teacher, "teacher")
-    theirs = _read(teacher, rows, max_tokens, chunk_size)
+    theirs = _read(teacher, rows, max_tokens, chunk_size, _signals)
     return [
         signals._replace(teacher_logprobs=tuple(signals_N2[:, 0].tolist()))
         for signals, signals_N2 in zip(found, theirs, strict=True)
     ]
+
+
+@torch.no_grad()
+def sampled_logps(policy: Policy, completions: Sequence[Completion], temperature: float) -> Numbers:
+    """(N,) log-probabilities of the tokens of completions, one after the other.
+
+    Args:
+        policy: the model, which is taken as it is now.
+        completions: with their prompts.
+        temperature: divides the logits, > 0.
+    """
+
+    def own(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
+        return target_logps(tempered(logits_CV, temperature), targets_C).unsqueeze(-1)
+
+    rows = [replace(each, id=str(number)) for number, each in enumerate(completions)]
+    return torch.cat(_read(policy, rows, 8192, DEFAULT_CHUNK, own)).flatten().double().numpy()
 
 
 def check_same_vocabulary(tokenizer: Any, of_teacher: Any) -> None:
@@ -118,14 +136,16 @@ def _check_rows(rows: list[Completion], model: Policy, who: str) -> None:
             )
 
 
-def _read(model: Policy, rows: list[Completion], max_tokens: int, chunk_size: int) -> list[Tensor]:
-    """Log-probability and entropy of all completion tokens: one tensor (tokens, 2) per row, on the CPU."""
+def _read(
+    model: Policy, rows: list[Completion], max_tokens: int, chunk_size: int, measure: Callable[..., Tensor]
+) -> list[Tensor]:
+    """A measure of logits and targets at all completion tokens: one tensor (tokens, columns) per row, on the CPU."""
     found: dict[str, Tensor] = {}
     with evaluation_mode(model):
         for part in plan([row for row in rows if len(row.token_ids)], max_tokens):
             batch = collate(part, int(model.tokenizer.pad_token_id or 0)).to(model.device)
             hidden_NH = model.hidden(batch.input_ids_BT, batch.attention_mask_BT).flatten(0, 1)[batch.needed_N]
-            signals_N2 = chunked_head(_signals, model.head, hidden_NH, batch.targets_N, chunk_size=chunk_size).cpu()
+            signals_N2 = chunked_head(measure, model.head, hidden_NH, batch.targets_N, chunk_size=chunk_size).cpu()
             found |= zip(batch.ids, signals_N2.split([len(row.token_ids) for row in part]), strict=True)
     for number, signals_T2 in found.items():
         if torch.isnan(signals_T2).any():

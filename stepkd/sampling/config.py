@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from stepkd.errors import check_bounds
+from stepkd.errors import ConfigError, check_bounds
 from stepkd.sampling.engine import Engine, SamplingConfig
 
 
@@ -65,18 +65,22 @@ IN_PROCESS = Transformers()
 
 @dataclass(frozen=True)
 class VLLMServer(EngineConfig):
-    """A vLLM server of the policy's model, on GPUs of its own, which is given the weights before every step."""
+    """vLLM servers of the policy's model, beside this process or on machines of their own; in training they are given
+    the weights before every step. Nothing of vLLM is needed here."""
 
-    url: str
-    """Address of the server, ``http://host:port``."""
-    group_port: int = 51216
-    """Port of the group through which weights are sent."""
-    timeout_s: float = 240.0
-    """Seconds that are waited for the server at the start, > 0; it loads its model first."""
-    requests: int = 32
-    """Most prompts that are asked for at the same time, >= 1."""
+    urls: tuple[str, ...] | str
+    """Addresses, ``http://host:port``, one or several of the same model, asked in turn. A key is read from the
+    environment variable VLLM_API_KEY."""
+    requests: int = 64
+    """Most prompts that are asked for at the same time, over all addresses, >= 1; a server batches them."""
+    timeout_s: float = 600.0
+    """Seconds that are waited for an answer, and for a server that is loading its model or was restarted, > 0."""
+    weights: str | None = None
+    """Folder that this process and the servers see under the same path, where weights are handed over in training; null
+    takes this machine's folder for temporary files, which servers on the same machine see."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "urls", checked_urls("engine.urls", self.urls))
         check_bounds("engine.", self, timeout_s="(0, inf)", requests="[1, inf)")
 
     holds_weights = False
@@ -88,10 +92,28 @@ class VLLMServer(EngineConfig):
 
     def build(self, policy: Any, sampling: SamplingConfig, breaks_off: Callable[[], bool] | None = None) -> Engine:
         """See :meth:`EngineConfig.build`."""
-        from stepkd.sampling.vllm import ServerEngine, connect
+        from stepkd.sampling.client import Client
+        from stepkd.sampling.vllm import ServerEngine
 
-        client = connect(self.url, group_port=self.group_port, timeout_s=self.timeout_s)
-        return ServerEngine(policy, client, requests=self.requests, breaks_off=breaks_off)
+        client = Client(self.urls, self.requests, self.timeout_s, breaks_off)
+        return ServerEngine(policy, client, weights=self.weights, breaks_off=breaks_off)
+
+
+def checked_urls(name: str, urls: Sequence[str] | str) -> tuple[str, ...]:
+    """Addresses as a tuple.
+
+    Args:
+        name: of the setting, for the message.
+        urls: one address, or several.
+
+    Raises:
+        ConfigError: none, or one that is no address.
+    """
+    found = (urls,) if isinstance(urls, str) else tuple(urls)
+    for url in found or ("",):
+        if not url.startswith(("http://", "https://")):
+            raise ConfigError(f"{name}: {url!r} is no address: give http://host:port, one or several")
+    return found
 
 
 @dataclass(frozen=True)

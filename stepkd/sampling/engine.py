@@ -142,6 +142,12 @@ class Engine(ABC):
     """The :class:`~stepkd.models.policy.Policy` that is sampled from."""
     _version: int | None = None
 
+    @property
+    def max_length(self) -> int | None:
+        """Context in tokens; None: no limit is known."""
+        length: int | None = self.policy.max_length
+        return length
+
     def generate(
         self,
         prompts: Sequence[Collection[int]],
@@ -175,7 +181,7 @@ class Engine(ABC):
         wanted = [
             Wanted(
                 np.asarray(prompt).tolist(),
-                spec.room(f"prompt {index}", len(prompt), self.policy.max_length),
+                spec.room(f"prompt {index}", len(prompt), self.max_length),
                 (purpose, step, index),
             )
             for prompt, index in zip(prompts, indices, strict=True)
@@ -236,10 +242,10 @@ class Engine(ABC):
             ConfigError: weights cannot be sent (a server without the setting, a policy on a CPU).
         """
         if self._version != version:
-            self._send()
+            self._send(version)
             self._version = version
 
-    def _send(self) -> None:  # noqa: B027
+    def _send(self, version: int) -> None:  # noqa: B027
         """Give it the policy's weights; nothing to do where it samples from the policy itself."""
 
     @abstractmethod

@@ -1,56 +1,35 @@
-"""Rollouts and scores from vLLM, through TRL's client for a server, or TRL's engine on the training GPUs.
+"""Samples and scores of vLLM servers, which are given the policy's weights in training; and TRL's engine on the GPUs.
 
-An extra: ``pip install 'stepkd[vllm]'``, imported when it is asked for. The contract is tested against a stand-in that
-speaks the server's protocol; **no GPU has run it**. A server's samples are keyed by a seed per prompt, so that a run
-repeats on it; they are not those that the transformers backend draws.
-
-A server runs beside the training, on GPUs of its own; :data:`START` is how it is started. It is given the weights of
-the plain model: adapters are added to what they adapt, one at a time.
+A server needs nothing beside the standard library here (:mod:`stepkd.sampling.client`, whose ``START`` is how it is
+started). Its samples are keyed by a seed per prompt: in float32 a run repeats on it, in narrower types as far as its
+kernels do not depend on the company a request has. They are not those that the transformers engine draws.
 """
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from stepkd.data.completion import Completion, Finish
-from stepkd.errors import ConfigError, ModelError
+from stepkd.data.completion import Completion, Finish, Ids, Numbers
+from stepkd.errors import ConfigError, ModelError, StepkdError
 from stepkd.models.policy import Policy
 from stepkd.randomness import stream_key
+from stepkd.sampling.annotate import sampled_logps
+from stepkd.sampling.client import START, Client
 from stepkd.sampling.engine import Engine, Progress, SamplingConfig, Wanted, before_stop, decode_text
+from stepkd.sampling.weights import WeightSender, check_mergeable, merged_weights
 
-START = (
-    """`VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --weight-transfer-config '{"backend": "nccl"}' """
-    "--logprobs-mode processed_logprobs --max-logprobs -1` (pip install 'stepkd[vllm]')"
-)
-"""How a server is started that can be given weights, samples and scores."""
-
-
-def connect(address: str, *, group_port: int = 51216, timeout_s: float = 240.0) -> Any:
-    """TRL's client of a vLLM server.
-
-    Raises:
-        ConfigError: trl or vLLM is not installed, or nothing answers there.
-    """
-    try:
-        from trl.generation.vllm_client import VLLMClient
-
-        return VLLMClient(base_url=address, group_port=group_port, connection_timeout=timeout_s)
-    except ImportError as error:
-        raise ConfigError(f"a vLLM server needs TRL's client, and TRL's client vLLM: {error}") from error
-    except OSError as error:  # requests has its own classes
-        raise ConfigError(
-            f"no vLLM server answers at {address} within {timeout_s:g} s: start it with {START}"
-        ) from error
+WATCHED = 16
+"""Completions of every batch that are compared."""
+LEAST_NOISE = 1e-4
+"""Nats a token that float32 explains."""
+MOST_NOISE = 0.25
+"""Nats a token beyond which an engine is not the policy's: bfloat16 has 0.05, a 4-bit policy 0.1 to 0.2."""
 
 
 def _to_completion(
@@ -59,7 +38,7 @@ def _to_completion(
     place: tuple[int, int],
     prompt: Sequence[int],
     ids: Sequence[int],
-    logprobs: Sequence[Any],
+    logprobs: Sequence[float | None],
     limit: int,
 ) -> Completion:
     """What the server or engine gave, as a completion.
@@ -69,19 +48,24 @@ def _to_completion(
         spec: how it was drawn.
         place: number of the prompt, and of the sample.
         prompt: what it continues.
-        ids, logprobs: tokens, and for each a list that begins with its log-probability.
+        ids, logprobs: tokens, and their log-probabilities.
         limit: most tokens asked for.
 
     Raises:
         ModelError: it is no completion.
     """
     number, sample = place
-    if not 0 < len(ids) <= limit or len(ids) != len(logprobs) or any(each[0] is None for each in logprobs):
+    values = np.array(logprobs, dtype=np.float64)
+    if not 0 < len(ids) <= limit or len(ids) != len(values) or not np.isfinite(values).all():
         raise ModelError(
             f"vLLM gave prompt {number} {len(ids)} tokens with {len(logprobs)} log-probabilities, of at most {limit}: "
             "its logits are not numbers, or it is not the server that is expected here"
         )
-    values = np.array([float(each[0]) for each in logprobs])
+    if max(ids) >= policy.vocab_size:
+        raise ModelError(
+            f"vLLM gave prompt {number} token {max(ids)}, and the policy has tokens 0 to {policy.vocab_size - 1}: does "
+            "the server hold the policy's model?"
+        )
     text = decode_text(policy.tokenizer, ids)
     cut = before_stop(text, spec.stop)
     finish: Finish = "stop" if ids[-1] in policy.eos_ids or cut != text else "length"
@@ -101,34 +85,97 @@ def _is_plain(spec: SamplingConfig) -> bool:
     return spec.temperature in (0, 1) and spec.top_p == 1 and not spec.top_k
 
 
+class Scores(NamedTuple):
+    """What a model says of the T tokens of a completion, at temperature 1."""
+
+    ids_Tk: Ids
+    """int64 the k most likely tokens of every position, most likely first."""
+    logps_Tk: Numbers
+    """Their log-probabilities."""
+    logps_T: Numbers
+    """Those of the completion's own tokens."""
+
+
+def served_scores(client: Client, completion: Completion, top_k: int) -> Scores:
+    """Have a server read a completion.
+
+    Args:
+        client: of the servers; vLLM ignores temperatures there.
+        completion: with its prompt, at least one token each; the model's context holds them and one token more.
+        top_k: most likely tokens wanted, >= 1, at most what the server was started with (``--max-logprobs``).
+
+    Raises:
+        ConfigError: a server that takes adapters.
+        ModelError: it scored something else, or fewer tokens than were asked for.
+    """
+    if client.info.get("lora_config"):
+        raise ConfigError(
+            f"the vLLM server at {client.urls[0]} was started with --enable-lora, and vLLM fails there at the scores "
+            "of several texts at once: start one without it to score"
+        )
+    ids = [*completion.prompt_ids.tolist(), *completion.token_ids.tolist()]
+    body = {"model": client.name, "prompt": ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": top_k}
+    found = client.ask("/v1/completions", body)["choices"][0].get("prompt_logprobs") or []
+    own = completion.token_ids.tolist()
+    rows = [{int(i): each for i, each in (row or {}).items()} for row in found[len(completion.prompt_ids) :]]
+    if len(found) != len(ids) or any(token not in row for token, row in zip(own, rows, strict=True)):
+        raise ModelError(
+            f"the vLLM server at {client.urls[0]} scored {len(rows)} tokens of row {completion.id!r}, which has "
+            f"{len(own)}, or other ones: is its context long enough?"
+        )
+    best = [sorted(row.items(), key=lambda pair: pair[1]["rank"])[:top_k] for row in rows]
+    if any(len(each) < top_k for each in best):
+        raise ModelError(
+            f"the vLLM server at {client.urls[0]} gives {len(best[0])} tokens where {top_k} were asked for"
+        )
+    return Scores(
+        np.array([[i for i, _ in each] for each in best]),
+        np.array([[said["logprob"] for _, said in each] for each in best]),
+        np.array([row[token]["logprob"] for token, row in zip(own, rows, strict=True)]),
+    )
+
+
 @dataclass(eq=False)
 class ServerEngine(Engine):
-    """A :class:`~stepkd.sampling.engine.Engine` on a vLLM server."""
+    """A :class:`~stepkd.sampling.engine.Engine` on vLLM servers."""
 
     policy: Policy
     """Whose weights are sampled from, and whose tokenizer decodes."""
-    client: Any
-    """TRL's ``VLLMClient``."""
-    requests: int = field(default=32, kw_only=True)
-    """Most prompts asked for at the same time."""
+    client: Client
+    weights: str | None = field(default=None, kw_only=True)
+    """Folder that both sides see, for the policy's weights; None: this machine's folder for temporary files."""
     breaks_off: Callable[[], bool] | None = field(default=None, kw_only=True)
     """Asked before every prompt; once it says yes, prompts not asked yet get one token of nothing more."""
-    _checked: bool = field(default=False, init=False)
 
-    def _send(self) -> None:
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            facts = weight_facts(self.policy.model)
+    def __post_init__(self) -> None:
+        self._sender: WeightSender | None = None
+        self._watch = _Watch(self.policy)
+
+    @property
+    def max_length(self) -> int | None:
+        """Context in tokens: the policy's, or the server's where that is shorter."""
+        lengths = (self.policy.max_length, self.client.max_length)
+        return min((length for length in lengths if length), default=None)
+
+    def score(self, completions: Sequence[Completion], top_k: int) -> list[Scores]:
+        """What the model says of completions; see :func:`served_scores`."""
+        return list(self.client.map(lambda each: served_scores(self.client, each, top_k), completions))
+
+    def _send(self, version: int) -> None:
+        is_first = not dist.is_initialized() or dist.get_rank() == 0
+        if self._sender is None:
+            self._sender = WeightSender(self.policy, self.client, self.weights)
+        said: list[Any] = [None]
+        if is_first:
             try:
-                if self.client.communicator is None:  # the group through which weights are sent
-                    self.client.init_communicator(device=self.policy.device)
-            except torch.OutOfMemoryError:
-                raise
-            except (NotImplementedError, RuntimeError) as error:  # of TRL's client: no CUDA, or no engine there
-                raise ConfigError(f"the policy's weights cannot be sent to the vLLM server: {error}") from error
-            self.client.update_named_params(facts, merged_weights(self.policy.model))
-            self.client.reset_prefix_cache()
+                said = [self._sender.send(version)]
+            except StepkdError as error:
+                said = [error]
         if dist.is_initialized():
-            dist.barrier()
+            dist.broadcast_object_list(said)
+        if isinstance(said[0], StepkdError):
+            raise said[0]
+        self._sender.adopt(said[0])
 
     def _draw(
         self, wanted: Sequence[Wanted], spec: SamplingConfig, on_progress: Progress | None
@@ -141,51 +188,102 @@ class ServerEngine(Engine):
             return self._ask(number, prompt, spec, limit, stream_key(spec.seed, str(key[0]), *key[1:]) % 2**31)
 
         found = []
-        with ThreadPoolExecutor(max_workers=self.requests) as pool:
-            for row in pool.map(ask, range(len(wanted))):
-                found.append(row)
-                if on_progress is not None:
-                    on_progress(spec.n)
+        for row in self.client.map(ask, range(len(wanted))):
+            found.append(row)
+            if on_progress is not None:
+                on_progress(spec.n)
+        if self._version is not None:
+            self._watch([each for row in found for each in row], spec, f"version {self._version} ({self.client.name})")
         return found
 
     def _ask(self, number: int, prompt: list[int], spec: SamplingConfig, limit: int, key: int) -> list[Completion]:
-        extra: dict[str, Any] = {"seed": key, "skip_special_tokens": False}
-        extra["stop_token_ids"] = sorted(self.policy.eos_ids)
-        if spec.stop:
-            extra |= {"stop": list(spec.stop), "include_stop_str_in_output": True}
-        answer = self.client.generate(
-            prompts=[prompt],
-            n=spec.n,
-            temperature=spec.temperature,
-            top_p=spec.top_p,
-            top_k=spec.top_k,
-            max_tokens=limit,
-            logprobs=0,
-            generation_kwargs=extra,
-        )
-        found = answer["completion_ids"]
-        if answer["prompt_ids"] != [prompt] or len(found) != spec.n:
+        body = {
+            "model": self.client.name,
+            "prompt": prompt,
+            "n": spec.n,
+            "temperature": spec.temperature,
+            "top_p": spec.top_p,
+            "top_k": spec.top_k,
+            "min_p": 0.0,  # said, as a server takes what is not said from the model's generation_config.json
+            "repetition_penalty": 1.0,
+            "max_tokens": limit,
+            "logprobs": 0,
+            "return_token_ids": True,
+            "skip_special_tokens": False,
+            "stop_token_ids": sorted(self.policy.eos_ids),
+            # Greedy is greedy without one, and a CPU's engine dies of a seed where it splits prompts.
+            "seed": key if spec.temperature else None,
+            "stop": list(spec.stop),
+            "include_stop_str_in_output": True,
+        }
+        choices = sorted(self.client.ask("/v1/completions", body)["choices"], key=lambda each: int(each["index"]))
+        if len(choices) != spec.n or any(each.get("prompt_token_ids") != prompt for each in choices):
             raise ModelError(
-                f"the vLLM server answered prompt {number} with {len(found)} completions in place of {spec.n}, "
-                "or with those of another prompt: does it hold the policy's model and tokenizer?"
+                f"the vLLM server at {self.client.urls[0]} answered prompt {number} with {len(choices)} completions in "
+                f"place of {spec.n}, or with those of another prompt: does it hold the policy's model, and is it vLLM?"
             )
-        logprobs = answer["logprobs"]
         return [
-            _to_completion(self.policy, spec, (number, j), prompt, ids, logprobs[j], limit)
-            for j, ids in enumerate(found)
+            _to_completion(
+                self.policy, spec, (number, j), prompt, each["token_ids"], each["logprobs"]["token_logprobs"], limit
+            )
+            for j, each in enumerate(choices)
         ]
 
     def _check_server(self, spec: SamplingConfig) -> None:
         """At another temperature than 1 the server must give log-probabilities of what it samples from."""
-        if self._checked or _is_plain(spec):
+        if _is_plain(spec):
             return
-        mode = self.client.get_server_info()["model_config"]["logprobs_mode"]
+        info = self.client.info
+        mode = info["model_config"]["logprobs_mode"] if info else "log-probabilities of an unknown kind"
         if mode != "processed_logprobs":
             raise ConfigError(
-                f"the vLLM server gives {mode}, which are not of the distribution that it samples from at temperature "
-                f"{spec.temperature:g}: start it with --logprobs-mode processed_logprobs, as in {START}"
+                f"the vLLM server at {self.client.urls[0]} gives {mode}, and at temperature {spec.temperature:g} those "
+                f"of the distribution that it samples from are needed: start it with {START}"
             )
-        self._checked = True
+
+
+class _Watch:
+    """Stops a run whose engine does not follow the weights that it was given.
+
+    What samples say of themselves is compared with what the trainer says of them. How far the two are apart after the
+    first update is the engine's noise. Where they are later apart by more than twice that, and the trainer's
+    log-probabilities of its first samples have moved by more than it, the engine samples from other weights.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.noise: float | None = None
+        """In nats a token; None before the first samples."""
+
+    def __call__(self, drawn: Sequence[Completion], spec: SamplingConfig, which: str) -> None:
+        if not drawn or spec.temperature == 0 or spec.top_p < 1 or spec.top_k:
+            return
+        some = drawn[:: -(-len(drawn) // WATCHED)]
+        gap = _distance(self._trainers(some, spec), np.concatenate([each.logprobs for each in some]))
+        if self.noise is None:
+            self.noise, self._first, self._spec = max(gap, LEAST_NOISE), some, spec
+            self._logps_N = self._trainers(some, spec)
+            if not gap <= MOST_NOISE:
+                self._stop(which, gap, f"{MOST_NOISE} is the most that rounding explains")
+        elif not gap <= 2 * self.noise:
+            moved = _distance(self._trainers(self._first, self._spec), self._logps_N)
+            if moved > self.noise:
+                self._stop(which, gap, f"{self.noise:.2g} after the first update; the trainer's moved by {moved:.2g}")
+
+    def _trainers(self, completions: Sequence[Completion], spec: SamplingConfig) -> Numbers:
+        return sampled_logps(self.policy, completions, spec.temperature)
+
+    @staticmethod
+    def _stop(which: str, gap: float, why: str) -> None:
+        raise ModelError(
+            f"the engine does not sample from the weights of {which}: its log-probabilities are {gap:.2g} nats a token "
+            f"from the trainer's ({why}). Does the server hold the policy's model, and does its log say that it loaded "
+            "the weights? The samples would be another policy's, so the run stops"
+        )
+
+
+def _distance(a: Numbers, b: Numbers) -> float:
+    return float(np.abs(a - b).mean())
 
 
 @dataclass(eq=False)
@@ -225,8 +323,8 @@ class VLLMEngine(Engine):
         except ImportError as error:
             raise ConfigError(f"VLLM needs TRL and vLLM (pip install 'stepkd[vllm]'): {error}") from error
 
-    def _send(self) -> None:
-        weight_facts(self.policy.model)  # refuses what cannot be merged
+    def _send(self, version: int) -> None:
+        check_mergeable(self.policy.model)
         for name, value in merged_weights(self.policy.model):
             worker = self.engine.llm.llm_engine.model_executor.driver_worker
             worker.model_runner.model.load_weights([(name, value)])
@@ -240,79 +338,9 @@ class VLLMEngine(Engine):
         if on_progress is not None:
             on_progress(len(found))
         drawn = [
-            _to_completion(self.policy, spec, divmod(i, spec.n), prompt, ids[:limit], logps[:limit], limit)
+            _to_completion(
+                self.policy, spec, divmod(i, spec.n), prompt, ids[:limit], [p[0] for p in logps[:limit]], limit
+            )
             for i, ((prompt, limit, _), ids, logps) in enumerate(zip(repeated, found, logprobs, strict=True))
         ]
         return [drawn[start : start + spec.n] for start in range(0, len(drawn), spec.n)]
-
-
-Fact = tuple[str, str, list[int]]
-"""Name, dtype (``bfloat16``) and shape of a weight."""
-
-
-def weight_facts(model: Any) -> list[Fact]:
-    """What :func:`merged_weights` will give, in its order, without computing anything.
-
-    Args:
-        model: a transformers causal language model, peft-wrapped or not, whole on this rank.
-
-    Raises:
-        ConfigError: weights that no plain model has (quantised, or an adapter on one of two tied ones).
-    """
-    plain = model.get_base_model() if hasattr(model, "peft_config") else model
-    ends = plain.get_input_embeddings(), plain.get_output_embeddings()
-    if ends[0].weight is ends[1].weight and any(hasattr(each, "base_layer") for each in ends):
-        raise ConfigError(
-            "embeddings and vocabulary head share a weight, and the adapter on one of them would change both in vLLM: "
-            "take another target module, or sample without vLLM"
-        )
-    facts = []
-    for name, _, _, parameter in _parameters(model):
-        if not parameter.is_floating_point():
-            raise ConfigError(
-                f"{name} is quantised ({parameter.dtype}), which cannot be sent: load the policy whole "
-                "(policy.quantization none), or sample without vLLM"
-            )
-        facts.append((name, str(parameter.dtype).removeprefix("torch."), list(parameter.shape)))
-    return facts
-
-
-@torch.no_grad()
-def merged_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Names and weights of the model that a server holds, nothing changed in place, each made when it is asked for.
-
-    Args:
-        model: as for :func:`weight_facts`, which refuses what cannot be merged.
-
-    Yields:
-        Tied weights once, under the names of the plain model.
-    """
-    for name, layer, own, parameter in _parameters(model):
-        if layer is not None:
-            layer = copy.deepcopy(layer)
-            layer.merge()
-            parameter = layer.get_base_layer().get_parameter(own)
-        yield name, parameter.detach()
-
-
-def _parameters(model: Any) -> Iterator[tuple[str, Any, str, Tensor]]:
-    """Weights that the plain model has too: no adapter's own, and none that a trained copy stands for.
-
-    Yields:
-        Name in the plain model, the adapter layer that changes it (or None), its name in that layer, and the weight.
-    """
-    layers: dict[str, Any] = {}
-    copies: list[str] = []
-    if hasattr(model, "peft_config"):
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
-        copies = [f".modules_to_save.{adapter}" for adapter in model.active_adapters]
-    for name, parameter in model.named_parameters():
-        above, _, own = name.partition(".base_layer.")
-        if ".original_module." in name or (not own and any(name.startswith(f"{layer}.") for layer in layers)):
-            continue
-        plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
-        for each in copies:
-            plain = plain.replace(each, "")
-        yield plain, layers.get(above), own, parameter

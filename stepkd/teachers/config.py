@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, check_bounds
 from stepkd.models.spec import Quantization
+from stepkd.sampling.config import checked_urls
 
 Needs = dict[str, str]
 """What a run needs of a teacher, each with the setting that asks for it: that it scores text it has not seen
@@ -126,18 +127,22 @@ class Cached(TeacherConfig):
 
 @dataclass(frozen=True)
 class Served(TeacherConfig):
-    """A teacher on a vLLM server, which scores the student's text. No GPU has run it."""
+    """A teacher on vLLM servers, which score the student's text."""
 
-    url: str
-    """Address of the server, ``http://host:port``."""
+    urls: tuple[str, ...] | str
+    """Addresses, ``http://host:port``, one or several of the same model, asked in turn. A key is read from the
+    environment variable VLLM_API_KEY."""
     tokenizer: str | None = None
     """Folder or hub id of its tokenizer; null: the model that the server names."""
     top_k: TopK = TopK(64)
     """How many of its most likely tokens it is asked for; 64 hold nearly all of the mass."""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "urls", checked_urls("teacher.urls", self.urls))
+
     lacks: ClassVar[Mapping[str, str]] = {
         "whole": "gives its most likely tokens only: take the teacher Local",
-        "tempered": "cannot temper, as not every server tempers the scores of given text: set the temperature to 1",
+        "tempered": "cannot temper, as vLLM ignores temperatures in the scores of given text: set the temperature to 1",
         "writes": "is not sampled from here: sample it beforehand (stepkd label), or take the teacher Local",
     }
 

@@ -1,21 +1,22 @@
-"""A teacher on a vLLM server: its most likely tokens at every position of the student's text.
-
-Through TRL's client (``pip install 'stepkd[vllm]'``); the contract is tested against a stand-in, **no GPU has run it**.
-"""
+"""A teacher on vLLM servers: its most likely tokens at every position of the student's text."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from stepkd.data.collate import Batch
 from stepkd.errors import ConfigError, ModelError
 from stepkd.models.load import load_tokenizer
 from stepkd.models.spec import PolicyConfig
+from stepkd.runs.process import STOP_REQUEST
 from stepkd.sampling.annotate import check_same_vocabulary
-from stepkd.sampling.vllm import connect
+from stepkd.sampling.client import Client
+from stepkd.sampling.vllm import served_scores
 from stepkd.teachers.cache import CachedSignals
 from stepkd.teachers.config import Served
 from stepkd.teachers.local import check_context
@@ -27,8 +28,8 @@ class ServerTeacher(Teacher):
     """See ``Served`` in :mod:`stepkd.teachers.config`."""
 
     spec: Served
-    client: Any = None
-    """In place of TRL's, already connected."""
+    client: Client | None = field(default=None, init=False)
+    """Once it is bound."""
     max_length: int | None = field(default=None, init=False)
     """Of its context in tokens, once it is bound."""
 
@@ -40,23 +41,21 @@ class ServerTeacher(Teacher):
             ModelError: another vocabulary.
         """
         if self.client is None:
-            self.client = connect(self.spec.url)
-        name = self.spec.tokenizer or str(self.client.model)
+            self.client = Client(self.spec.urls, gives_up=STOP_REQUEST.__bool__)
+        name = self.spec.tokenizer or self.client.model
         try:
             own = load_tokenizer(PolicyConfig(path=name))
         except ModelError as error:
             raise ConfigError(
-                f"the vLLM server at {self.spec.url} serves {self.client.model!r}, whose tokenizer cannot be loaded "
-                f"from {name!r} ({error}): name its folder or hub id in teacher.tokenizer"
+                f"the vLLM server at {self.spec.urls[0]} serves {self.client.model!r}, whose tokenizer cannot be "
+                f"loaded from {name!r} ({error}): name its folder or hub id in teacher.tokenizer"
             ) from error
         check_same_vocabulary(tokenizer, own)
-        if hasattr(self.client, "session"):
-            served = self.client.session.get(f"{self.client.base_url}/v1/models").json()["data"][0]
-            longest = served.get("max_model_len")
-            self.max_length = None if longest is None else int(longest) - 1  # it writes a token behind what it scores
+        self.max_length = self.client.max_length - 1  # it writes a token behind what it scores
 
     def identity(self) -> str:
         """The model that the server names; its weights cannot be seen from here."""
+        assert self.client is not None
         return f"server: {self.client.model}"
 
     def signals(self, batch: Batch, *, temperature: float) -> Signals:
@@ -65,6 +64,7 @@ class ServerTeacher(Teacher):
         Raises:
             ConfigError: a prompt and completion that are longer than its context.
             ModelError: the server scored other tokens than it was asked for.
+            MachineError: it went away.
         """
         device = batch.targets_N.device
         asked = [example for example in batch.examples if len(example.token_ids)]
@@ -72,19 +72,10 @@ class ServerTeacher(Teacher):
         if not asked:
             empty = torch.zeros(0, self.spec.top_k.k, device=device)
             return CachedSignals(empty.long(), empty, empty[:, 0], self.spec.top_k.tail)
-        answer = self.client.get_sequence_logprobs(
-            sequences=[[*example.prompt_ids.tolist(), *example.token_ids.tolist()] for example in asked],
-            prompt_lengths=[len(example.prompt_ids) for example in asked],
-            top_logprobs=self.spec.top_k.k,
-            temperature=temperature,
-        )
-        for example, scored in zip(asked, answer["actual_token_ids"], strict=True):
-            if [each[0] for each in scored] != list(example.token_ids):
-                raise ModelError(
-                    f"the vLLM server at {self.spec.url} scored {len(scored)} tokens of row {example.id!r}, which has "
-                    f"{len(example.token_ids)}, or other ones: is its context long enough?"
-                )
-        ids_Nk = torch.tensor([ids for row in answer["logprob_token_ids"] for ids in row], device=device)
-        logps_Nk = torch.tensor([values for row in answer["logprobs"] for values in row], device=device).float()
-        rest_N = 1.0 - logps_Nk.double().exp().sum(-1)
-        return CachedSignals(ids_Nk, logps_Nk, rest_N.clamp_min(1e-12).log().float(), self.spec.top_k.tail)
+        assert self.client is not None
+        found = list(self.client.map(partial(served_scores, self.client, top_k=self.spec.top_k.k), asked))
+        ids_Nk = torch.from_numpy(np.concatenate([each.ids_Tk for each in found])).to(device)
+        logps_Nk = torch.from_numpy(np.concatenate([each.logps_Tk for each in found])).to(device)
+        rest_N = 1.0 - logps_Nk.exp().sum(-1)
+        tail_N = rest_N.clamp_min(1e-12).log().float()
+        return CachedSignals(ids_Nk, logps_Nk.float(), tail_N, self.spec.top_k.tail)

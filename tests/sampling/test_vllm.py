@@ -1,4 +1,4 @@
-"""Continuations and teachers on a server: TRL's client, and a stand-in that speaks the protocol."""
+"""Samples, weights and teachers on servers, against a stand-in that speaks vLLM's endpoints and fails as servers do."""
 
 from __future__ import annotations
 
@@ -13,19 +13,16 @@ from typing import Any, cast
 import pytest
 import torch
 
-from stepkd.errors import ConfigError, DataError, ModelError
+from stepkd.errors import ConfigError, DataError, MachineError, ModelError
 from stepkd.models.policy import Policy
 from stepkd.models.spec import LoRAConfig, PolicyConfig
 from stepkd.modules.fidelity import FidelityConfig
 from stepkd.modules.gkd_settings import JSD, NKD, SourceConfig
+from stepkd.sampling.client import Client
 from stepkd.sampling.config import VLLM, VLLMServer
 from stepkd.sampling.engine import SamplingConfig
-from stepkd.sampling.vllm import (
-    ServerEngine,
-    connect,
-    merged_weights,
-    weight_facts,
-)
+from stepkd.sampling.vllm import ServerEngine
+from stepkd.sampling.weights import WeightSender, check_mergeable, merged_weights
 from stepkd.teachers.config import Local, Served, TopK
 from stepkd.teachers.server import ServerTeacher
 from stepkd.teachers.signals import HiddenSignals
@@ -52,15 +49,14 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Policy:
 
 
 @pytest.fixture
-def server(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    monkeypatch.setattr("trl.generation.vllm_client.is_vllm_available", lambda: True)
+def server(policy: Policy) -> Iterator[Any]:
     found = standin.StandIn(policy, policy.spec.path)
     yield found
     found.close()
 
 
 def engine(policy: Policy, server: Any, **settings: Any) -> ServerEngine:
-    return ServerEngine(policy, connect(server.address), **settings)
+    return ServerEngine(policy, Client([server.address], 4, 30.0), **settings)
 
 
 def prompts(policy: Policy) -> list[tuple[int, ...]]:
@@ -104,7 +100,7 @@ def test_other_temperatures_need_the_correct_log_probabilities(policy: Policy, s
     spec = SamplingConfig(temperature=0.7, max_new_tokens=4)
     found = engine(policy, server).generate(prompts(policy)[:1], spec)[0][0]
     assert all(value != value for value in found.raw_logprobs)
-    server.mode = "raw_logprobs"
+    server.config["model_config"]["logprobs_mode"] = "raw_logprobs"
     with pytest.raises(ConfigError, match=r"gives raw_logprobs.*--logprobs-mode processed_logprobs"):
         engine(policy, server).generate(prompts(policy)[:1], spec)
     assert engine(policy, server).generate(prompts(policy)[:1], SamplingConfig(max_new_tokens=2))
@@ -170,8 +166,7 @@ def test_weights_that_are_sent(lora: LoRAConfig | None, policy: Policy) -> None:
                 parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.05)
     before = {name: value.clone() for name, value in trained.model.state_dict().items()}
     sent = dict(merged_weights(trained.model))
-    facts = weight_facts(trained.model)
-    assert facts == [(name, "float32", list(value.shape)) for name, value in sent.items()]
+    check_mergeable(trained.model)
     assert all(torch.equal(value, before[name]) for name, value in trained.model.state_dict().items())
     plain = trained.model if lora is None else trained.model.merge_and_unload()
     expected = dict(plain.named_parameters())
@@ -202,7 +197,7 @@ def adapted(policy: Policy, **settings: Any) -> Any:
 
 def test_an_adapted_embedding_is_merged(policy: Policy) -> None:
     model = adapted(policy, target_modules=["embed_tokens", "q_proj"], untied=True)
-    weight_facts(model)
+    check_mergeable(model)
     sent = {name: value.clone() for name, value in merged_weights(model)}
     before = model.get_base_model().get_input_embeddings().weight.detach().clone()
     expected = dict(model.merge_and_unload().named_parameters())
@@ -214,10 +209,9 @@ def test_an_adapted_embedding_is_merged(policy: Policy) -> None:
 @pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True}])
 def test_adapters_that_are_more_than_a_sum_are_merged(settings: dict[str, Any], policy: Policy) -> None:
     model = adapted(policy, target_modules=["q_proj"], biases=True, **settings)
-    facts = weight_facts(model)
+    check_mergeable(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     sent = {name: value.clone() for name, value in merged_weights(model)}
-    assert [name for name, _, _ in facts] == list(sent)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     expected = dict(model.merge_and_unload().named_parameters())
     assert sent.keys() == expected.keys()
@@ -227,7 +221,7 @@ def test_adapters_that_are_more_than_a_sum_are_merged(settings: dict[str, Any], 
 @pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
 def test_an_adapter_on_one_of_two_tied_weights_is_not_sent(target: str, policy: Policy) -> None:
     with pytest.raises(ConfigError, match="embeddings and vocabulary head share a weight"):
-        weight_facts(adapted(policy, target_modules=[target]))
+        check_mergeable(adapted(policy, target_modules=[target]))
 
 
 def test_quantised_weights_are_not_sent(policy: Policy) -> None:
@@ -235,43 +229,227 @@ def test_quantised_weights_are_not_sent(policy: Policy) -> None:
     layer = model.get_base_model().model.layers[0].mlp.up_proj
     layer.weight = torch.nn.Parameter(torch.zeros(4, dtype=torch.int8), requires_grad=False)
     with pytest.raises(ConfigError, match=r"up_proj.weight is quantised \(torch.int8\)"):
-        weight_facts(model)
+        check_mergeable(model)
 
 
-def test_memory_that_runs_out_is_not_a_mistake_in_the_recipe(policy: Policy, server: Any) -> None:
-    ours = engine(policy, server)
-
-    def full(**_: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    ours.client.init_communicator = full
-    with pytest.raises(torch.OutOfMemoryError):
-        ours.update(0)
+# ---- weights -------------------------------------------------------------------------------------------------------
 
 
-def test_weights_are_sent_once_a_version(policy: Policy, server: Any) -> None:
-    ours = engine(policy, server)
-    sent: list[list[str]] = []
+def trained(policy: Policy, *, lora: bool, untied: bool = True) -> Policy:
+    """A policy that can be moved."""
+    assert policy.spec is not None
+    found = Policy.load(PolicyConfig(path=policy.spec.path, lora=LoRAConfig(r=4) if lora else None))
+    if untied:
+        plain = found.causal_lm
+        plain.config.tie_word_embeddings = False
+        plain.lm_head.weight = torch.nn.Parameter(plain.lm_head.weight.detach().clone())
+    return found
 
-    def update(facts: Any, weights: Any) -> None:
-        sent.append([name for name, _ in weights])
-        assert [fact[0] for fact in facts] == sent[-1]
-        assert facts[0][1:] == ("float32", list(dict(policy.model.named_parameters())[facts[0][0]].shape))
 
-    ours.client.communicator = SimpleNamespace()
-    ours.client.update_named_params = update
-    for version in (0, 0, 1):
+def move(policy: Policy, seed: int, by: float = 0.05) -> None:
+    """What an optimiser does."""
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if parameter.requires_grad and "lm_head" not in name:
+                noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+                parameter.add_(noise * by)
+
+
+def draw(ours: ServerEngine, step: int) -> list[Any]:
+    spec = SamplingConfig(n=3, max_new_tokens=10, temperature=0.8)
+    return [each for row in ours.generate(prompts(ours.policy), spec, step=step) for each in row]
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_servers_sample_from_every_version(lora: bool, policy: Policy, server: Any, tmp_path: Path) -> None:
+    """By an adapter of a new name and folder, or by merged weights from a new folder and an empty prefix cache."""
+    ours = engine(trained(policy, lora=lora), server, weights=str(tmp_path))
+    server.stale = True
+    names, seen = [], []
+    for version in range(3):
         ours.update(version)
-    assert len(sent) == 2
-    ours.client.communicator = None
-    with pytest.raises(ConfigError, match=r"cannot be sent to the vLLM server: .*weight-transfer"):
-        ours.update(2)
+        ours.update(version)
+        names.append(ours.client.name)
+        seen.append(draw(ours, 0))
+        move(ours.policy, version)
+    assert len(set(names)) == (3 if lora else 1)
+    paths = [path for path, _ in server.posts if path != "/v1/completions"]
+    assert paths == (
+        ["/v1/load_lora_adapter", *["/v1/load_lora_adapter", "/v1/unload_lora_adapter"] * 2]
+        if lora
+        else ["/pause?mode=wait", "/collective_rpc", "/reset_prefix_cache", "/resume"] * 3
+    )
+    bodies = [body for path, body in server.posts if path in ("/v1/load_lora_adapter", "/collective_rpc")]
+    folders = [body.get("lora_path") or body["kwargs"]["weights_path"] for body in bodies]
+    assert [Path(each).exists() for each in folders] == [False, False, True], "old versions go"
+    before, after = ([each.logprobs.tolist() for each in seen[i]] for i in (0, 2))
+    assert before != after
 
 
-def test_what_is_missing_is_said(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trl.generation.vllm_client.is_vllm_available", lambda: True)
-    with pytest.raises(ConfigError, match=r"no vLLM server answers at http://127.0.0.1:9 within 0.1 s: start it"):
-        connect("http://127.0.0.1:9", timeout_s=0.1)
+@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("sabotage", ["skipped", "same path", "stale cache", "not sent"])
+def test_an_engine_that_does_not_follow_stops_the_run(
+    sabotage: str, lora: bool, policy: Policy, server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if (sabotage, lora) == ("stale cache", True):
+        return  # an adapter of another name shares no cache
+    ours = engine(trained(policy, lora=lora), server)
+    if sabotage == "same path":
+        write = WeightSender._write
+        monkeypatch.setattr(WeightSender, "_write", lambda sender, _: write(sender, "same"))
+        monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)
+        server.by_path = {}
+    ours.update(0)
+    draw(ours, 0)
+    move(ours.policy, 1)
+    if sabotage == "skipped":
+        server.deaf = True
+    if sabotage == "not sent":
+        monkeypatch.setattr(WeightSender, "send", lambda sender, _: sender.version)
+    if sabotage == "stale cache":
+        server.stale, server._seen = True, {(server.name, *each): server.policy for each in prompts(policy)}
+        ask = Client.ask
+        monkeypatch.setattr(
+            Client, "ask", lambda self, path, *a, **k: {} if "reset" in path else ask(self, path, *a, **k)
+        )
+    ours.update(1)
+    with pytest.raises(ModelError, match=r"does not sample from the weights of version 1 \(.*the trainer's moved by"):
+        draw(ours, 1)
+
+
+def test_small_steps_add_up_until_a_deaf_engine_is_found(policy: Policy, server: Any) -> None:
+    ours = engine(trained(policy, lora=True), server)
+    ours.update(0)
+    draw(ours, 0)
+    server.deaf = True
+
+    def train() -> None:
+        for version in range(1, 100):
+            move(ours.policy, version, by=2e-4)
+            ours.update(version)
+            draw(ours, version)
+
+    with pytest.raises(ModelError, match="does not sample from the weights of version"):
+        train()
+
+
+def test_another_model_is_found_at_the_first_samples(policy: Policy, server: Any) -> None:
+    ours = engine(trained(policy, lora=True), server)
+    move(ours.policy, 1, by=0.3)
+    server.deaf = True
+    ours.update(7)
+    with pytest.raises(ModelError, match=r"weights of version 7 .*the most that rounding explains"):
+        draw(ours, 0)
+
+
+def test_a_tied_head_is_not_given_to_a_server_on_a_cpu(policy: Policy, server: Any) -> None:
+    ours = engine(trained(policy, lora=False, untied=False), server)
+    with pytest.raises(ConfigError, match=r"keeps the old head .* train an adapter \(policy.lora\)"):
+        ours.update(0)
+    engine(trained(policy, lora=True, untied=False), server).update(0)
+    server.device = "cuda"
+    engine(trained(policy, lora=False, untied=False), server).update(0)
+
+
+def test_a_server_that_takes_no_weights_says_how_it_is_started(policy: Policy, server: Any) -> None:
+    server.answer = lambda path, _: (404, {"detail": "Not Found"})
+    with pytest.raises(ConfigError, match=r"404 at /v1/load_lora_adapter: .*engine.weights.*--enable-lora"):
+        engine(trained(policy, lora=True), server).update(0)
+    with pytest.raises(ConfigError, match=r"engine.weights=/dev/null/x: cannot write there"):
+        engine(trained(policy, lora=True), server, weights="/dev/null/x").update(0)
+
+
+# ---- what goes wrong with servers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", ["refuse", "fail", "drop", "half"])
+def test_a_request_that_is_lost_is_asked_again(fault: str, policy: Policy, server: Any) -> None:
+    whole = engine(policy, server).generate(prompts(policy), SamplingConfig(max_new_tokens=6))
+    server.faults = [fault]
+    found = engine(policy, server).generate(prompts(policy), SamplingConfig(max_new_tokens=6))
+    assert [[each.key for each in row] for row in found] == [[each.key for each in row] for row in whole]
+    assert not server.faults
+
+
+def test_a_server_that_fails_or_is_too_slow_is_named(policy: Policy, server: Any) -> None:
+    ours = engine(policy, server)
+    server.faults = ["fail"] * 20
+    with pytest.raises(ModelError, match=rf"{server.address} fails \(500 at /v1/completions: not now\): its log says"):
+        ours.generate(prompts(policy)[:1], SamplingConfig(max_new_tokens=6))
+    ours.client.timeout_s = 0.5
+    server.faults = ["slow"]
+    with pytest.raises(MachineError, match=rf"no answer from the vLLM server at {server.address} .*raise timeout_s"):
+        ours.generate(prompts(policy)[:1], SamplingConfig(max_new_tokens=6))
+
+
+def test_several_addresses_share_the_work_and_one_may_go(policy: Policy, server: Any) -> None:
+    other = standin.StandIn(policy, server.name)
+    ours = ServerEngine(policy, Client([server.address, f"{other.address}/v1/"], 1, 5.0))
+    whole = ours.generate(prompts(policy), SamplingConfig(n=2, max_new_tokens=6))
+    assert sorted([len(server.requests), len(other.requests)]) == [1, 2]
+    other.close()
+    again = ours.generate(prompts(policy), SamplingConfig(n=2, max_new_tokens=6))
+    assert [[each.key for each in row] for row in again] == [[each.key for each in row] for row in whole]
+    different = standin.StandIn(policy, "another")
+    with pytest.raises(ConfigError, match=rf"{different.address} serves 'another' .*: start the same model there"):
+        Client([server.address, different.address])
+    different.close()
+
+
+@pytest.mark.parametrize("name", ["same", "another"])
+def test_a_server_that_was_restarted_is_given_the_weights_again(name: str, policy: Policy, server: Any) -> None:
+    ours = engine(trained(policy, lora=True), server)
+    ours.client.timeout_s = 10.0
+    ours.update(0)
+    draw(ours, 0)
+    move(ours.policy, 1)
+    ours.update(1)
+    port = int(server.address.rpartition(":")[2])
+    server.close()
+    restarted = standin.StandIn(policy, server.name if name == "same" else name, port=port)
+    restarted.faults = ["drop"]  # while it was away
+    try:
+        if name == "same":
+            draw(ours, 1)
+            assert list(restarted.adapters) == [ours.client.name]
+        else:
+            with pytest.raises(ConfigError, match=r"serves 'another' .*: start the same model there"):
+                draw(ours, 1)
+    finally:
+        restarted.close()
+
+
+def test_keys_come_from_the_environment_alone(policy: Policy, server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine(policy, server)
+    monkeypatch.setenv("VLLM_API_KEY", "of-the-server")
+    engine(policy, server)
+    assert server.keys[0] is None
+    assert server.keys[-1] == "Bearer of-the-server"
+
+
+def test_the_servers_context_and_generation_settings_are_minded(policy: Policy, server: Any) -> None:
+    server.context = 20
+    ours = engine(policy, server)
+    found = ours.generate(prompts(policy)[:1], SamplingConfig(max_new_tokens=50))[0][0]
+    assert found.length <= 20
+    assert {"repetition_penalty": 1.0, "min_p": 0.0}.items() <= server.requests[-1].items()
+
+
+def test_scores_are_the_models_own(policy: Policy, server: Any) -> None:
+    ours = engine(policy, server)
+    drawn = [row[0] for row in ours.generate(prompts(policy), SamplingConfig(max_new_tokens=8))]
+    for completion, scores in zip(drawn, ours.score(drawn, 3), strict=True):
+        assert scores.logps_T == pytest.approx(completion.logprobs, abs=1e-5)
+        assert scores.ids_Tk.shape == scores.logps_Tk.shape == (len(completion.token_ids), 3)
+        assert (scores.logps_Tk[:, :-1] >= scores.logps_Tk[:, 1:]).all()
+    server.config["lora_config"] = {"max_loras": 1}
+    with pytest.raises(ConfigError, match=r"started with --enable-lora, .* start one without it to score"):
+        engine(policy, server).score(drawn, 3)
+
+
+def test_what_is_missing_is_said(policy: Policy) -> None:
+    with pytest.raises(ConfigError, match=r"no answer from the vLLM server at http://127.0.0.1:9 .* Start one with"):
+        Client(["http://127.0.0.1:9"], timeout_s=0.1)
     if importlib.util.find_spec("vllm") is None:
         with pytest.raises(ConfigError, match=r"pip install 'stepkd\[vllm\]'"):
             VLLM().build(policy, SamplingConfig(), lambda: False)

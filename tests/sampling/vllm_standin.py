@@ -1,15 +1,19 @@
-"""A stand-in for a vLLM server: the same requests and answers, a tiny model behind them."""
+"""A stand-in for a vLLM server: its own endpoints, a tiny model behind them, and what goes wrong with servers."""
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from stepkd.models.policy import Policy
+from stepkd.models.spec import PolicyConfig
 from stepkd.sampling.engine import SamplingConfig
 from stepkd.sampling.transformers_engine import TransformersEngine
 
@@ -21,54 +25,113 @@ class StandIn:
         policy: the model.
         name: what it says it serves.
         logprobs_mode: what it says of its log-probabilities.
+        port: where; 0 takes a free one.
     """
 
-    def __init__(self, policy: Policy, name: str, logprobs_mode: str = "processed_logprobs") -> None:
+    def __init__(self, policy: Policy, name: str, logprobs_mode: str = "processed_logprobs", port: int = 0) -> None:
         self.policy = policy
         self.name = name
-        self.mode = logprobs_mode
         self.context = 1024
+        self.device = "cpu"
+        self.config: dict[str, Any] = {"model_config": {"logprobs_mode": logprobs_mode}, "lora_config": None}
+        self.adapters: dict[str, Policy] = {}
         self.requests: list[dict[str, Any]] = []
+        self.posts: list[tuple[str, Any]] = []
+        """All that was posted, paths with their bodies."""
+        self.keys: list[str | None] = []
+        self.faults: list[str] = []
+        """Of the next completions: refuse (503), fail (500), drop, half, slow."""
+        self.deaf = False
+        """Whether it says yes to weights and keeps the old ones."""
+        self.by_path: dict[str, Policy] | None = None
+        """In place of None: what it keeps by the path it was read from, as an adapter read again from one is."""
+        self.stale = False
+        """Whether prompts that it has seen are answered from the weights of then until its cache is reset."""
         self.spoil: Any = lambda answer: answer
-        lock = threading.Lock()
+        self._seen: dict[tuple[Any, ...], Policy] = {}
+        self._lock = threading.Lock()
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
+                outer.keys.append(self.headers.get("Authorization"))
                 answers: dict[str, Any] = {
-                    "/health": {},
-                    "/v1/models": {"data": [{"id": outer.name, "max_model_len": outer.context}]},
-                    "/server_info": {
-                        "vllm_config": {"model_config": {"logprobs_mode": outer.mode}, "weight_transfer_config": None}
-                    },
+                    "/v1/models": {"data": [{"id": outer.name, "max_model_len": outer.context, "parent": None}]},
+                    "/version": {"version": "0.0"},
+                    "/server_info": {"vllm_config": {**outer.config, "device_config": {"device": outer.device}}},
                 }
                 self.reply(answers[self.path.partition("?")[0]])
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"{}")
-                if self.path != "/v1/completions":
-                    self.reply({})
-                    return
-                with lock:
-                    outer.requests.append(body)
-                    answer = outer.scored(body) if "prompt_logprobs" in body else outer.written(body)
-                self.reply(outer.spoil(answer))
+                with outer._lock:
+                    outer.posts.append((self.path, body))
+                    fault = outer.faults.pop(0) if outer.faults and self.path == "/v1/completions" else ""
+                    if fault == "slow":
+                        time.sleep(2)
+                    if fault in ("refuse", "fail"):
+                        self.reply({"error": {"message": "not now"}}, 503 if fault == "refuse" else 500)
+                        return
+                    if fault == "drop":
+                        self.close_connection = True
+                        return
+                    status, answer = outer.answer(self.path, body)
+                self.reply(answer, status, half=fault == "half")
 
-            def reply(self, answer: Any) -> None:
-                data = json.dumps(answer).encode()
-                self.send_response(200)
+            def reply(self, answer: Any, status: int = 200, *, half: bool = False) -> None:
+                data = answer.encode() if isinstance(answer, str) else json.dumps(answer).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "text/plain" if isinstance(answer, str) else "application/json")
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
-                self.wfile.write(data)
+                self.wfile.write(data[: len(data) // 2] if half else data)
 
             def log_message(self, *_: Any) -> None:
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self.address = f"http://127.0.0.1:{self.server.server_address[1]}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
-    def written(self, body: dict[str, Any]) -> dict[str, Any]:
+    def answer(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        """Status and answer to what is posted."""
+        path = path.partition("?")[0]
+        if path == "/v1/load_lora_adapter":
+            if not self.deaf:
+                self.adapters[body["lora_name"]] = self.read(body["lora_path"])
+            else:
+                self.adapters[body["lora_name"]] = self.policy
+        elif path == "/v1/unload_lora_adapter":
+            self.adapters.pop(body["lora_name"])
+        elif path == "/collective_rpc" and not self.deaf:
+            self.policy = self.read(body["kwargs"]["weights_path"])
+        elif path == "/reset_prefix_cache":
+            self._seen.clear()
+        elif path == "/v1/completions":
+            if body["model"] != self.name and body["model"] not in self.adapters:
+                return 404, {"error": {"message": f"The model `{body['model']}` does not exist."}}
+            self.requests.append(body)
+            policy = self.adapters.get(body["model"], self.policy)
+            if self.stale:
+                policy = self._seen.setdefault((body["model"], *body["prompt"]), policy)
+            answer = self.scored(policy, body) if "prompt_logprobs" in body else self.written(policy, body)
+            return 200, self.spoil(answer)
+        return 200, "Success" if "lora" in path else {"success": True}
+
+    def read(self, path: str) -> Policy:
+        """Weights or an adapter from a folder."""
+        if self.by_path is not None and path in self.by_path:
+            return self.by_path[path]
+        if not (Path(path) / "adapter_config.json").is_file():
+            read = Policy(copy.deepcopy(self.policy.model), self.policy.tokenizer, verify_head=False)
+            read.model = type(read.model).from_pretrained(path)
+        else:
+            read = Policy.load(PolicyConfig(path=path))
+        if self.by_path is not None:
+            self.by_path[path] = read
+        return read
+
+    def written(self, policy: Policy, body: dict[str, Any]) -> dict[str, Any]:
         """Completions, in the server's form."""
         spec = SamplingConfig(
             n=body["n"],
@@ -77,37 +140,33 @@ class StandIn:
             top_k=body["top_k"],
             max_new_tokens=body["max_tokens"],
             stop=tuple(body.get("stop", ())),
-            seed=body["seed"],
+            seed=body["seed"] or 0,
         )
-        choices = []
-        for prompt, drawn in zip(
-            body["prompt"], TransformersEngine(self.policy).generate(body["prompt"], spec), strict=True
-        ):
-            for each in drawn:
-                names = [f"token_id:{i}" for i in each.token_ids.tolist()]
-                logprobs = {
-                    "tokens": names,
-                    "token_logprobs": each.logprobs.tolist(),
-                    "top_logprobs": [{name: value} for name, value in zip(names, each.logprobs.tolist(), strict=True)],
-                }
-                choices.append({"prompt_token_ids": prompt, "token_ids": each.token_ids.tolist(), "logprobs": logprobs})
-        return {"choices": choices}
+        drawn = TransformersEngine(policy).generate([body["prompt"]], spec)[0]
+        choices = [
+            {
+                "index": index,
+                "prompt_token_ids": body["prompt"],
+                "token_ids": each.token_ids.tolist(),
+                "logprobs": {"token_logprobs": each.logprobs.tolist()},
+            }
+            for index, each in enumerate(drawn)
+        ]
+        return {"choices": choices[::-1]}
 
     @torch.no_grad()
-    def scored(self, body: dict[str, Any]) -> dict[str, Any]:
+    def scored(self, policy: Policy, body: dict[str, Any]) -> dict[str, Any]:
         """Log-probabilities of the prompt's tokens, likeliest first, its own among them."""
-        choices = []
-        for ids in body["prompt"]:
-            input_ids = torch.tensor([ids])
-            hidden = self.policy.hidden(input_ids, torch.ones_like(input_ids))[0]
-            logps = torch.log_softmax(self.policy.head(hidden) / body["temperature"], -1)
-            found: list[Any] = [None]
-            for place, own in enumerate(ids[1:]):
-                order = logps[place].argsort(descending=True).tolist()
-                kept = {*order[: body["prompt_logprobs"]], own}
-                found.append({str(i): {"logprob": float(logps[place][i]), "rank": order.index(i) + 1} for i in kept})
-            choices.append({"prompt_logprobs": found})
-        return {"choices": choices}
+        ids = body["prompt"]
+        input_ids = torch.tensor([ids])
+        hidden = policy.hidden(input_ids, torch.ones_like(input_ids))[0]
+        logps = torch.log_softmax(policy.head(hidden), -1)
+        found: list[Any] = [None]
+        for place, own in enumerate(ids[1:]):
+            order = logps[place].argsort(descending=True).tolist()
+            kept = {*order[: body["prompt_logprobs"]], own}
+            found.append({str(i): {"logprob": float(logps[place][i]), "rank": order.index(i) + 1} for i in kept})
+        return {"choices": [{"prompt_logprobs": found}]}
 
     def close(self) -> None:
         """Stop serving."""

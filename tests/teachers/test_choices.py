@@ -29,9 +29,9 @@ def test_a_recipe_names_its_teacher() -> None:
 
 def test_the_command_line_chooses_others_and_leaves_what_only_the_old_one_had() -> None:
     module = parsed(
-        *("--model.teacher", "Served", "--model.teacher.url", "http://x", "--model.teacher.top_k.k", "8"),
+        *("--model.teacher", "Served", "--model.teacher.urls", "http://x", "--model.teacher.top_k.k", "8"),
         *("--model.divergence", "SkewReverseKL", "--model.divergence.skew", "0.2", "--model.cross_entropy", "Beside"),
-        *("--model.engine", "VLLMServer", "--model.engine.url", "http://y"),
+        *("--model.engine", "VLLMServer", "--model.engine.urls", "http://y"),
     )
     assert module.arguments["teacher"] == Served("http://x", top_k=TopK(8))
     assert isinstance(module.teacher, ServerTeacher)
@@ -54,7 +54,7 @@ def test_a_settings_file_chooses_by_class_path() -> None:
     ("words", "message"),
     [
         (["--model.teacher", "Serve"], "model.teacher: no class 'Serve'; did you mean 'Served'"),
-        (["--model.teacher", "Served"], "model.teacher.url"),
+        (["--model.teacher", "Served"], "model.teacher.urls"),
         (["--model.teacher", "SelfBase", "--model.teacher.decay", "0.5"], "'decay' is not a setting of model.teacher"),
         (["--model.teacher.dtyp", "float32"], "'dtyp' is not a setting of model.teacher; did you mean .*dtype"),
         (["--model.divergence", "ForwardKL", "--model.divergence.beta", "0.5"], "is not a setting of model.divergence"),
