@@ -217,7 +217,7 @@ class Engine(ABC):
         wanted = [
             Wanted(
                 np.asarray(branch.token_ids[:cut]).tolist(),
-                spec.room(f"a prefix of branch {branch.index}", cut, self.policy.max_length),
+                spec.room(f"a prefix of branch {branch.index}", cut, self.max_length),
                 (purpose, step, branch.index, cut),
             )
             for branch in branches

@@ -157,6 +157,11 @@ class ServerEngine(Engine):
         lengths = (self.policy.max_length, self.client.max_length)
         return min((length for length in lengths if length), default=None)
 
+    def facts(self) -> dict[str, Any]:
+        """The server's build, model, and what it says of its numbers."""
+        model = self.client.info.get("model_config", {})
+        return {"vllm": self.client.version, "served_model": self.client.model, "dtype": str(model.get("dtype"))}
+
     def score(self, completions: Sequence[Completion], top_k: int) -> list[Scores]:
         """What the model says of completions; see :func:`served_scores`."""
         return list(self.client.map(lambda each: served_scores(self.client, each, top_k), completions))
