@@ -65,8 +65,7 @@ def run_iterations(
                 if it.k:
                     train_next(it)
                 evaluate_model(it)
-            left = {name: it.facts(name) for name in ("label", "convert", "pairs", "train")}
-            facts.append({name: each for name, each in left.items() if each is not None})
+            facts.append({name: left for name in ("label", "convert", "pairs", "train") if (left := it.facts(name))})
             summary = summarise_run(spec, [each.folder for each in runs[: it.k + 1]], facts)
             write_json(out / SUMMARY_NAME, summary)
     return summary

@@ -188,11 +188,10 @@ def summarise_run(spec: IterateConfig, folders: Sequence[Path], facts: Sequence[
         models.append(
             {"name": f"M{k}", "metrics": metrics, "minus_M0": minus, "training": _training(facts[k]) if k else None}
         )
-    labeller = type(spec.held_out_spec(out="samples", model=spec.model).labeller).__name__
     return {
         "problems": len(rows[0]),
         "samples": spec.evaluation.sampling.n,
-        "labeller": labeller,
+        "labeller": type(spec.held_out_spec(out="samples", model=spec.model).labeller).__name__,
         "models": models,
     }
 

@@ -221,7 +221,7 @@ def _tallied(step_labels_S: Tensor, completion_S: Tensor, labels_R: Tensor) -> t
     def count(chosen_S: Tensor) -> Tensor:
         return segment_sum(chosen_S.float(), completion_S, len(labels_R))
 
-    incorrect_R = count(step_labels_S == 0)
-    labelled_R = is_settled(count(torch.ones_like(step_labels_S)), count(step_labels_S == 1), incorrect_R)
-    labelled_R &= labels_R == 1
+    marks = (torch.ones_like(step_labels_S), step_labels_S == 1, step_labels_S == 0)
+    steps_R, correct_R, incorrect_R = map(count, marks)
+    labelled_R = is_settled(steps_R, correct_R, incorrect_R) & (labels_R == 1)
     return (labelled_R & (incorrect_R > 0)).sum().float(), labelled_R.sum().float()

@@ -27,22 +27,12 @@ from stepkd.data.encode import with_completion
 from stepkd.errors import ConfigError, check_choice
 from stepkd.losses import LossTerms, fused_sum, segment_sum, target_logps, tempered
 from stepkd.models.spec import PolicyConfig
+from stepkd.modules import gkd_settings as settings
 from stepkd.modules.base import StepModule, telling
 from stepkd.modules.components import Component, ForwardPass
 from stepkd.modules.distillation import DistillationModule
 from stepkd.modules.fidelity import Fidelity, FidelityConfig, Sums, with_calibration
-from stepkd.modules.gkd_settings import (
-    JSD,
-    NKD,
-    BalancedKL,
-    CrossEntropyConfig,
-    DivergenceConfig,
-    ForwardKL,
-    ReverseKL,
-    SkewForwardKL,
-    SkewReverseKL,
-    SourceConfig,
-)
+from stepkd.modules.gkd_settings import JSD, CrossEntropyConfig, DivergenceConfig, SourceConfig
 from stepkd.modules.step_scores import FocusConfig, focused, load_step_scorer
 from stepkd.randomness import generator
 from stepkd.runs.process import STOP_REQUEST
@@ -59,13 +49,13 @@ _CPU = torch.device("cpu")
 
 
 DIVERGENCES: dict[type[DivergenceConfig], Callable[..., Tensor]] = {
-    JSD: losses.generalized_jsd,
-    ForwardKL: losses.forward_kl,
-    ReverseKL: losses.reverse_kl,
-    SkewForwardKL: losses.skew_forward_kl,
-    SkewReverseKL: losses.skew_reverse_kl,
-    BalancedKL: losses.balanced_kl,
-    NKD: losses.nkd,
+    settings.JSD: losses.generalized_jsd,
+    settings.ForwardKL: losses.forward_kl,
+    settings.ReverseKL: losses.reverse_kl,
+    settings.SkewForwardKL: losses.skew_forward_kl,
+    settings.SkewReverseKL: losses.skew_reverse_kl,
+    settings.BalancedKL: losses.balanced_kl,
+    settings.NKD: losses.nkd,
 }
 """The function of each: log-probabilities of student and teacher (C, V), where :attr:`DivergenceConfig.whole` says so
 also the targets (C,), and the settings, to a divergence (C,) in nats."""
@@ -87,13 +77,12 @@ class Distillation(Component):
     names = ("kd",)
 
     def __post_init__(self) -> None:
-        own = {} if self.divergence.tempers else {"temperature": self.divergence.temperature}
-        own |= {name: value for name, value in vars(self.divergence).items() if name != "temperature"}
+        options = {k: v for k, v in vars(self.divergence).items() if k != "temperature" or not self.divergence.tempers}
         function = DIVERGENCES.get(type(self.divergence))
         if function is None:
             names = ", ".join(each.__name__ for each in DIVERGENCES)
             raise ConfigError(f"divergence {type(self.divergence).__name__} has no function in DIVERGENCES ({names})")
-        self._divergence = partial(function, **own)
+        self._divergence = partial(function, **options)
 
     def count(self, batch: Batch) -> dict[str, float]:
         """The denominator of ``kd``.

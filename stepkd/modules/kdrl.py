@@ -59,7 +59,6 @@ class KDRLModule(DistillationModule):
     alone. No KL to a reference model: the teacher takes its place.
 
     A group is sampled and credited on one rank, whole. Denominators are counted after sampling and reduced over ranks.
-    Dropout is off, so that the policy that samples is the one that learns.
 
     Args:
         policy: the model to train.
