@@ -101,9 +101,11 @@ def _valid_rows(config: DataConfig, contract: Contract | None) -> Iterator[Row]:
     # A source of our own keeps what it means to keep; only files in contract form can hold slips of the pen.
     extra: ExtraRule = options["extra_columns"] if source.name == "rows" else "keep"
     wanted = contract or source.contract
+    left_out = 0
     for index, (values, path, line) in enumerate(_raw_rows(config, source, options, split)):
         mapped = source.map_row(source.select(values, config.columns, path=path, line=line), options)
         several = not isinstance(mapped, dict)
+        left_out += not mapped
         for part, row in enumerate([mapped] if isinstance(mapped, dict) else mapped):
             if wanted is None:
                 wanted = detect_contract(row, path=path, line=line)
@@ -111,6 +113,9 @@ def _valid_rows(config: DataConfig, contract: Contract | None) -> Iterator[Row]:
             if row.get("id") is None:
                 row["id"] = f"{place}/{index}/{part}" if several else f"{place}/{index}"
             yield row
+    if left_out:
+        rule = f"the rules of source {source.name!r} (stepkd/data/sources.yaml)"
+        logger.warning("%s: %d rows are left out by %s", _where(config), left_out, rule)
 
 
 def _read_binary_labels(rows: list[Row], config: DataConfig) -> None:

@@ -80,7 +80,7 @@ def evaluate(config: EvaluateConfig, *, policy: Policy | None = None, options: J
     prompts = encode_prompts(policy, template, rows)
     engine = config.engine.build(policy, sampling)
     settings = job.begin(
-        _data_settings(benchmark, data)
+        _data_settings(benchmark, data, rows)
         | _model_settings(policy, template)
         | {
             "model": {
@@ -142,9 +142,10 @@ def _running(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float 
     }
 
 
-def _data_settings(benchmark: Benchmark, data: DataConfig) -> dict[str, Any]:
+def _data_settings(benchmark: Benchmark, data: DataConfig, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     # The whole file, so that runs with different limits can still be compared problem by problem.
-    whole = load_rows(replace(data, limit=None, offset=0, shuffle_seed=None), contract=PROBLEM)
+    everything = replace(data, limit=None, offset=0, shuffle_seed=None)
+    whole = rows if data == everything else load_rows(everything, contract=PROBLEM)
     return {
         "benchmark": {
             "name": benchmark.name,

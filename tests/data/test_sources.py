@@ -130,7 +130,7 @@ def test_word_problem_layouts(tmp_path: Path) -> None:
     assert row == {"prompt": "q", "answer": "1000", "id": "multiarith/train/0"}
 
 
-def test_a_perturbed_problem_without_an_answer_is_left_out(tmp_path: Path) -> None:
+def test_a_perturbed_problem_without_an_answer_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     raw = {"question": "q", "solution": "s\n#### 4.33", "answer": "4.33", "perturbation_type": "numerical substitution"}
     rows = load("gsm_plus", tmp_path / "testmini.jsonl", raw, raw | {"answer": "None"}, raw | {"answer": "1,200"})
     assert [(row["id"], row["answer"]) for row in rows] == [
@@ -138,6 +138,7 @@ def test_a_perturbed_problem_without_an_answer_is_left_out(tmp_path: Path) -> No
         ("gsm_plus/testmini/2", "1200"),
     ]
     assert rows[0]["subject"] == "numerical substitution"
+    assert "testmini.jsonl: 1 rows are left out by the rules of source 'gsm_plus'" in caplog.text
 
 
 def test_platinum_has_the_layout_of_gsm8k(tmp_path: Path) -> None:
