@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from stepkd.cli import main
 from stepkd.errors import ConfigError
 from stepkd.runs.logger import log_table, read_metrics
 from stepkd.training.fit import fit as run_fit
+from stepkd.training.trackio import TrackioLogger
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -166,3 +168,18 @@ def test_a_line_says_how_many_micro_batches_are_done(
     text = capsys.readouterr().out
     assert "micro-batch 1/1  step" in text
     assert "training 1/1" not in text
+
+
+def test_what_trackio_is_told_after_a_run_goes_to_the_same_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[Any] = []
+
+    def init(project: str, name: str | None, **_: Any) -> Any:
+        begun.append(name)
+        return SimpleNamespace(name=name or "calm-sea-1", log=lambda *_, **__: None)
+
+    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(init=init, finish=lambda: None))
+    logger = TrackioLogger()
+    logger.log_metrics({"train/loss": 1.0})
+    logger.finalize("success")
+    logger.log_metrics({"test/loss": 1.0})
+    assert begun == [None, "calm-sea-1"]

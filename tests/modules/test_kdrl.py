@@ -18,6 +18,7 @@ import forked
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from stepkd.cli import main
@@ -39,6 +40,7 @@ from stepkd.modules.kdrl_settings import (
     Switch,
 )
 from stepkd.modules.rewards import RewardConfig, Rewards
+from stepkd.runs.logger import JsonlLogger
 from stepkd.sampling.engine import SamplingConfig
 from stepkd.sampling.transformers_engine import TransformersEngine
 from stepkd.teachers.config import SelfAverage, TopK
@@ -601,3 +603,11 @@ def test_completions_that_rewards_pass_over(
 def test_mistakes(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+def test_samples_lie_beside_the_metrics_whatever_the_order_of_loggers(tmp_path: Path) -> None:
+    module = KDRLModule(PolicyConfig("tiny-0.1m"))
+    module.configure_model()
+    module._trainer = SimpleNamespace(loggers=[JsonlLogger(tmp_path / "run"), CSVLogger(tmp_path / "own")])  # type: ignore[assignment]
+    module.begin()
+    assert module._sample_log.path == tmp_path / "run" / "samples.jsonl"
