@@ -167,6 +167,7 @@ class StepModule(PolicyModule):
         """What to do with a finished run, one line each, for the end of ``stepkd fit``."""
         return [
             f"evaluate: stepkd evaluate --model {run} {self._evaluation()} --out ...",
+            f"report:   stepkd report {run}",
             f"export:   stepkd export {run} --to ...",
         ]
 

@@ -220,5 +220,6 @@ class PRMModule(StepModule):
         return [
             f"judge:  stepkd evaluate-prm --scorer {run} {self._evaluation(steps=True)} --out ...",
             f"score:  stepkd score --scorer {run} --completions ... --out ...",
+            f"report: stepkd report {run} ...",
             f"export: stepkd export {run} --to ...",
         ]

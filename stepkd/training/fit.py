@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from importlib import import_module
@@ -18,12 +19,13 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import yaml
-from jsonargparse import set_parsing_settings
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from stepkd.data.config import DataConfig
 from stepkd.data.datamodule import StepData
 from stepkd.errors import ConfigError, MachineError, StepkdError
 from stepkd.models.source import find_checkpoint, no_model
@@ -344,6 +346,11 @@ class StepkdCLI(LightningCLI):
         config = self.config[self.subcommand].clone()
         for name in ("out", "resume", "resume_with", "overwrite", "ckpt_path", "weights_only"):
             config.pop(name, None)  # belongs to this start of the run, not to the recipe
+        for spec in vars(config.get("data.init_args") or Namespace()).values():
+            if isinstance(spec, Namespace) and "source" in spec and spec.path:  # of the rows that are read
+                with suppress(ConfigError):  # which is told where the data is built
+                    read = DataConfig(**spec.as_dict())
+                    spec.update(Namespace(source=read.source, options=read.options, hub=None, hub_config=None))
         parser = self._parser(self.subcommand)
         return str(parser.dump(config, skip_unset=False, skip_link_targets=False, skip_validation=True))
 

@@ -274,6 +274,21 @@ def test_user_mistakes_get_a_message(
     assert not (tmp_path / "run").exists(), "a corrected command must not need a flag"
 
 
+@pytest.mark.parametrize("recipe", ["tiny/prm", "prm"])
+def test_a_runs_settings_are_of_the_rows_that_are_read(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from stepkd.training.fit import StepkdCLI
+
+    texts: list[str] = []
+    monkeypatch.setattr(StepkdCLI, "before_instantiate_classes", lambda self: texts.append(self._config_text))
+    for name in ("instantiate_classes", "_run_subcommand"):
+        monkeypatch.setattr(StepkdCLI, name, lambda *arguments: None)
+    assert main(["fit", "--config", recipe, "--data.train.path", "mine.jsonl", "--out", "runs/x"]) == 0
+    data = yaml.safe_load(texts[0])["data"]["init_args"]
+    wanted = {"source": "rows", "path": "mine.jsonl", "hub": None, "hub_config": None, "options": {}}
+    assert {name: data["train"][name] for name in wanted} == wanted
+    assert data["validation"]["source"] == ("task" if recipe == "tiny/prm" else "rows"), "which no file was given for"
+
+
 def test_fit_without_a_folder_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", "--config", RECIPE]) == 2
     assert "give --out FOLDER" in capsys.readouterr().err
