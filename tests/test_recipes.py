@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,7 @@ def has_list(value: Any) -> bool:
     return isinstance(value, list)
 
 
+@cache
 def distilling() -> list[Path]:
     """Methods whose teacher is another model."""
 
