@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 
 import torch
 from torch import Tensor
@@ -95,8 +96,8 @@ class WeightSender:
         assert self.version is not None
         try:
             if self._as_adapter:
-                adapter = {"lora_name": self.version.name, "lora_path": str(self.version), "load_inplace": True}
-                post(url, "/v1/load_lora_adapter", adapter)
+                # Not "in place": vLLM would then read the folder again for every request.
+                post(url, "/v1/load_lora_adapter", {"lora_name": self.version.name, "lora_path": str(self.version)})
                 return
             post(url, "/pause?mode=wait", {})
             try:
@@ -105,7 +106,14 @@ class WeightSender:
                 post(url, "/reset_prefix_cache", {})
             finally:
                 post(url, "/resume", {})
+        except HTTPError as error:
+            if (
+                error.code != 400 or not self._as_adapter
+            ):  # a server that did not go after all has the adapter, and says so
+                raise
         except (ConfigError, ModelError) as error:
+            if "already been loaded" in str(error):  # and only its answer was lost
+                return
             raise ConfigError(
                 f"the weights in {self.version} did not reach the server: {error}. Does it see that folder "
                 f"(engine.weights is for one that both see)? It is to be started with {START}"

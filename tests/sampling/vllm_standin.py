@@ -97,6 +97,8 @@ class StandIn:
         """Status and answer to what is posted."""
         path = path.partition("?")[0]
         if path == "/v1/load_lora_adapter":
+            if body["lora_name"] in self.adapters:
+                return 400, {"error": {"message": f"The lora adapter '{body['lora_name']}' has already been loaded."}}
             if not self.deaf:
                 self.adapters[body["lora_name"]] = self.read(body["lora_path"])
             else:
