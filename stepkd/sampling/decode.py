@@ -16,18 +16,19 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from stepkd.data.completion import Completion, Ids
 from stepkd.errors import ConfigError, ModelError
 from stepkd.models.head import backbone_of, positions_from_mask
+from stepkd.models.packed import is_worth_it, unpadded_hidden
 from stepkd.models.policy import Policy
 from stepkd.randomness import generator
 from stepkd.sampling.engine import Progress, SamplingConfig, before_stop, decode_text
@@ -80,32 +81,93 @@ def draw(logits_BV: Tensor, uniform_B: Tensor, spec: SamplingConfig) -> Draw:
         Tokens, with their log-probabilities under the sampling distribution and under the model. A token of probability
         zero is never drawn; logits that are NaN give NaN log-probabilities.
     """
-    raw_BV = torch.log_softmax(logits_BV, dim=-1)
+    raw = _Masses.of(logits_BV)
     if spec.temperature == 0:
-        tokens_B = logits_BV.argmax(-1)
-        logprobs_B = torch.zeros_like(raw_BV[:, 0])
+        tokens_B1 = logits_BV.argmax(-1, keepdim=True)
+        logprobs_B1 = torch.zeros_like(logits_BV[:, :1])
     else:
-        plain = spec.temperature == 1 and not spec.top_k and spec.top_p == 1
-        logprobs_BV = raw_BV if plain else sampling_logprobs(logits_BV, spec)
-        cdf_BV = logprobs_BV.exp().cumsum(-1, dtype=torch.float64)
-        # The first entry whose cumulative probability exceeds u * total: tokens of probability zero are never hit.
-        total_B1 = cdf_BV[:, -1:]
-        wanted_B1 = torch.minimum(uniform_B.unsqueeze(-1) * total_B1, total_B1.nextafter(torch.zeros_like(total_B1)))
-        found_B1 = torch.searchsorted(cdf_BV, wanted_B1, right=True)
-        tokens_B = found_B1.clamp(max=cdf_BV.shape[-1] - 1).squeeze(-1)  # NaN logits find nothing; the caller says so
-        logprobs_B = logprobs_BV.gather(-1, tokens_B.unsqueeze(-1)).squeeze(-1)
-    return Draw(tokens_B, logprobs_B, raw_BV.gather(-1, tokens_B.unsqueeze(-1)).squeeze(-1))
+        cut = spec.top_k or spec.top_p < 1
+        plain = spec.temperature == 1 and not cut
+        drawn = (
+            raw if plain else _Masses.of(sampling_logprobs(logits_BV, spec) if cut else logits_BV / spec.temperature)
+        )
+        tokens_B1 = drawn.tokens(uniform_B.unsqueeze(-1))
+        logprobs_B1 = drawn.logprobs(tokens_B1)
+    return Draw(*(found_B1.squeeze(-1) for found_B1 in (tokens_B1, logprobs_B1, raw.logprobs(tokens_B1))))
+
+
+_BLOCK = 256
+"""Tokens of a block of the vocabulary: a draw finds its block first, then the token in it. A running sum in float64 of
+the whole vocabulary, which finds the same token, takes longer than everything else in a draw."""
+
+
+class _Masses(NamedTuple):
+    """Unnormalised probabilities of each row."""
+
+    centred_BV: Tensor
+    """Logits less the row's largest."""
+    mass_BV: Tensor
+    """Their exponentials."""
+    blocks_BM: Tensor
+    """Sums over blocks of tokens, the last of which is shorter, in float64."""
+
+    @classmethod
+    def of(cls, logits_BV: Tensor) -> _Masses:
+        centred_BV = logits_BV - logits_BV.amax(-1, keepdim=True)
+        mass_BV = centred_BV.exp()
+        whole = mass_BV.shape[-1] // _BLOCK * _BLOCK
+        sums_BM = mass_BV[:, :whole].unflatten(-1, (-1, _BLOCK)).sum(-1)
+        rest_B1 = mass_BV[:, whole:].sum(-1, keepdim=True)
+        return cls(centred_BV, mass_BV, torch.cat([sums_BM, rest_B1], -1).double())
+
+    def logprobs(self, tokens_B1: Tensor) -> Tensor:
+        """Log-probability of one token of each row."""
+        return self.centred_BV.gather(-1, tokens_B1) - self.blocks_BM.sum(-1, keepdim=True).log().to(self.mass_BV.dtype)
+
+    def tokens(self, uniform_B1: Tensor) -> Tensor:
+        """The first token of each row up to which the mass exceeds ``uniform`` times the row's."""
+        last = self.mass_BV.shape[-1] - 1
+        block_B1, wanted_B1 = _first_above(self.blocks_BM, uniform_B1 * self.blocks_BM.sum(-1, keepdim=True))
+        tokens_BX = block_B1 * _BLOCK + torch.arange(_BLOCK, device=block_B1.device)
+        mass_BX = self.mass_BV.gather(-1, tokens_BX.clamp(max=last)).double().masked_fill(tokens_BX > last, 0)
+        # NaN logits find nothing; the caller says so
+        return tokens_BX.gather(-1, _first_above(mass_BX, wanted_B1)[0]).clamp(max=last)
+
+
+def _first_above(mass_BX: Tensor, wanted_B1: Tensor) -> tuple[Tensor, Tensor]:
+    """The first entry whose running sum exceeds what is wanted, and how much is wanted of it.
+
+    No more is wanted than there is, so that an entry without mass is never found.
+    """
+    sums_BX = mass_BX.cumsum(-1)
+    total_B1 = sums_BX[:, -1:]
+    wanted_B1 = torch.minimum(wanted_B1, total_B1.nextafter(torch.zeros_like(total_B1)))
+    found_B1 = torch.searchsorted(sums_BX, wanted_B1, right=True).clamp(max=mass_BX.shape[-1] - 1)
+    return found_B1, wanted_B1 - torch.nn.functional.pad(sums_BX, (1, 0)).gather(-1, found_B1)
 
 
 LEAST_ROOM = 32
-"""Columns of a new room beyond those that are needed at once."""
+"""Columns by which a room grows, or an eighth to a quarter of those it holds where that is more."""
+
+
+def room_for(width: int) -> int:
+    """Columns of the tensor in which so many are kept."""
+    step = max(LEAST_ROOM, (1 << width.bit_length()) // 8)
+    return math.ceil(width / step) * step
 
 
 class RoomyLayer(DynamicLayer):
-    """Keys and values of one layer as views (B, K, T, D) of larger tensors."""
+    """Keys and values of one layer as views (B, K, T, D) of larger tensors.
 
-    def __init__(self, layer: DynamicLayer) -> None:
+    Args:
+        layer: what is kept so far.
+        whole: whether attention gets the larger tensors, of :func:`room_for` columns, the last of which are empty: a
+            view of them would be copied in every matrix product.
+    """
+
+    def __init__(self, layer: DynamicLayer, whole: bool = False) -> None:
         super().__init__()
+        self.whole = whole
         self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
         self.keys, self.values = layer.keys, layer.values
         self._rooms: tuple[Tensor, Tensor] | None = None
@@ -115,12 +177,12 @@ class RoomyLayer(DynamicLayer):
         seen = self.keys.shape[-2]
         width = seen + key_states.shape[-2]
         if self._rooms is None or width > self._rooms[0].shape[-2] or not self._is_in(self._rooms):
-            size = width + max(LEAST_ROOM, width // 4)
+            size = room_for(width)
             self._rooms = (_roomy(self.keys, size), _roomy(self.values, size))
         for room, new in zip(self._rooms, (key_states, value_states), strict=True):
             room[..., seen:width, :] = new
         self.keys, self.values = (room[..., :width, :] for room in self._rooms)
-        return self.keys, self.values
+        return self._rooms if self.whole else (self.keys, self.values)
 
     def _is_in(self, rooms: tuple[Tensor, Tensor]) -> bool:
         """Whether the columns still lie in their rooms: rows may have been repeated, reordered or replaced."""
@@ -152,14 +214,25 @@ class RoomyLayer(DynamicLayer):
 
 def _roomy(columns: Tensor, size: int) -> Tensor:
     """The columns at the beginning of a tensor of ``size`` columns."""
-    room = columns.new_empty(*columns.shape[:-2], size, columns.shape[-1])
+    room = columns.new_zeros(*columns.shape[:-2], size, columns.shape[-1])  # attention multiplies empty ones by 0
     room[..., : columns.shape[-2], :] = columns
     return room
 
 
-def make_room(cache: Any) -> None:
-    """Let the layers of a cache grow in place, where they are of transformers' plain growing kind; others stay."""
-    cache.layers = [RoomyLayer(x) if type(x) is DynamicLayer and x.is_initialized else x for x in cache.layers]
+def make_room(cache: Any, whole: bool = False) -> bool:
+    """Let the layers of a cache grow in place, where they are of transformers' plain growing kind; others stay.
+
+    Args:
+        cache: changed in place.
+        whole: see :class:`RoomyLayer`; not where a layer stays.
+
+    Returns:
+        Whether attention gets whole rooms.
+    """
+    plain = [type(x) is DynamicLayer and x.is_initialized for x in cache.layers]
+    whole = whole and all(plain)
+    cache.layers = [RoomyLayer(x, whole) if own else x for x, own in zip(cache.layers, plain, strict=True)]
+    return whole
 
 
 def close_up(cache: Any, going: Sequence[int], device: torch.device) -> list[int]:
@@ -260,17 +333,23 @@ class Decoder:
         """
         input_ids_PT, mask_PT = padded(self.policy, sequences, padding)
         self.policy.check_ids(input_ids_PT)
+        if self.policy.can_unpad and is_worth_it(mask_PT):
+            cache = DynamicCache()
+            hidden_PTH = unpadded_hidden(self.policy.causal_lm, input_ids_PT, mask_PT, cache=cache)
+            return Reading(hidden_PTH, mask_PT, cache)
         output = self.forward(input_ids_PT, mask_PT, positions_from_mask(mask_PT), None)
         return Reading(output.last_hidden_state, mask_PT, output.past_key_values)
 
-    def forward(self, input_ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Any:
-        """One pass of the backbone; ``mask`` covers the cached columns and the new ones."""
+    def forward(self, input_ids: Tensor, mask: Tensor, positions: Tensor, cache: Any, **attention: Any) -> Any:
+        """One pass of the backbone; ``mask`` covers the cached columns and the new ones; ``attention`` is for its
+        attention function."""
         return backbone_of(self.policy.causal_lm)(
             input_ids=input_ids,
             attention_mask=mask,
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
+            **attention,
         )
 
     def decode_prompts(
@@ -320,15 +399,17 @@ class Decoder:
             spec: how to draw.
             on_progress: called with the number of rows just finished.
         """
-        head, device = self.policy.head, mask_BT.device
-        make_room(cache)
+        head, device, eos = self.policy.head, mask_BT.device, self.policy.eos_ids
+        whole = make_room(cache, self.policy.can_unpad and device.type == "cpu")
         uniforms = {id(row): self._uniforms(row, spec) for row in rows}
         position_B = mask_BT.sum(-1)
         active = rows
-        for t in range(max(row.limit for row in rows)):
+        width, longest = mask_BT.shape[1], max(row.limit for row in rows)
+        mask_BT = torch.nn.functional.pad(mask_BT, (0, longest), value=1)
+        for t in range(longest):
             uniform_B = torch.tensor([uniforms[id(row)][t] for row in active], dtype=torch.float64, device=device)
             step = draw(head(hidden_BH), uniform_B, spec)
-            self._record(active, step, spec)
+            self._record(active, step, spec, eos)
             if self.breaks_off is not None and self.breaks_off():
                 for row in active:
                     row.finish = row.finish or "length"
@@ -342,8 +423,12 @@ class Decoder:
                 going = close_up(cache, going, device)
                 tokens_B, mask_BT, position_B = tokens_B[going], mask_BT[going], position_B[going]
                 active = [active[i] for i in going]
-            mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(active), 1)], dim=1)
-            output = self.forward(tokens_B.unsqueeze(1), mask_BT, position_B.unsqueeze(1), cache)
+            width += 1
+            seen_BT, attention = mask_BT[:, :width], {}
+            if whole:  # a mask of four axes is taken as it is
+                seen_BT = torch.nn.functional.pad(seen_BT.bool(), (0, room_for(width) - width))[:, None, None]
+                attention = {"one_query": True}
+            output = self.forward(tokens_B.unsqueeze(1), seen_BT, position_B.unsqueeze(1), cache, **attention)
             hidden_BH, cache = output.last_hidden_state[:, -1], output.past_key_values
             position_B = position_B + 1
 
@@ -378,8 +463,7 @@ class Decoder:
         uniforms: list[float] = generator(spec.seed, str(row.key[0]), *row.key[1:]).random(row.limit).tolist()
         return uniforms
 
-    def _record(self, rows: list[Row], step: Draw, spec: SamplingConfig) -> None:
-        eos = self.policy.eos_ids
+    def _record(self, rows: list[Row], step: Draw, spec: SamplingConfig, eos: Collection[int]) -> None:
         for row, token, logprob, raw in zip(
             rows, step.tokens_B.tolist(), step.logprobs_B.tolist(), step.raw_logprobs_B.tolist(), strict=True
         ):

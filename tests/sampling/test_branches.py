@@ -16,7 +16,7 @@ from stepkd.errors import DataError, ModelError
 from stepkd.models.policy import Policy
 from stepkd.models.spec import build_tiny, tiny_tokenizer
 from stepkd.sampling import branches
-from stepkd.sampling.decode import Decoder
+from stepkd.sampling.decode import Decoder, room_for
 from stepkd.sampling.engine import Branch, BranchContinuations, Engine, SamplingConfig
 from stepkd.sampling.transformers_engine import TransformersEngine
 
@@ -181,8 +181,15 @@ class Watched(torch.nn.Module):
 
 def watched(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     watching = Watched(policy.causal_lm.base_model)
-    monkeypatch.setattr("stepkd.sampling.decode.backbone_of", lambda _: watching)
+    for room in ("sampling.decode", "models.packed"):
+        monkeypatch.setattr(f"stepkd.{room}.backbone_of", lambda _: watching)
     return watching.passes
+
+
+def read(passes: list[dict[str, Any]]) -> int:
+    """Real tokens of the passes that read sequences, with padding or without."""
+    unpadded = sum(p["input_ids"].numel() for p in passes if "unpadded_rows" in p)
+    return unpadded + sum(int(p["attention_mask"].sum()) for p in passes if p["past_key_values"] is None)
 
 
 def test_every_prefix_token_is_read_once(policy: Policy, some: list[Branch], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,9 +203,8 @@ def test_every_prefix_token_is_read_once(policy: Policy, some: list[Branch], mon
     generated = sum(len(r.token_ids) for r in flat(results))
     assert [result.prefill_tokens for result in results] == longest
     # What the model itself was given: the sequences once, and every drawn token but a continuation's last.
-    prefills = [p["attention_mask"].sum().item() for p in passes if p["past_key_values"] is None]
-    assert sum(prefills) == sum(longest)
-    decoded = [p["input_ids"].shape for p in passes if p["past_key_values"] is not None]
+    assert read(passes) == sum(longest)
+    decoded = [p["input_ids"].shape for p in passes if "one_query" in p]
     assert {width for _, width in decoded} == {1}
     assert sum(rows for rows, _ in decoded) == generated - len(flat(results))
     assert max(rows for rows, _ in decoded) <= 8
@@ -206,8 +212,7 @@ def test_every_prefix_token_is_read_once(policy: Policy, some: list[Branch], mon
     passes.clear()
     apart = reading_apart(policy, max_rows=8).continue_branches(some, spec)
     assert [result.prefill_tokens for result in apart] == [sum(branch.cuts) for branch in some]
-    prefills = [p["attention_mask"].sum().item() for p in passes if p["past_key_values"] is None]
-    assert sum(prefills) == sum(sum(branch.cuts) for branch in some)
+    assert read(passes) == sum(sum(branch.cuts) for branch in some)
 
 
 def test_masks_hide_what_comes_after_the_cut(
@@ -219,13 +224,14 @@ def test_masks_hide_what_comes_after_the_cut(
     passes.clear()
     branch = Branch(some[1].token_ids, [3, 30, 59], 0)
     engine.continue_branches([branch], SamplingConfig(n=2, max_new_tokens=3, seed=11))
-    steps = [p for p in passes if p["past_key_values"] is not None]
-    seen = [(p["attention_mask"].tolist(), p["position_ids"].flatten().tolist()) for p in steps]
+    steps = [p for p in passes if "one_query" in p]
+    seen = [(p["attention_mask"][:, 0, 0].tolist(), p["position_ids"].flatten().tolist()) for p in steps]
     # 6 rows in two parts of 3, the longest prefixes first; the second part is cropped to 30 columns.
     expected = []
     for cuts in ([59, 59, 30], [30, 3, 3]):
         for t in (1, 2):
-            masks = [[1] * cut + [0] * (max(cuts) - cut) + [1] * t for cut in cuts]
+            empty = [0] * (room_for(max(cuts) + t) - max(cuts) - t)
+            masks = [[1] * cut + [0] * (max(cuts) - cut) + [1] * t + empty for cut in cuts]
             expected.append((masks, [cut + t - 1 for cut in cuts]))
     assert seen == expected
 

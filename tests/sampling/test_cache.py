@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
-from stepkd.sampling.decode import LEAST_ROOM, RoomyLayer, close_up, make_room
+from stepkd.sampling.decode import LEAST_ROOM, RoomyLayer, close_up, make_room, room_for
 
 
 def columns(width: int, rows: int = 3, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,6 +58,21 @@ def test_it_is_at_most_a_quarter_and_a_little_larger_than_needed(prompt: int, to
     for step in range(total - prompt):
         roomy.update(*columns(1, seed=step), 0)
     assert total <= roomy.layers[0]._rooms[0].shape[-2] <= 1.25 * total + LEAST_ROOM
+
+
+@pytest.mark.parametrize("width", [1, 5, 3 * LEAST_ROOM])
+def test_whole_rooms_hold_the_columns_and_zeros_behind_them(width: int) -> None:
+    plain, whole = filled(width), filled(width)
+    assert make_room(whole, whole=True)
+    for step in range(2 * LEAST_ROOM):
+        new = columns(1, seed=step)
+        for ours, theirs in zip(whole.update(*new, 0), plain.update(*new, 0), strict=True):
+            columns_now = theirs.shape[-2]
+            assert ours.is_contiguous()
+            assert ours.shape[-2] == room_for(columns_now) >= columns_now
+            assert torch.equal(ours[..., :columns_now, :], theirs)
+            assert not ours[..., columns_now:, :].any()
+        assert whole.get_seq_length() == plain.get_seq_length()
 
 
 def test_a_copy_has_room_of_its_own() -> None:
@@ -117,5 +132,5 @@ def test_rows_that_end_are_replaced_by_the_last_ones_without_a_copy_of_the_rest(
 def test_other_layers_stay() -> None:
     cache = DynamicCache()
     cache.layers = [DynamicSlidingWindowLayer(sliding_window=4)]
-    make_room(cache)
+    assert not make_room(cache, whole=True)
     assert type(cache.layers[0]) is DynamicSlidingWindowLayer

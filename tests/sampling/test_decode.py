@@ -14,7 +14,7 @@ from stepkd.data.completion import Completion
 from stepkd.errors import ConfigError, DataError, ModelError
 from stepkd.models.policy import Policy
 from stepkd.models.spec import build_tiny, tiny_tokenizer
-from stepkd.sampling.decode import sampling_logprobs
+from stepkd.sampling.decode import Decoder, sampling_logprobs
 from stepkd.sampling.engine import SamplingConfig
 from stepkd.sampling.transformers_engine import TransformersEngine
 
@@ -132,6 +132,38 @@ def test_logprobs_equal_a_plain_forward(policy: Policy, prompts: list[list[int]]
             assert continuation.raw_logprobs == pytest.approx(raw.tolist(), rel=1e-12, abs=1e-12)
 
 
+def test_reading_without_padding_fills_the_cache_as_reading_with_it(
+    policy: Policy, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder, readings = Decoder(policy, max_rows=8), []
+    with torch.no_grad():
+        for side in ("left", "right"):
+            for unpads in (True, False):
+                monkeypatch.setattr(policy, "can_unpad", unpads)
+                readings.append(decoder.read(prompts, padding=side))
+    for found, expected in (readings[:2], readings[2:]):
+        real = expected.mask_PT.bool()
+        assert torch.equal(found.mask_PT, expected.mask_PT)
+        assert torch.allclose(found.hidden_PTH[real], expected.hidden_PTH[real], rtol=1e-10)
+        for ours, theirs in zip(found.cache.layers, expected.cache.layers, strict=True):
+            for name in ("keys", "values"):
+                a, b = (getattr(layer, name).transpose(1, 2)[real] for layer in (ours, theirs))
+                assert torch.allclose(a, b, rtol=1e-10)
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_attention_of_one_query_draws_what_transformers_attention_does(
+    policy: Policy, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch, temperature: float
+) -> None:
+    spec = SamplingConfig(n=4, max_new_tokens=70, temperature=temperature, seed=3)
+    found = TransformersEngine(policy).generate(prompts, spec)
+    monkeypatch.setattr(policy, "can_unpad", False)
+    expected = TransformersEngine(policy).generate(prompts, spec)
+    assert ids(found) == ids(expected)
+    for a, b in zip((r for row in found for r in row), (r for row in expected for r in row), strict=True):
+        assert a.raw_logprobs == pytest.approx(b.raw_logprobs, rel=1e-9, abs=1e-11)
+
+
 def test_greedy_takes_the_most_likely_token(policy: Policy, prompts: list[list[int]]) -> None:
     spec = SamplingConfig(temperature=0, n=2, max_new_tokens=10)
     for prompt, row in zip(prompts, TransformersEngine(policy).generate(prompts, spec), strict=True):
@@ -219,17 +251,17 @@ class CountingBackbone(torch.nn.Module):
 
 def counted(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     counting = CountingBackbone(policy.causal_lm.base_model)
-    monkeypatch.setattr("stepkd.sampling.decode.backbone_of", lambda _: counting)
+    for room in ("sampling.decode", "models.packed"):
+        monkeypatch.setattr(f"stepkd.{room}.backbone_of", lambda _: counting)
     return counting.shapes
 
 
 def test_every_prompt_is_read_once(policy: Policy, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = counted(policy, monkeypatch)
-    width = max(map(len, prompts))
     spec = SamplingConfig(n=6, max_new_tokens=5, temperature=0)
     TransformersEngine(policy, max_rows=12).generate(prompts, spec)
     prefills = [shape for shape in shapes if shape[1] > 1]
-    assert prefills == [(2, width), (2, max(map(len, prompts[2:4]))), (1, len(prompts[4]))]
+    assert prefills == [(1, sum(map(len, part))) for part in (prompts[:2], prompts[2:4], prompts[4:])]  # no padding
     shapes.clear()
     TransformersEngine(policy, max_rows=4).generate(prompts[:1], spec)  # more samples than rows: still one prefill
     assert [shape for shape in shapes if shape[1] > 1] == [(1, len(prompts[0]))]

@@ -121,6 +121,47 @@ def test_extreme_uniforms_never_draw_an_impossible_token(dtype: torch.dtype) -> 
         assert torch.isfinite(drawn.raw_logprobs_B).all()
 
 
+@pytest.mark.parametrize("size", [1, 7, 255, 256, 257, 1024, 3000])
+@pytest.mark.parametrize("kind", ["random", "peaked", "ties", "impossible", "one possible"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_token_is_that_of_the_running_sum_over_the_whole_vocabulary(
+    size: int, kind: str, dtype: torch.dtype
+) -> None:
+    """Block by block, against the inverse of the cumulative distribution by the book."""
+    rows = 200
+    noise = torch.Generator().manual_seed(size)
+    logits = torch.randn(rows, size, dtype=torch.float64, generator=noise) * (12 if kind == "peaked" else 2)
+    if kind == "ties":
+        logits = logits.round()
+    if kind in ("impossible", "one possible"):
+        possible = torch.rand(rows, size, generator=noise) < (0.02 if kind == "impossible" else 0)
+        possible[:, -1] |= ~possible.any(-1)
+        logits[~possible] = -math.inf
+    logits = logits.to(dtype)
+    uniforms = torch.rand(rows, dtype=torch.float64, generator=noise)
+    uniforms[:6] = torch.tensor([0.0, 1e-300, 1e-17, ALMOST_ONE, 1 - 1e-15, 0.5], dtype=torch.float64)
+    cdf = logits.double().softmax(-1).cumsum(-1)
+    wanted = torch.minimum(uniforms[:, None] * cdf[:, -1:], cdf[:, -1:].nextafter(torch.tensor(0.0).double()))
+    expected = torch.searchsorted(cdf, wanted, right=True)
+    drawn = draw(logits, uniforms, SamplingConfig())
+    # A uniform this close to the edge of a token may fall on either side of it.
+    near = ((cdf - wanted).abs() < (1e-6 if dtype == torch.float32 else 1e-14)).any(-1)
+    assert not near[6:].all()
+    assert torch.equal(drawn.tokens_B[~near], expected[~near, 0])
+    exact = torch.log_softmax(logits.double(), -1).gather(1, drawn.tokens_B[:, None])[:, 0]
+    assert torch.isfinite(exact).all()  # edges too: what is drawn is possible
+    assert drawn.logprobs_B.tolist() == pytest.approx(exact.tolist(), rel=2e-6, abs=2e-6)
+
+
+def test_logits_that_are_not_numbers_give_log_probabilities_that_are_none() -> None:
+    logits = torch.zeros(2, 700)
+    logits[0, 500] = math.nan
+    for spec in (SamplingConfig(), SamplingConfig(temperature=0.5), SamplingConfig(temperature=0)):
+        drawn = draw(logits, torch.tensor([0.5, 0.5], dtype=torch.float64), spec)
+        assert drawn.raw_logprobs_B.isnan().tolist() == [True, False]
+        assert drawn.tokens_B.max() < 700
+
+
 @pytest.mark.parametrize("settings_", [{}, {"temperature": 0.6}, {"temperature": 1.7, "top_k": 9, "top_p": 0.85}])
 def test_frequencies_follow_the_probabilities(settings_: dict[str, Any]) -> None:
     """Pearson's statistic of 20,000 draws stays below its mean plus five standard deviations."""
