@@ -149,6 +149,7 @@ class GroupSampler:
         return found
 
     def _graded(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        """The rollouts with their rewards, summed and less what their length costs."""
         columns = _columns(rollouts)
         totals, parts = self.rewards(columns, [f"{rollout.id}/{rollout.sample}" for rollout in rollouts])
         known = "answer" in columns
