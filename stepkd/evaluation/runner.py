@@ -79,15 +79,12 @@ def evaluate(config: EvaluateConfig, *, policy: Policy | None = None, options: J
     template = replace(template_for(config.model, benchmark.template, given), **asked)
     prompts = encode_prompts(policy, template, rows)
     engine = config.engine.build(policy, sampling)
+    revision = None if policy.spec is None else policy.spec.revision
     settings = job.begin(
         _data_settings(benchmark, data, rows)
         | _model_settings(policy, template)
         | {
-            "model": {
-                "name": config.model,
-                "revision": None if policy.spec is None else policy.spec.revision,
-                "weights": weights_fingerprint(policy),
-            },
+            "model": {"name": config.model, "revision": revision, "weights": weights_fingerprint(policy)},
             "sampling": {name: value for name, value in asdict(sampling).items() if name != "seed"},
             "seed": sampling.seed,
             "engine": {"name": type(config.engine).__name__} | engine.facts(),
