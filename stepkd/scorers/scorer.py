@@ -147,8 +147,9 @@ def score_rows(scorer: StepScorer, rows: Sequence[Row]) -> list[list[float]]:
         rows: completions or rows with ``completions``.
 
     Returns:
-        For each row one number in [0, 1] per step, NaN where there is none. A completion whose last step holds nothing
-        but the end token has no score there; it is left out of the list.
+        For each row one number in [0, 1] per step, NaN where there is none: behind the longest text that a model reads,
+        and in a solution that it cannot read (which may hold the model's own step marker). A completion whose last step
+        holds nothing but the end token has no score there; it is left out of the list.
 
     Raises:
         DataError: a row without steps, or whose step texts cannot be told.
