@@ -107,9 +107,7 @@ class WeightSender:
             finally:
                 post(url, "/resume", {})
         except HTTPError as error:
-            if (
-                error.code != 400 or not self._as_adapter
-            ):  # a server that did not go after all has the adapter, and says so
+            if error.code != 400 or not self._as_adapter:  # one that did not go after all says that it has it
                 raise
         except (ConfigError, ModelError) as error:
             if "already been loaded" in str(error):  # and only its answer was lost
