@@ -104,25 +104,27 @@ the whole vocabulary, which finds the same token, takes longer than everything e
 class _Masses(NamedTuple):
     """Unnormalised probabilities of each row."""
 
-    centred_BV: Tensor
-    """Logits less the row's largest."""
+    logits_BV: Tensor
+    top_B1: Tensor
+    """The row's largest logit."""
     mass_BV: Tensor
-    """Their exponentials."""
+    """Exponentials of the logits less it."""
     blocks_BM: Tensor
     """Sums over blocks of tokens, the last of which is shorter, in float64."""
 
     @classmethod
     def of(cls, logits_BV: Tensor) -> _Masses:
-        centred_BV = logits_BV - logits_BV.amax(-1, keepdim=True)
-        mass_BV = centred_BV.exp()
+        top_B1 = logits_BV.amax(-1, keepdim=True)
+        mass_BV = (logits_BV - top_B1).exp_()
         whole = mass_BV.shape[-1] // _BLOCK * _BLOCK
         sums_BM = mass_BV[:, :whole].unflatten(-1, (-1, _BLOCK)).sum(-1)
         rest_B1 = mass_BV[:, whole:].sum(-1, keepdim=True)
-        return cls(centred_BV, mass_BV, torch.cat([sums_BM, rest_B1], -1).double())
+        return cls(logits_BV, top_B1, mass_BV, torch.cat([sums_BM, rest_B1], -1).double())
 
     def logprobs(self, tokens_B1: Tensor) -> Tensor:
         """Log-probability of one token of each row."""
-        return self.centred_BV.gather(-1, tokens_B1) - self.blocks_BM.sum(-1, keepdim=True).log().to(self.mass_BV.dtype)
+        centred_B1 = self.logits_BV.gather(-1, tokens_B1) - self.top_B1
+        return centred_B1 - self.blocks_BM.sum(-1, keepdim=True).log().to(self.mass_BV.dtype)
 
     def tokens(self, uniform_B1: Tensor) -> Tensor:
         """The first token of each row up to which the mass exceeds ``uniform`` times the row's."""
