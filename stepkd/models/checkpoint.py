@@ -96,7 +96,7 @@ def load_trained(
                 f"{path} is a run or an adapter, and an engine of its own loads whole models: export it (stepkd export "
                 f"{path} --to FOLDER), and let the engine and --model name the folder"
             )
-        return Policy(*load_outline(spec), spec, verify_head=False)
+        return Policy(*load_outline(spec, dtype), spec, verify_head=False)
     if quantization != "none" and checkpoint is not None and spec.lora is None:
         raise ModelError(
             f"{path} was trained in all weights, which a run keeps unquantised: export it (stepkd export) and "

@@ -55,9 +55,13 @@ def load_model(spec: PolicyConfig) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def load_outline(spec: PolicyConfig) -> tuple[Any, Any]:
+def load_outline(spec: PolicyConfig, dtype: str | None = None) -> tuple[Any, Any]:
     """A model's settings and its tokenizer, as :func:`load_model` gives them, without weights: they are on the ``meta``
     device.
+
+    Args:
+        spec: of a whole model.
+        dtype: of the weights that are not here; None: that which they are stored in.
 
     Raises:
         ModelError: nothing readable there.
@@ -65,8 +69,10 @@ def load_outline(spec: PolicyConfig) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     tokenizer, spec = load_tokenizer(spec), _base_spec(as_trained(spec))
+    more = {} if dtype is None else {"dtype": getattr(torch, dtype)}
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config(spec), trust_remote_code=spec.trust_remote_code)
+        config, trusts = model_config(spec), spec.trust_remote_code
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusts, **more)
     if spec.path not in TINY_PRESETS:
         source, arguments = _place(spec.path, spec.revision, spec.trust_remote_code)
         with suppress(OSError):  # there need not be any

@@ -118,21 +118,26 @@ def checked_urls(name: str, urls: Sequence[str] | str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class VLLM(EngineConfig):
-    """A vLLM engine on every training GPU, beside the model that learns. Its samples are not keyed: no run repeats."""
+    """vLLM's engine in this process, with its prefix cache: in training on every rank's GPU beside the model that
+    learns, in a job with the model of its own."""
 
+    max_rows: int = 256
+    """Completions that a job asks for at once, >= 1, the size of a unit of work; the engine makes its own batches."""
     gpu_memory: float = 0.3
-    """Share of the GPU's memory that the engine may take, in (0, 1)."""
+    """Share of the GPU's memory that the engine may take, in (0, 1); 0.9 where nothing else needs it. On a CPU it is
+    that of the machine's."""
+    holds_weights = False
 
     def __post_init__(self) -> None:
-        check_bounds("engine.", self, gpu_memory="(0, 1)")
+        check_bounds("engine.", self, max_rows="[1, inf)", gpu_memory="(0, 1)")
 
     @property
     def at_once(self) -> int:
-        """The engine makes batches of its own of 256."""
-        return 256
+        """``max_rows``."""
+        return self.max_rows
 
     def build(self, policy: Any, sampling: SamplingConfig, breaks_off: Callable[[], bool] | None = None) -> Engine:
         """See :meth:`EngineConfig.build`."""
         from stepkd.sampling.vllm import VLLMEngine
 
-        return VLLMEngine(policy, self.gpu_memory, sampling)
+        return VLLMEngine(policy, self.gpu_memory, breaks_off=breaks_off)

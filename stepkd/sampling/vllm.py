@@ -1,4 +1,4 @@
-"""Samples and scores of vLLM servers, which are given the policy's weights in training; and TRL's engine on the GPUs.
+"""Samples and scores of vLLM: of servers, which are given the policy's weights in training, or in this process.
 
 A server needs nothing beside the standard library here (:mod:`stepkd.sampling.client`, whose ``START`` is how it is
 started). Its samples are keyed by a seed per prompt: in float32 a run repeats on it, in narrower types as far as its
@@ -7,13 +7,20 @@ kernels do not depend on the company a request has. They are not those that the 
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Sequence
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from stepkd.data.completion import Completion, Finish, Ids, Numbers
 from stepkd.errors import ConfigError, ModelError, StepkdError
@@ -291,61 +298,129 @@ def _distance(a: Numbers, b: Numbers) -> float:
     return float(np.abs(a - b).mean())
 
 
-@dataclass(eq=False)
 class VLLMEngine(Engine):
-    """The same by TRL's engine on this rank's GPU. Samples are not keyed by prompt: a run does not repeat."""
+    """vLLM's engine in this process, with its prefix cache: on every rank's GPU, or on the CPU.
 
-    policy: Policy
-    """Whose weights are sampled from; in a folder or with a hub id that vLLM loads."""
-    gpu_memory: float
-    """Share of the GPU's memory that it may take."""
-    sampling: SamplingConfig
-    """How to draw; one engine draws in one way."""
+    In training it begins without weights, and is given the policy's at the first :meth:`update` and at every later one;
+    a job has it load the model, of which this process then holds nothing else.
 
-    def __post_init__(self) -> None:
-        policy, sampling = self.policy, self.sampling
-        if sampling.stop:
-            raise ConfigError("engine VLLM knows no stop strings: take engine VLLMServer")
+    Args:
+        policy: whose weights are sampled from, and whose tokenizer decodes.
+        gpu_memory: share of the GPU's memory that it may take.
+        breaks_off: asked before prompts are given to it; once it says yes, they get one token of nothing more.
+
+    Raises:
+        ConfigError: vLLM is not installed, or cannot start with this model.
+    """
+
+    def __init__(
+        self, policy: Policy, gpu_memory: float = 0.3, *, breaks_off: Callable[[], bool] | None = None
+    ) -> None:
+        self.policy, self.breaks_off = policy, breaks_off
+        self._trains = policy.device.type != "meta"
+        self._watch = _Watch(policy)
+        on_cpu = not torch.cuda.is_available()
+        self._sleeps = self._trains and not on_cpu
+        """Whether its weights and caches leave the GPU while the trainer works there."""
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # weights are handed over within this process
         try:
-            from accelerate import Accelerator
-            from trl.generation.vllm_generation import VLLMGeneration
-
-            self.engine = VLLMGeneration(
-                model=policy.model,
-                accelerator=Accelerator(),
-                processing_class=policy.tokenizer,
-                mode="colocate",
-                gpu_memory_utilization=self.gpu_memory,
-                max_model_length=policy.max_length,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
-                max_completion_length=sampling.longest,
-                logprobs=0,
-                generation_kwargs={"stop_token_ids": sorted(policy.eos_ids)}
-                | ({"seed": sampling.seed} if sampling.temperature == 0 else {}),
-            )
+            vllm = import_module("vllm")
         except ImportError as error:
-            raise ConfigError(f"VLLM needs TRL and vLLM (pip install 'stepkd[vllm]'): {error}") from error
+            raise ConfigError(f"engine VLLM needs vLLM (pip install 'stepkd[vllm]'): {error}") from error
+        self._vllm = vllm
+        settings: dict[str, Any] = {
+            "dtype": str(next(policy.parameters()).dtype).removeprefix("torch."),
+            "max_model_len": policy.max_length,
+            "gpu_memory_utilization": gpu_memory,
+            "enable_prefix_caching": True,
+            "enforce_eager": on_cpu,
+            "enable_chunked_prefill": not on_cpu,  # its CPU engine dies of a seed where it splits a prompt
+            "logprobs_mode": "processed_logprobs",
+            "enable_sleep_mode": self._sleeps,
+            "seed": 0,
+        }
+        if (
+            dist.is_initialized() and "RANK" in os.environ
+        ):  # one engine a rank, in the group that is there
+            settings["distributed_executor_backend"] = "external_launcher"
+        try:
+            with tempfile.TemporaryDirectory(prefix="stepkd-vllm-") as folder:
+                if self._trains:
+                    self._describe(Path(folder))
+                    settings |= {"model": folder, "load_format": "dummy"}
+                else:
+                    assert policy.spec is not None
+                    settings |= {"model": policy.spec.path, "revision": policy.spec.revision}
+                self.llm = vllm.LLM(**settings)
+        except (RuntimeError, ValueError) as error:
+            raise ConfigError(f"vLLM does not start with {settings['model']}: {error}") from error
+
+    def facts(self) -> dict[str, Any]:
+        """See :meth:`~stepkd.sampling.engine.Engine.facts`."""
+        return {"version": self._vllm.__version__}
+
+    def _describe(self, folder: Path) -> None:
+        """Write the model's settings and tokenizer without its weights.
+
+        Embeddings and head stand apart there: of a shared head vLLM's CPU engine keeps a packed copy, which stays old.
+        """
+        check_mergeable(self.policy.model)
+        config = copy.deepcopy(self.policy.causal_lm.config)
+        config.tie_word_embeddings = False
+        config.save_pretrained(folder)
+        self.policy.tokenizer.save_pretrained(folder)
+
+    def _weights(self) -> Iterator[tuple[str, Tensor]]:
+        yield from merged_weights(self.policy.model)
+        embeddings, head = self.policy.causal_lm.get_input_embeddings(), self.policy.causal_lm.get_output_embeddings()
+        if head.weight is embeddings.weight:
+            yield "lm_head.weight", head.weight.detach()
 
     def _send(self, version: int) -> None:
-        check_mergeable(self.policy.model)
-        for name, value in merged_weights(self.policy.model):
-            worker = self.engine.llm.llm_engine.model_executor.driver_worker
-            worker.model_runner.model.load_weights([(name, value)])
-        self.engine.llm.reset_prefix_cache()
+        if self._sleeps and self._version is not None:
+            self.llm.wake_up()
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._weights()})
+        self.llm.reset_prefix_cache()
 
     def _draw(
         self, wanted: Sequence[Wanted], spec: SamplingConfig, on_progress: Progress | None
     ) -> list[list[Completion]]:
-        repeated = [each for each in wanted for _ in range(spec.n)]
-        _, found, logprobs, _ = self.engine.generate([each.prompt for each in repeated], None, spec.n)
-        if on_progress is not None:
-            on_progress(len(found))
-        drawn = [
-            _to_completion(
-                self.policy, spec, divmod(i, spec.n), prompt, ids[:limit], [p[0] for p in logps[:limit]], limit
+        over = self.breaks_off is not None and self.breaks_off()
+        limits = [1 if over else each.limit for each in wanted]
+        how = [
+            self._vllm.SamplingParams(
+                n=spec.n,
+                temperature=spec.temperature,
+                top_p=spec.top_p,
+                top_k=spec.top_k,
+                max_tokens=limit,
+                logprobs=0,
+                seed=stream_key(spec.seed, str(each.key[0]), *each.key[1:]) % 2**31 if spec.temperature else None,
+                stop=list(spec.stop),
+                include_stop_str_in_output=True,
+                stop_token_ids=sorted(self.policy.eos_ids),
+                skip_special_tokens=False,
+                detokenize=bool(spec.stop),
             )
-            for i, ((prompt, limit, _), ids, logps) in enumerate(zip(repeated, found, logprobs, strict=True))
+            for each, limit in zip(wanted, limits, strict=True)
         ]
-        return [drawn[start : start + spec.n] for start in range(0, len(drawn), spec.n)]
+        if self._sleeps:
+            self.llm.wake_up()
+        answers = self.llm.generate([{"prompt_token_ids": each.prompt} for each in wanted], how, use_tqdm=False)
+        if self._sleeps:
+            self.llm.sleep(level=1)
+        if on_progress is not None:
+            on_progress(spec.n * len(answers))
+        drawn = [
+            [
+                _to_completion(
+                    self.policy, spec, (number, j), each.prompt, list(own.token_ids),
+                    [at[i].logprob for i, at in zip(own.token_ids, own.logprobs, strict=True)], limit,
+                )
+                for j, own in enumerate(sorted(answer.outputs, key=lambda own: own.index))
+            ]
+            for number, (each, limit, answer) in enumerate(zip(wanted, limits, answers, strict=True))
+        ]  # fmt: skip
+        if self._version is not None:
+            self._watch([each for row in drawn for each in row], spec, f"version {self._version}")
+        return drawn

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import importlib.util
-import inspect
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 
 from stepkd.errors import ConfigError, DataError, MachineError, ModelError
+from stepkd.evaluation.config import EvaluateConfig
+from stepkd.evaluation.runner import evaluate
+from stepkd.models.checkpoint import load_trained
 from stepkd.models.policy import Policy
 from stepkd.models.spec import LoRAConfig, PolicyConfig
 from stepkd.modules.fidelity import FidelityConfig
 from stepkd.modules.gkd_settings import JSD, NKD, SourceConfig
 from stepkd.sampling.client import Client
-from stepkd.sampling.config import VLLM, VLLMServer
+from stepkd.sampling.config import VLLM, Transformers, VLLMServer
 from stepkd.sampling.engine import SamplingConfig
+from stepkd.sampling.transformers_engine import TransformersEngine
 from stepkd.sampling.vllm import ServerEngine
 from stepkd.sampling.weights import WeightSender, check_mergeable, merged_weights
 from stepkd.teachers.config import Local, Served, TopK
@@ -457,49 +461,99 @@ def test_what_is_missing_is_said(policy: Policy) -> None:
         VLLM(gpu_memory=2)
     with pytest.raises(ConfigError, match=r"engine.requests=0: must be at least 1"):
         VLLMServer("http://x", requests=0)
-    with pytest.raises(ConfigError, match="knows no stop strings"):
-        VLLM().build(policy, SamplingConfig(stop=("x",)), lambda: False)
 
 
-def test_the_engine_on_the_training_gpu(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What TRL's class is given fits its signature, and what it gives becomes completions; the engine is a
-    stand-in."""
-    from trl.generation.vllm_generation import VLLMGeneration
+SPEC = SamplingConfig(n=2, max_new_tokens=8, seed=1)
 
-    made: dict[str, Any] = {}
-    signature = inspect.signature(VLLMGeneration.__init__)
-    loaded: list[str] = []
-    model = SimpleNamespace(load_weights=lambda pairs: loaded.extend(name for name, _ in pairs))
-    worker = SimpleNamespace(model_runner=SimpleNamespace(model=model))
-    executor = SimpleNamespace(driver_worker=worker)
 
-    class Engine:
-        def __init__(self, **settings: Any) -> None:
-            signature.bind(self, **settings)
-            made.update(settings)
-            self.llm = SimpleNamespace(
-                llm_engine=SimpleNamespace(model_executor=executor), reset_prefix_cache=lambda: loaded.append("reset")
-            )
+class InProcess:
+    """In place of the module ``vllm``: an engine that samples from a policy, once it has been given weights."""
 
-        def generate(self, prompts: list[list[int]], images: Any, n: int) -> tuple[Any, ...]:
-            return prompts, [[7, 8 + i] for i in range(len(prompts))], [[[-0.5], [-1.0]] for _ in prompts], None
+    __version__ = "0.0"
+    SamplingParams = SimpleNamespace
 
-    monkeypatch.setattr("trl.generation.vllm_generation.VLLMGeneration", Engine)
-    monkeypatch.setitem(sys.modules, "accelerate", SimpleNamespace(Accelerator=SimpleNamespace))
-    spec = SamplingConfig(n=2, max_new_tokens=2)
-    ours = cast(Any, VLLM(gpu_memory=0.4).build(policy, spec, lambda: False))
-    assert made["mode"] == "colocate"
-    assert made["gpu_memory_utilization"] == 0.4
-    ours.update(1)
-    ours.update(1)
-    assert loaded == [*dict(policy.model.named_parameters()), "reset"]
-    found = ours.generate(prompts(policy), spec)
-    assert [[tuple(r.token_ids) for r in row] for row in found] == [
-        [(7, 8), (7, 9)],
-        [(7, 10), (7, 11)],
-        [(7, 12), (7, 13)],
+    def __init__(self, policy: Policy, made: dict[str, Any]) -> None:
+        self.policy, self.made = policy, made
+        self.loaded: list[str] = []
+
+    def LLM(self, **settings: Any) -> Any:
+        self.made |= settings | {"files": sorted(path.name for path in Path(settings["model"]).iterdir())}
+        return self
+
+    def collective_rpc(self, method: str, kwargs: Any) -> None:
+        assert method == "reload_weights"
+        self.loaded += [name for name, _ in kwargs["weights_iterator"]]
+
+    def reset_prefix_cache(self) -> None:
+        self.loaded.append("reset")
+
+    def generate(self, prompts: list[dict[str, Any]], how: list[Any], use_tqdm: bool) -> list[Any]:
+        return [self.answer(each["prompt_token_ids"], own) for each, own in zip(prompts, how, strict=True)]
+
+    def answer(self, prompt: list[int], how: Any) -> Any:
+        spec = SamplingConfig(
+            how.n, how.temperature, how.top_p, how.top_k, how.max_tokens, tuple(how.stop), how.seed or 0
+        )
+        (drawn,) = TransformersEngine(self.policy).generate([prompt], spec)
+        said = [zip(each.token_ids.tolist(), each.logprobs.tolist(), strict=True) for each in drawn]
+        return SimpleNamespace(
+            outputs=[
+                SimpleNamespace(
+                    index=j,
+                    token_ids=drawn[j].token_ids.tolist(),
+                    logprobs=[{i: SimpleNamespace(logprob=value)} for i, value in own],
+                )
+                for j, own in reversed(list(enumerate(said)))
+            ]
+        )
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_the_engine_in_this_process(policy: Policy, trains: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In training it begins with settings and tokenizer, and is given every version; in a job it loads the model."""
+    assert policy.spec is not None
+    vllm = InProcess(policy, {})
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    ours = VLLM(gpu_memory=0.4).build(policy if trains else load_trained(policy.spec.path, weights=False), SPEC)
+    assert (vllm.made["gpu_memory_utilization"], vllm.made["max_model_len"]) == (0.4, policy.max_length)
+    assert ("load_format" in vllm.made, "model.safetensors" in vllm.made["files"]) == (trains, not trains)
+    assert {"config.json", "tokenizer.json"} <= set(vllm.made["files"])
+    if trains:
+        ours.update(1)
+        ours.update(1)
+        tied = [] if "lm_head.weight" in dict(policy.model.named_parameters()) else ["lm_head.weight"]
+        assert vllm.loaded == [*dict(policy.model.named_parameters()), *tied, "reset"]
+    found = ours.generate(prompts(policy), SPEC)
+    assert [[each.sample for each in row] for row in found] == [[0, 1]] * 3
+    greedy = SamplingConfig(temperature=0.0, max_new_tokens=8)
+    expected = TransformersEngine(policy).generate(prompts(policy), greedy)
+    for row, own in zip(ours.generate(prompts(policy), greedy), expected, strict=True):
+        assert [each.key for each in row] == [each.key for each in own]
+    assert len(ours.generate(prompts(policy), SPEC, purpose="other")[0][0].token_ids) > 0
+    ended = VLLM().build(policy, SPEC, lambda: True).generate(prompts(policy), SPEC)
+    assert {len(each.token_ids) for row in ended for each in row} == {1}
+
+
+def test_an_evaluation_through_a_server_reads_no_weights(policy: Policy, server: Any, tmp_path: Path) -> None:
+    """Its rows are those of this process; settings name the server's build, and a killed one goes on."""
+    assert policy.spec is not None
+    how: dict[str, Any] = {
+        "model": policy.spec.path, "benchmark": "task", "data": "task=modular:terms=3,n=5", "device": "cpu",
+        "sampling": SamplingConfig(temperature=0.0, max_new_tokens=12),
+    }  # fmt: skip
+    engines = {"here": Transformers(2), "there": VLLMServer(server.address, requests=2)}
+    summaries, rows = {}, {}
+    for name, chosen in engines.items():
+        config = EvaluateConfig(**how, engine=chosen, out=str(tmp_path / name))
+        summaries[name] = evaluate(config)
+        rows[name] = (tmp_path / name / "results.jsonl").read_text()
+    assert summaries["here"]["metrics"] == summaries["there"]["metrics"]
+    samples = {name: [json.loads(line)["samples"] for line in text.splitlines()] for name, text in rows.items()}
+    assert [[each["completion"] for each in row] for row in samples["here"]] == [
+        [each["completion"] for each in row] for row in samples["there"]
     ]
-    assert found[1][1].logprobs.tolist() == [-0.5, -1.0]
+    engine = summaries["there"]["settings"]["engine"]
+    assert (engine["name"], engine["vllm"]) == ("VLLMServer", "0.0")
 
 
 def test_recipes_sample_through_it(policy: Policy, server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
