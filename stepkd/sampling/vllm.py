@@ -339,9 +339,7 @@ class VLLMEngine(Engine):
             "enable_sleep_mode": self._sleeps,
             "seed": 0,
         }
-        if (
-            dist.is_initialized() and "RANK" in os.environ
-        ):  # one engine a rank, in the group that is there
+        if dist.is_initialized() and "RANK" in os.environ:  # one engine a rank, in the group that is there
             settings["distributed_executor_backend"] = "external_launcher"
         try:
             with tempfile.TemporaryDirectory(prefix="stepkd-vllm-") as folder:
@@ -357,7 +355,7 @@ class VLLMEngine(Engine):
 
     def facts(self) -> dict[str, Any]:
         """See :meth:`~stepkd.sampling.engine.Engine.facts`."""
-        return {"version": self._vllm.__version__}
+        return {"vllm": self._vllm.__version__}
 
     def _describe(self, folder: Path) -> None:
         """Write the model's settings and tokenizer without its weights.

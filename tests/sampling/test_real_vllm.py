@@ -6,6 +6,7 @@ skipped; with it they fail where vLLM does not start. The variable is ``.ci/run`
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -242,3 +243,23 @@ def test_training_samples_from_its_own_weights(
         rows = [row for row in read_metrics(tmp_path / "run") if "train/sampler_mismatch_max" in row]
         assert [row["train/sampler_mismatch_max"] < 1e-4 for row in rows] == [True] * len(rows)
         assert rows
+
+
+@pytest.mark.parametrize("name", ["untied", "tied"])
+def test_the_engine_in_one_process(name: str, folders: dict[str, Path]) -> None:
+    """Three versions, keyed noise, prefixes, stop texts, a job's own model, and a sync that fails in silence."""
+    worker = Path(__file__).with_name("vllm_worker.py")
+    quiet = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [PYTHON, str(worker), str(folders[name])],
+        env={**os.environ, **quiet, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert max(found.pop("gaps")) < 1e-4
+    assert found.pop("caught").startswith("the engine does not sample from the weights of version 4")
+    assert found.pop("facts") == {"vllm": "0.30.0"}
+    assert found == {"greedy": [True] * 3, "keyed": True, "branches": True, "stop": True, "job": True}
