@@ -202,7 +202,7 @@ class Claim(pydantic.BaseModel):
     metrics: dict[Name, Annotated[str, Field(pattern=r"^\w+(\..+)?$")]]
     """Metric -> ``job.column``; the job may be a setting that refers to one."""
     arms: Annotated[dict[Name, Changes], Field(min_length=1)]
-    """Arm -> its settings, which go before those of the variant."""
+    """Arm -> its settings, which override those of the variant."""
     seeds: Seeds
     """Seeds, in the file's order."""
     quick: Quick

@@ -96,7 +96,7 @@ class RecipeChoice:
     recipe: tuple[str, ...]
     """Recipe of ``stepkd fit``, then its overlays: files, or names of ``stepkd recipes list``."""
     set: tuple[str, ...] = ()
-    """Settings of the recipe that go before it, each as KEY=VALUE, for instance model.init_args.chunk_size=256."""
+    """Settings that override the recipe's, each as KEY=VALUE, for instance model.init_args.chunk_size=256."""
 
     def recipe_words(self) -> list[str]:
         """The recipe and its settings as words of ``stepkd fit``.

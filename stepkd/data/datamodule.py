@@ -186,7 +186,7 @@ class StepData(LightningDataModule):
         except DataError as error:
             error.args = (f"data.{name}: {error}",)
             raise
-        if contract is None:  # a -1 in one split: 0 is neutral in all
+        if contract is None:  # a -1 in one split: 0 is neutral in those read after it
             self.ratings |= any("completions" in row and -1 in row["labels"] for row in rows)
         if spec.path and spec.hub:
             logger.warning("data.%s: %s is read, and hub: %s is not", name, spec.path, spec.hub)

@@ -47,7 +47,7 @@ class TrainConfig:
     recipes: list[str]
     """Recipes of ``stepkd fit``, in order: method, then overlays; files, or names of ``stepkd recipes list``."""
     overrides: dict[str, Any] = field(default_factory=dict)
-    """Training settings that go before the recipes', nested or with dotted names: trainer.max_steps: 100."""
+    """Training settings that override the recipes', nested or with dotted names: trainer.max_steps: 100."""
 
     def __post_init__(self) -> None:
         if not self.recipes:

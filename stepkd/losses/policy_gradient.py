@@ -115,7 +115,7 @@ def token_normalisation(
     ``grpo``             mean over completions of the mean over their tokens (arXiv 2402.03300)
     ``dapo``             mean over all tokens of the global batch (arXiv 2503.14476)
     ``group_token_mean`` mean over groups of the mean over all tokens of the group (KDRL, arXiv 2506.02208)
-    ``dr_grpo``          sum over tokens over completions times ``max_length`` (arXiv 2503.20783)
+    ``dr_grpo``          sum over all tokens / (completions * ``max_length``) (arXiv 2503.20783)
     ===================  ==============================================================================================
 
     Args:

@@ -1,8 +1,9 @@
-"""The only place where a loss is divided.
+"""The factors of all sums that a loss is made of, from counts over the whole optimiser step and all ranks.
 
 Every loss function in stepkd returns *named sums*. The denominators (how many tokens, steps or sequences) are counted
-before the first backward, per component, over the whole optimiser step and all ranks. Dividing here, once, makes the
-loss independent of padding, micro-batch split, chunk size and world size.
+before the first backward, per component, over the whole optimiser step and all ranks. Dividing once, by these,
+makes the loss independent of padding, micro-batch split, chunk size and world size. Weights within a sum (GRPO's 1/|y|)
+are the method's.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def clip_in_engine(strategy: Any, limit: float | None) -> None:
 
     Args:
         strategy: Lightning's, before it has read its settings.
-        limit: largest gradient norm; a ``gradient_clipping`` in DeepSpeed's own settings goes before it.
+        limit: largest gradient norm; a ``gradient_clipping`` in DeepSpeed's own settings overrides it.
     """
     config = getattr(strategy, "config", None)
     if type(strategy).__name__ == "DeepSpeedStrategy" and isinstance(config, dict) and limit:

@@ -1,7 +1,7 @@
 """Generalised knowledge distillation: a divergence from a teacher, on the student's own samples or given completions.
 
-The loss is :meth:`Distillation.terms`, of the functions in :data:`DIVERGENCES`; whose completions it reads is drawn for
-every optimiser step (:meth:`GKDModule.draw_source`).
+:meth:`Distillation.terms` computes the loss, with a function of :data:`DIVERGENCES`. Every optimiser step draws whose
+completions it reads (:meth:`GKDModule.draw_source`): the student's, the teacher's or the data's.
 
 Axes: B completions and N completion tokens of a micro-batch, C of one chunk, V vocabulary.
 """

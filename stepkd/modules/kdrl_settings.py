@@ -178,7 +178,8 @@ class SampledKL(_Term):
     """A term of its own from the sampled tokens' log-probabilities alone, by an estimator of the KL."""
 
     estimator: Literal["k1", "k2", "k3"] = "k2"
-    """What estimates the KL: ``k1``, ``k2`` or ``k3``; the paper takes k2, whose gradient is the reverse KL's."""
+    """What estimates the KL: ``k2`` is the paper's, whose expected gradient is the reverse KL's; that of ``k3`` is
+    the forward KL's, and that of ``k1`` is 0: it is there to compare with."""
 
 
 @dataclass(frozen=True)

@@ -44,8 +44,8 @@ class RewardConfig:
     name: str = "accuracy"
     """``accuracy``: 1 for the correct final answer. ``format``: 1 where ``pattern`` is found. ``length``: minus the
     share of ``limit`` by which a completion is longer than it. ``steps``: the mean (``reduce: min``: the lowest) score
-    of its steps by ``scorer``. Or a function in TRL's signature, or a factory of one: ``package.module:function``,
-    ``trl.rewards.accuracy_reward``; in Python also the function itself."""
+    of its steps by ``scorer``, 0 where none of them could be scored. Or a function in TRL's signature, or a factory of
+    one: ``package.module:function``, ``trl.rewards.accuracy_reward``; in Python also the function itself."""
     weight: float = 1.0
     """Factor in the sum."""
     options: dict[str, Option | list[Option] | dict[str, Option]] = field(default_factory=dict)

@@ -61,8 +61,8 @@ class SearchConfig:
     """What a correct solution's end adds to its value, and an incorrect one's takes away, at least 0; 1 is the range of
     the estimates."""
     damp_after: int | None = None
-    """Depth, at least 0, from which estimates are divided by the steps beyond it, against solutions that go on and on
-    (the released code has 3); the default does not divide them."""
+    """Depth, at least 0, against solutions that go on and on: a step's estimate is divided by how much deeper than this
+    the step before it is (the released code has 3); the default does not divide them."""
 
     def __post_init__(self) -> None:
         check_bounds(
@@ -185,7 +185,7 @@ def _walk(start: Node, settings: SearchConfig) -> Iterator[Node]:
         if node.terminal or node.depth >= limit:
             break
         if not node.children:
-            yield node
+            yield node  # the caller adds its children, where there are any
         if not node.children:
             break
         path.append(select(node, settings.exploration))

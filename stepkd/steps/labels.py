@@ -8,7 +8,7 @@ and stand in for whether the step is correct: an incorrect step from which the m
 
 On the way from a file to a loss four places apply the rule, in this order:
 
-1. ``_read_binary_labels`` (:mod:`stepkd.data.load`): whole numbers of a file without a -1 become booleans, 0 incorrect.
+1. ``_read_binary_labels`` (:mod:`stepkd.data.load`): whole numbers of rows without a -1 become booleans, 0 incorrect.
 2. ``StepData.ratings`` (:mod:`stepkd.data.datamodule`): a -1 in one split makes 0 neutral in those read after it.
 3. :class:`~stepkd.data.encode.LabelRule`: probabilities stay soft targets, and ``after_error`` begins behind the first
    step from which **no** continuation succeeded (:data:`ANY_SUCCESS`); ``harden`` is a threshold for both.

@@ -100,8 +100,8 @@ def fit(
     """Train as ``stepkd fit`` does; only progress is printed.
 
     Args:
-        recipes: files, or names of ``stepkd recipes list``; later ones go before earlier ones.
-        settings: nested as in a recipe, or by dotted name (``trainer.max_steps``); they go before all recipes.
+        recipes: files, or names of ``stepkd recipes list``; later ones override earlier ones.
+        settings: nested as in a recipe, or by dotted name (``trainer.max_steps``); they override all recipes.
         out: the run folder.
         resume: continue the run in it; starts fresh when there is nothing to continue.
         overwrite: delete what an earlier run left in it.

@@ -23,7 +23,7 @@ def _entry(name: str, settings: dict[str, Any]) -> Source:
 
 _TABLE = read_yaml(Path(__file__).parent.with_suffix(".yaml"), "table of data sources")
 SOURCES: dict[str, Source] = {name: _entry(name, _TABLE[name]) for name in sorted(_TABLE) if name != "shared"}
-"""All sources by name; a project may add one of its own."""
+"""All sources by name."""
 BENCHMARKS: dict[str, Benchmark] = {name: each for name, each in SOURCES.items() if isinstance(each, Benchmark)}
 """Those that models are evaluated on, by name."""
 
