@@ -17,7 +17,8 @@ from stepkd.steps.segment import Span
 Ids = NDArray[np.int64]
 Numbers = NDArray[np.float64]
 Finish = Literal["stop", "length"]
-_UNKNOWN: Any = None
+UNKNOWN: Any = None
+"""In place of numbers that nobody has."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,13 +32,13 @@ class Completion:
     """int64 ids of what it continues."""
     token_ids: Ids
     """int64 ids of its own, the end token included where there is one; none for a prompt to be sampled from."""
-    step_ends: Ids = _UNKNOWN
+    step_ends: Ids = UNKNOWN
     """int64 exclusive ends of its steps, which partition its tokens; until it is segmented it is one step."""
-    logprobs: Numbers = field(default=_UNKNOWN, kw_only=True)
+    logprobs: Numbers = field(default=UNKNOWN, kw_only=True)
     """Log-probability of each token under the distribution it was drawn from (after temperature, top-k and top-p); None
     where it was not drawn."""
-    raw_logprobs: Numbers = field(default=_UNKNOWN, kw_only=True)
-    """Log-probability of each token under the model at temperature 1, nothing cut off; NaN where an engine has none."""
+    raw_logprobs: Numbers = field(default=UNKNOWN, kw_only=True)
+    """Log-probability of each token under the model at temperature 1, nothing cut off; None: the engine has none."""
     finish: Finish = field(default="stop", kw_only=True)
     """``stop``: end token or stop string; ``length``: cut at max_new_tokens or the context's end."""
     text: str = field(default="", kw_only=True)

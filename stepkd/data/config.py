@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shlex
 from collections.abc import Iterable, Mapping
@@ -16,6 +17,8 @@ from stepkd.data.sources.source import Benchmark, Source
 from stepkd.errors import ConfigError, check_bounds, check_choice
 from stepkd.settings import build_settings
 from stepkd.yaml_files import nested
+
+logger = logging.getLogger(__name__)
 
 LABELS_NAME = "labels.jsonl"
 """What ``stepkd label`` writes its rows into."""
@@ -55,6 +58,11 @@ class DataConfig:
         source = get_source(self.source)
         source.settings(self.options)
         if source.generate is not None and (self.path is not None or self.hub is not None):
+            if self.options:
+                names = ", ".join(self.options)
+                logger.warning(
+                    "rows are read, not generated: options of source %s are not used (%s)", self.source, names
+                )
             object.__setattr__(self, "source", "rows")
             object.__setattr__(self, "options", {})
             source = get_source("rows")

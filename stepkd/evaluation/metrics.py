@@ -6,7 +6,7 @@ A result row is one problem::
     {"id": str, "index": int, "prompt": str, "answer": str,
      "samples": [{"completion": str, "extracted": str | None, "verdict": "correct" | "incorrect" | "unparsed" |
      "timeout",
-                  "tokens": int, "finish": "stop" | "length", "vote": str | None, "logprob": float,
+                  "tokens": int, "finish": "stop" | "length", "vote": str | None, "logprob": float | None,
                   "step_labels": [bool | None] | None}, ...]}
 
 ``vote`` is the key of the answer's equivalence class: equal keys are equal answers. The intervals and paired tests

@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 
 from stepkd.errors import ConfigError, check_choice
 
-EXTRACTOR_VERSION = "2"
+EXTRACTOR_VERSION = "3"
 """Written to the settings of evaluations; raised whenever an extraction rule changes, because rules move scores."""
 
 DEFAULT_EXTRACTORS: tuple[str, ...] = ("hash", "boxed", "answer_phrase", "latex", "last_number")

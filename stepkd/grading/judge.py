@@ -55,7 +55,7 @@ def judge(
             "tokens": len(completion.token_ids),
             "finish": completion.finish,
             "vote": vote,
-            "logprob": sum(completion.raw_logprobs.tolist()),
+            "logprob": None if completion.raw_logprobs is None else sum(completion.raw_logprobs.tolist()),
             "step_labels": step_labels(row, completion.text),
         }
         for (row, completion), grade, vote in zip(flat, grades, [key for keys in votes for key in keys], strict=True)
@@ -159,7 +159,9 @@ def completion_row(
         "correct": sample["verdict"] == "correct",
         "answer": row["answer"],
     }
-    if not np.array_equal(completion.raw_logprobs, completion.logprobs):
+    if completion.raw_logprobs is None:
+        result["raw_logprobs"] = None  # unknown, and not those of ``logprobs``
+    elif not np.array_equal(completion.raw_logprobs, completion.logprobs):
         result["raw_logprobs"] = completion.raw_logprobs.tolist()
     labels = sample["step_labels"] if steps is None else step_labels(row, completion.text, steps)
     if labels is not None and len(labels) == len(step_ends):

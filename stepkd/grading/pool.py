@@ -87,13 +87,13 @@ class GradingConfig:
 
     def decides(self) -> dict[str, Any]:
         """What of it decides verdicts, as a job records and compares it; extractors stand beside, as they are used."""
-        own = {} if self.grader is None else {"grader": {"name": self.grader, "sha256": own_grader(self.grader)[1]}}
+        own = {} if self.grader is None else {"grader": {"name": self.grader, "sha256": _file_hash(self.grader)}}
         return {name: getattr(self, name) for name in ("convention", "deadline_s", "memory_mb")} | own
 
 
 @cache
-def own_grader(name: str) -> tuple[Callable[[str, str, Mapping[str, Any]], bool | None], str]:
-    """A user's grader, and the sha256 of the file that defines it (of that file alone).
+def own_grader(name: str) -> tuple[Callable[[str, str, Mapping[str, Any]], bool | None], Path]:
+    """A user's grader, and the file that defines it.
 
     Args:
         name: its dotted name.
@@ -104,12 +104,18 @@ def own_grader(name: str) -> tuple[Callable[[str, str, Mapping[str, Any]], bool 
     function = imported(name, "grading.grader")
     try:
         inspect.signature(function).bind("text", "reference", {})
-        code = Path(str(sys.modules[function.__module__].__file__)).read_bytes()
+        file = Path(str(sys.modules[function.__module__].__file__))
+        file.stat()
     except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         raise ConfigError(
             f"grading.grader: {name!r} must be a function of a Python file that takes (text, reference, row): {error}"
         ) from error
-    return function, hashlib.sha256(code).hexdigest()
+    return function, file
+
+
+def _file_hash(name: str) -> str:
+    """The sha256 of the file of a user's grader (that file alone) as it is now: workers import it when they start."""
+    return hashlib.sha256(own_grader(name)[1].read_bytes()).hexdigest()
 
 
 class Verdict(StrEnum):

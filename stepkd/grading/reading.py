@@ -383,12 +383,24 @@ def _expression(text: str) -> Any:
         if not isinstance(expr, sympy.Expr):
             return None
         known = {number: sympy.Rational(str(number)) for number in expr.atoms(sympy.Float)}
+        known |= {each: sympy.Symbol(str(each)) for each in expr.atoms(*_WITH_VARIABLES) if _is_unknown(each)}
         known |= {call: sympy.Symbol(str(call)) for call in expr.atoms(AppliedUndef)}  # what x(t) is, nobody says
         return expr.subs(sympy.Symbol("i"), sympy.I).xreplace(known).doit()
     except MemoryError:
         raise
     except Exception:  # the grammar raises its own kinds, sympy others: either way, no expression
         return None
+
+
+_WITH_VARIABLES = (sympy.Derivative, sympy.Integral, sympy.Sum, sympy.Limit)
+
+
+def _is_unknown(operation: sympy.Expr) -> bool:
+    """Whether it is of a quantity that depends on the variable in a way nobody says: x(t), or x in dx/dt, which sympy
+    would take for a constant."""
+    of = operation.args[0]
+    is_plain = isinstance(operation, sympy.Derivative) and not set(operation.variables) <= of.free_symbols
+    return is_plain or bool(of.atoms(AppliedUndef))
 
 
 def _repeating(match: re.Match[str]) -> str:

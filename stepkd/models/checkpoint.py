@@ -96,7 +96,9 @@ def load_trained(
                 f"{path} is a run or an adapter, and an engine of its own loads whole models: export it (stepkd export "
                 f"{path} --to FOLDER), and let the engine and --model name the folder"
             )
-        return Policy(*load_outline(spec, dtype), spec, verify_head=False)
+        outline = Policy(*load_outline(spec, dtype), spec, verify_head=False)
+        outline.files = _files_fingerprint(Path(spec.path).expanduser())
+        return outline
     if quantization != "none" and checkpoint is not None and spec.lora is None:
         raise ModelError(
             f"{path} was trained in all weights, which a run keeps unquantised: export it (stepkd export) and "
@@ -150,9 +152,19 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
 
     Covers every parameter's name, shape and dtype and a thousand of its values, evenly spaced: enough to recognise a
     changed checkpoint in milliseconds, not a cryptographic proof. Of weights that another process holds it covers
-    names, shapes and dtypes.
+    the files they are read from; of the hub's names, shapes and dtypes.
     """
-    return parameters_fingerprint(model.named_parameters())
+    return getattr(model, "files", "") or parameters_fingerprint(model.named_parameters())
+
+
+def _files_fingerprint(path: Path) -> str:
+    """Short hash of the weights' files of a folder, or of a file; empty where there are none here (of the hub)."""
+    digest = hashlib.sha256()
+    files = [path] if path.is_file() else sorted([*path.glob("*.safetensors"), *path.glob("*.bin")])
+    for file in files:
+        with open(file, "rb") as stream:
+            digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:16] if files else ""
 
 
 def parameters_fingerprint(named: Iterable[tuple[str, torch.nn.Parameter]]) -> str:

@@ -204,10 +204,11 @@ def _attend_once(query_BA1D: Tensor, key_BKTD: Tensor, value_BKTD: Tensor, seen:
     many queries. Keys and values are contiguous, or they would be copied."""
     rows, heads = query_BA1D.shape[0], key_BKTD.shape[1]
     query_BKGD = query_BA1D.reshape(rows, heads, -1, query_BA1D.shape[-1])
-    scores_BKGT = query_BKGD @ key_BKTD.transpose(-1, -2)
+    # Scaled first: in float16 the product could be larger than that holds.
+    scores_BKGT = (query_BKGD * (scaling or key_BKTD.shape[-1] ** -0.5)) @ key_BKTD.transpose(-1, -2)
     if scores_BKGT.dtype != torch.float64:
         scores_BKGT = scores_BKGT.float()
-    scores_BKGT = scores_BKGT.mul_(scaling or key_BKTD.shape[-1] ** -0.5).masked_fill_(~seen, float("-inf"))
+    scores_BKGT = scores_BKGT.masked_fill_(~seen, float("-inf"))
     return (scores_BKGT.softmax(-1).to(value_BKTD.dtype) @ value_BKTD).view(rows, 1, -1, value_BKTD.shape[-1])
 
 

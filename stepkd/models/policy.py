@@ -56,6 +56,8 @@ class Policy(nn.Module):
         self.model = model
         self.tokenizer = tokenizer
         self.spec = spec
+        self.files = ""
+        """Hash of the weights' files where another process holds the weights."""
         self.training = model.training
         self.step_head: StepHead | None = None
         self._rows = int(self.causal_lm.get_output_embeddings().weight.shape[0])

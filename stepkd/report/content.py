@@ -215,8 +215,10 @@ def _label_plot(folder: Folder) -> Figure:
     summary, names = folder.summary, ("correct", "incorrect", "unlabelled")
     places = [at for at in summary["by_position"] if 100 * sum(at[name] for name in names) >= summary["labelled"]]
     stack = {name: [each[name] for each in places] for name in names}
-    mistaken = summary["correct_with_incorrect_step"]
-    words = f"{summary['correct_answers']:,} correct answers, {mistaken:,} of them with an incorrect step"
+    # Folders of before it had one name call it otherwise.
+    mistaken = summary.get("correct_with_incorrect_step", summary.get("correct_answers_with_an_incorrect_step"))
+    words = f"{summary['correct_answers']:,} correct answers"
+    words += f", {mistaken:,} of them with an incorrect step" * (mistaken is not None)
     words += "; without places that fewer than 1% reach" * (len(places) < len(summary["by_position"]))
     parts, ticks = bars(range(len(places) + 1), stack), {at + 0.5: str(at + 1) for at in range(len(places))}
     return plot(f"{folder.name}: {summary['labelled']:,} solutions", parts, "step", "steps", ticks=ticks, note=words)

@@ -210,8 +210,8 @@ class RunDir:
 
         config = newest_config(self.path)
         every = 1 if config is None else read_yaml(config, "run's settings")["checkpoint"]["every_n_steps"]
-        if every is None:  # it keeps none, and starts again whenever it is queued again
-            return False
+        if every is None:  # it keeps none, and starts again whenever it is queued again before its end
+            return marker.get("status") == "finished"
         if marker.get("status") in ("finished", "stopped"):
             return True
         if config is None or not (self.path / METRICS_FILE).is_file():

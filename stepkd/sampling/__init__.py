@@ -9,7 +9,7 @@ from stepkd.lazy import lazily
 _HOMES = {
     "annotate": "TokenSignals annotate",
     "config": "EngineConfig Transformers VLLM VLLMServer",
-    "decode": "draw sampling_logprobs",
+    "draw": "draw sampling_logprobs",
     "engine": "Branch BranchContinuations Engine SamplingConfig",
     "transformers_engine": "TransformersEngine sample",
 }

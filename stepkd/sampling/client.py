@@ -10,6 +10,7 @@ from __future__ import annotations
 import http.client
 import json
 import logging
+import math
 import os
 import threading
 import time
@@ -36,6 +37,8 @@ START = (
 )
 """How a server is started that samples, scores and takes weights."""
 _TOO_MANY, _LOADING = 429, (502, 503, 504)
+_LOOKS_EVERY_S = 5.0
+"""Seconds for which an address that gave no answer is passed over, where there are others."""
 
 
 class Client:
@@ -62,9 +65,11 @@ class Client:
         self.requests, self.timeout_s, self.gives_up = requests, timeout_s, gives_up
         self.restore: Callable[[str], None] | None = None
         """Called with an address that was away, before anything else is asked of it."""
-        self.model, self.max_length, self.version = "", 0, ""
+        self.model, self.root, self.max_length, self.version = "", "", 0, ""
         self._turn, self._lock = count(), threading.Lock()
-        self._away: set[str] = set()
+        self._away: dict[str, float] = {}
+        """Addresses that gave no answer, with the time at which they were last looked for."""
+        self._ended = False
         for url in self.urls:
             try:
                 self._patiently(self._greet, url)
@@ -84,8 +89,14 @@ class Client:
 
     def map(self, function: Callable[[T], Any], items: Sequence[T]) -> Iterator[Any]:
         """``function`` of every item, in order, at most ``requests`` at the same time; the first error ends it."""
+        self._ended = False
         with ThreadPoolExecutor(max_workers=self.requests) as pool:
-            yield from pool.map(function, items)
+            try:
+                yield from pool.map(function, items)
+            except BaseException:
+                self._ended = True  # nobody waits for the others
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
     def ask(self, path: str, body: Any = None, *, at: str | None = None) -> Any:
         """Post a JSON value (or get, without one) and read the answer.
@@ -150,15 +161,15 @@ class Client:
                 problem, away = str(getattr(error, "reason", error)) or type(error).__name__, True
             if away and url not in self._away:
                 logger.warning("%s: %s; waiting up to %g s for an answer", url, problem, self.timeout_s)
-                self._away.add(url)
+                self._away[url] = -math.inf
             waited = time.monotonic() - began
             is_over = waited > self.timeout_s and (at is not None or tries >= len(self.urls))
-            if is_over or (self.gives_up is not None and self.gives_up()):
+            if is_over or self._ended or (self.gives_up is not None and self.gives_up()):
                 raise MachineError(
                     f"no answer from the vLLM server at {at or ', '.join(self.urls)} within {waited:.0f} s "
                     f"({problem}): look at its log; where it is only slow, raise timeout_s or lower requests."
                 )
-            time.sleep(min(0.1 * 2**tries, 5.0, max(self.timeout_s - waited, 0.05)))
+            time.sleep(min(0.1 * 2 ** min(tries, 6), 5.0, max(self.timeout_s - waited, 0.05)))
 
     def _greet(self, url: str) -> None:
         """Ask an address what it serves, which must be what was served at first."""
@@ -167,7 +178,7 @@ class Client:
         served: dict[str, Any] = next((each for each in models if not each.get("parent")), {})
         name, length = str(served.get("id")), int(served.get("max_model_len") or 0)
         if not self.model:
-            self.model, self.max_length = name, length
+            self.model, self.max_length, self.root = name, length, str(served.get("root") or name)
             self.version = str(self.once(url, "/version", None, patience).get("version"))
         if (name, length) != (self.model, self.max_length):
             raise ConfigError(
@@ -177,12 +188,20 @@ class Client:
 
     def _come_back(self, url: str) -> None:
         """An address that was away may be another server now: it must serve the same, and is given what it had."""
+        if url not in self._away:
+            return
         with self._lock:
             if url in self._away:
-                self._greet(url)
+                if time.monotonic() - self._away[url] < _LOOKS_EVERY_S and len(self.urls) > 1:
+                    raise ConnectionError("no answer a moment ago")
+                try:
+                    self._greet(url)
+                except Exception:
+                    self._away[url] = time.monotonic()
+                    raise
                 if self.restore is not None:
                     self.restore(url)
-                self._away.discard(url)
+                del self._away[url]
 
 
 def _message(error: urllib.error.HTTPError) -> str:

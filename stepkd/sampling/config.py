@@ -1,4 +1,4 @@
-"""Where training samples: in this process, on a vLLM server, or in a vLLM engine on the training GPUs."""
+"""Where training and jobs sample: in this process, on vLLM servers, or in vLLM's engine in this process."""
 
 from __future__ import annotations
 
@@ -138,6 +138,6 @@ class VLLM(EngineConfig):
 
     def build(self, policy: Any, sampling: SamplingConfig, breaks_off: Callable[[], bool] | None = None) -> Engine:
         """See :meth:`EngineConfig.build`."""
-        from stepkd.sampling.vllm import VLLMEngine
+        from stepkd.sampling.vllm_engine import VLLMEngine
 
         return VLLMEngine(policy, self.gpu_memory, breaks_off=breaks_off)

@@ -135,7 +135,7 @@ class Engine(ABC):
     """Draws completions with a model, in this process or on a server.
 
     The noise of a sample is keyed by seed, purpose, step and global number, so that it does not depend on batch or
-    rank; :class:`~stepkd.sampling.vllm.VLLMEngine` alone does not key it. Subclasses define ``_draw``.
+    rank. Subclasses define ``_draw``.
     """
 
     policy: Any
@@ -252,7 +252,7 @@ class Engine(ABC):
     def _draw(
         self, wanted: Sequence[Wanted], spec: SamplingConfig, on_progress: Progress | None
     ) -> list[list[Completion]]:
-        """What :meth:`sample` gives."""
+        """What :meth:`generate` gives."""
 
 
 def decode_text(tokenizer: Any, token_ids: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""Samples and scores of vLLM: of servers, which are given the policy's weights in training, or in this process.
+"""Samples and scores of vLLM servers, which are given the policy's weights in training.
 
 A server needs nothing beside the standard library here (:mod:`stepkd.sampling.client`, whose ``START`` is how it is
 started). Its samples are keyed by a seed per prompt: in float32 a run repeats on it, in narrower types as far as its
@@ -7,29 +7,22 @@ kernels do not depend on the company a request has. They are not those that the 
 
 from __future__ import annotations
 
-import copy
-import math
 import os
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from stepkd.data.completion import Completion, Finish, Ids, Numbers
-from stepkd.errors import ConfigError, ModelError, StepkdError
+from stepkd.data.completion import UNKNOWN, Completion, Finish, Ids, Numbers
+from stepkd.errors import ConfigError, MachineError, ModelError, StepkdError
 from stepkd.models.policy import Policy
 from stepkd.randomness import stream_key
 from stepkd.sampling.annotate import sampled_logps
 from stepkd.sampling.client import START, Client
 from stepkd.sampling.engine import Engine, Progress, SamplingConfig, Wanted, before_stop, decode_text
-from stepkd.sampling.weights import WeightSender, check_mergeable, merged_weights
+from stepkd.sampling.weights import WeightSender
 
 WATCHED = 16
 """Completions of every batch that are compared."""
@@ -39,7 +32,7 @@ MOST_NOISE = 0.25
 """Nats a token beyond which an engine is not the policy's: bfloat16 has 0.05, a 4-bit policy 0.1 to 0.2."""
 
 
-def _to_completion(
+def to_completion(
     policy: Policy,
     spec: SamplingConfig,
     place: tuple[int, int],
@@ -80,7 +73,7 @@ def _to_completion(
         np.asarray(prompt),
         np.asarray(ids),
         logprobs=np.zeros_like(values) if spec.temperature == 0 else values,
-        raw_logprobs=values if _is_plain(spec) else np.full_like(values, math.nan),
+        raw_logprobs=values if _is_plain(spec) else UNKNOWN,
         finish=finish,
         text=cut,
         sample=sample,
@@ -156,7 +149,20 @@ class ServerEngine(Engine):
 
     def __post_init__(self) -> None:
         self._sender: WeightSender | None = None
-        self._watch = _Watch(self.policy)
+        self._watch = FollowCheck(self.policy)
+        if self.policy.device.type == "meta":  # a job, which is of what the server serves
+            self._check_model()
+
+    def _check_model(self) -> None:
+        """Refuse a server of another model than the job's; the job's context is the server's."""
+        assert self.policy.spec is not None
+        path, served = self.policy.spec.path, {self.client.model, self.client.root}
+        if path not in served and os.path.realpath(path) not in map(os.path.realpath, served):
+            raise ConfigError(
+                f"the vLLM server at {self.client.urls[0]} serves {self.client.model!r}, and this job is of {path!r}: "
+                f"start the server with that model, or with --served-model-name {path} where it has another path there"
+            )
+        self.policy.causal_lm.config.get_text_config().max_position_embeddings = self.max_length
 
     @property
     def max_length(self) -> int | None:
@@ -167,7 +173,12 @@ class ServerEngine(Engine):
     def facts(self) -> dict[str, Any]:
         """The server's build, model, and what it says of its numbers."""
         model = self.client.info.get("model_config", {})
-        return {"vllm": self.client.version, "served_model": self.client.model, "dtype": str(model.get("dtype"))}
+        return {
+            "vllm": self.client.version,
+            "served_model": self.client.model,
+            "context": self.client.max_length,
+            **{name: str(model.get(name)) for name in ("dtype", "quantization")},
+        }
 
     def score(self, completions: Sequence[Completion], top_k: int) -> list[Scores]:
         """What the model says of completions; see :func:`served_scores`."""
@@ -183,6 +194,8 @@ class ServerEngine(Engine):
                 said = [self._sender.send(version)]
             except StepkdError as error:
                 said = [error]
+            except Exception as error:  # other ranks wait for what is said here
+                said = [ModelError(f"the weights were not sent: {type(error).__name__}: {error}")]
         if dist.is_initialized():
             dist.broadcast_object_list(said)
         if isinstance(said[0], StepkdError):
@@ -204,7 +217,7 @@ class ServerEngine(Engine):
             found.append(row)
             if on_progress is not None:
                 on_progress(spec.n)
-        if self._version is not None:
+        if self._version is not None and not (self.breaks_off is not None and self.breaks_off()):
             self._watch([each for row in found for each in row], spec, f"version {self._version} ({self.client.name})")
         return found
 
@@ -228,14 +241,22 @@ class ServerEngine(Engine):
             "stop": list(spec.stop),
             "include_stop_str_in_output": True,
         }
-        choices = sorted(self.client.ask("/v1/completions", body)["choices"], key=lambda each: int(each["index"]))
+        try:
+            answer = self.client.ask("/v1/completions", body)
+        except MachineError:
+            if self.breaks_off is None or not self.breaks_off():
+                raise
+            # The server got the same warning and went first: the step is given up, and the one before it saved.
+            end = min(self.policy.eos_ids)
+            return [to_completion(self.policy, spec, (number, j), prompt, [end], [0.0], limit) for j in range(spec.n)]
+        choices = sorted(answer["choices"], key=lambda each: int(each["index"]))
         if len(choices) != spec.n or any(each.get("prompt_token_ids") != prompt for each in choices):
             raise ModelError(
                 f"the vLLM server at {self.client.urls[0]} answered prompt {number} with {len(choices)} completions in "
                 f"place of {spec.n}, or with those of another prompt: does it hold the policy's model, and is it vLLM?"
             )
         return [
-            _to_completion(
+            to_completion(
                 self.policy, spec, (number, j), prompt, each["token_ids"], each["logprobs"]["token_logprobs"], limit
             )
             for j, each in enumerate(choices)
@@ -254,7 +275,7 @@ class ServerEngine(Engine):
             )
 
 
-class _Watch:
+class FollowCheck:
     """Stops a run whose engine does not follow the weights that it was given.
 
     What samples say of themselves is compared with what the trainer says of them. How far the two are apart after the
@@ -270,7 +291,9 @@ class _Watch:
     def __call__(self, drawn: Sequence[Completion], spec: SamplingConfig, which: str) -> None:
         if not drawn or spec.temperature == 0 or spec.top_p < 1 or spec.top_k:
             return
-        some = drawn[:: -(-len(drawn) // WATCHED)]
+        # Not every so manieth: servers are asked in turn, and one of them could be left out.
+        chosen = np.random.default_rng(len(drawn)).choice(len(drawn), min(WATCHED, len(drawn)), replace=False)
+        some = [drawn[i] for i in sorted(chosen)]
         gap = _distance(self._trainers(some, spec), np.concatenate([each.logprobs for each in some]))
         if self.noise is None:
             self.noise, self._first, self._spec = max(gap, LEAST_NOISE), some, spec
@@ -296,129 +319,3 @@ class _Watch:
 
 def _distance(a: Numbers, b: Numbers) -> float:
     return float(np.abs(a - b).mean())
-
-
-class VLLMEngine(Engine):
-    """vLLM's engine in this process, with its prefix cache: on every rank's GPU, or on the CPU.
-
-    In training it begins without weights, and is given the policy's at the first :meth:`update` and at every later one;
-    a job has it load the model, of which this process then holds nothing else.
-
-    Args:
-        policy: whose weights are sampled from, and whose tokenizer decodes.
-        gpu_memory: share of the GPU's memory that it may take.
-        breaks_off: asked before prompts are given to it; once it says yes, they get one token of nothing more.
-
-    Raises:
-        ConfigError: vLLM is not installed, or cannot start with this model.
-    """
-
-    def __init__(
-        self, policy: Policy, gpu_memory: float = 0.3, *, breaks_off: Callable[[], bool] | None = None
-    ) -> None:
-        self.policy, self.breaks_off = policy, breaks_off
-        self._trains = policy.device.type != "meta"
-        self._watch = _Watch(policy)
-        on_cpu = not torch.cuda.is_available()
-        self._sleeps = self._trains and not on_cpu
-        """Whether its weights and caches leave the GPU while the trainer works there."""
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # weights are handed over within this process
-        try:
-            vllm = import_module("vllm")
-        except ImportError as error:
-            raise ConfigError(f"engine VLLM needs vLLM (pip install 'stepkd[vllm]'): {error}") from error
-        self._vllm = vllm
-        settings: dict[str, Any] = {
-            "dtype": str(next(policy.parameters()).dtype).removeprefix("torch."),
-            "max_model_len": policy.max_length,
-            "gpu_memory_utilization": gpu_memory,
-            "enable_prefix_caching": True,
-            "enforce_eager": on_cpu,
-            "enable_chunked_prefill": not on_cpu,  # its CPU engine dies of a seed where it splits a prompt
-            "logprobs_mode": "processed_logprobs",
-            "enable_sleep_mode": self._sleeps,
-            "seed": 0,
-        }
-        if dist.is_initialized() and "RANK" in os.environ:  # one engine a rank, in the group that is there
-            settings["distributed_executor_backend"] = "external_launcher"
-        try:
-            with tempfile.TemporaryDirectory(prefix="stepkd-vllm-") as folder:
-                if self._trains:
-                    self._describe(Path(folder))
-                    settings |= {"model": folder, "load_format": "dummy"}
-                else:
-                    assert policy.spec is not None
-                    settings |= {"model": policy.spec.path, "revision": policy.spec.revision}
-                self.llm = vllm.LLM(**settings)
-        except (RuntimeError, ValueError) as error:
-            raise ConfigError(f"vLLM does not start with {settings['model']}: {error}") from error
-
-    def facts(self) -> dict[str, Any]:
-        """See :meth:`~stepkd.sampling.engine.Engine.facts`."""
-        return {"vllm": self._vllm.__version__}
-
-    def _describe(self, folder: Path) -> None:
-        """Write the model's settings and tokenizer without its weights.
-
-        Embeddings and head stand apart there: of a shared head vLLM's CPU engine keeps a packed copy, which stays old.
-        """
-        check_mergeable(self.policy.model)
-        config = copy.deepcopy(self.policy.causal_lm.config)
-        config.tie_word_embeddings = False
-        config.save_pretrained(folder)
-        self.policy.tokenizer.save_pretrained(folder)
-
-    def _weights(self) -> Iterator[tuple[str, Tensor]]:
-        yield from merged_weights(self.policy.model)
-        embeddings, head = self.policy.causal_lm.get_input_embeddings(), self.policy.causal_lm.get_output_embeddings()
-        if head.weight is embeddings.weight:
-            yield "lm_head.weight", head.weight.detach()
-
-    def _send(self, version: int) -> None:
-        if self._sleeps and self._version is not None:
-            self.llm.wake_up()
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._weights()})
-        self.llm.reset_prefix_cache()
-
-    def _draw(
-        self, wanted: Sequence[Wanted], spec: SamplingConfig, on_progress: Progress | None
-    ) -> list[list[Completion]]:
-        over = self.breaks_off is not None and self.breaks_off()
-        limits = [1 if over else each.limit for each in wanted]
-        how = [
-            self._vllm.SamplingParams(
-                n=spec.n,
-                temperature=spec.temperature,
-                top_p=spec.top_p,
-                top_k=spec.top_k,
-                max_tokens=limit,
-                logprobs=0,
-                seed=stream_key(spec.seed, str(each.key[0]), *each.key[1:]) % 2**31 if spec.temperature else None,
-                stop=list(spec.stop),
-                include_stop_str_in_output=True,
-                stop_token_ids=sorted(self.policy.eos_ids),
-                skip_special_tokens=False,
-                detokenize=bool(spec.stop),
-            )
-            for each, limit in zip(wanted, limits, strict=True)
-        ]
-        if self._sleeps:
-            self.llm.wake_up()
-        answers = self.llm.generate([{"prompt_token_ids": each.prompt} for each in wanted], how, use_tqdm=False)
-        if self._sleeps:
-            self.llm.sleep(level=1)
-        if on_progress is not None:
-            on_progress(spec.n * len(answers))
-        drawn = [
-            [
-                _to_completion(
-                    self.policy, spec, (number, j), each.prompt, list(own.token_ids),
-                    [at[i].logprob for i, at in zip(own.token_ids, own.logprobs, strict=True)], limit,
-                )
-                for j, own in enumerate(sorted(answer.outputs, key=lambda own: own.index))
-            ]
-            for number, (each, limit, answer) in enumerate(zip(wanted, limits, answers, strict=True))
-        ]  # fmt: skip
-        if self._version is not None:
-            self._watch([each for row in drawn for each in row], spec, f"version {self._version}")
-        return drawn

@@ -82,7 +82,9 @@ class WeightSender:
         folder = Path(self._folder.name) / name
         try:
             if self._as_adapter:
-                self.policy.model.save_pretrained(folder, save_embedding_layers=False)
+                # Given by name: the model's own state_dict() would shard it again on this rank alone.
+                state = {name: parameter.detach() for name, parameter in self.policy.model.named_parameters()}
+                self.policy.model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
             else:
                 check_mergeable(self.policy.model)
                 with _without_bar():

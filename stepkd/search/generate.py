@@ -165,6 +165,12 @@ class SampledSteps:
         drawn = self.engine.generate(prompts, spec, purpose=purpose, indices=indices)
         for group, continuations in zip(drafts, drawn, strict=True):
             for draft, continuation in zip(group, continuations, strict=True):
+                if continuation.raw_logprobs is None:
+                    raise ConfigError(
+                        "search weighs steps by the model's own log-probabilities, and this engine has none where "
+                        f"temperature is {self.sampling.temperature:g}, top_p {self.sampling.top_p:g} and top_k "
+                        f"{self.sampling.top_k}: take temperature 1 without cuts, or --engine Transformers"
+                    )
                 draft.token_ids += continuation.token_ids.tolist()
                 draft.raw_logprobs += continuation.raw_logprobs.tolist()
                 draft.finish = continuation.finish

@@ -350,7 +350,7 @@ class StepkdCLI(LightningCLI):
             if isinstance(spec, Namespace) and "source" in spec and spec.path:  # of the rows that are read
                 with suppress(ConfigError):  # which is told where the data is built
                     read = DataConfig(**spec.as_dict())
-                    spec.update(Namespace(source=read.source, options=read.options, hub=None, hub_config=None))
+                    spec.update(Namespace(source=read.source, options=read.options, hub=None))
         parser = self._parser(self.subcommand)
         return str(parser.dump(config, skip_unset=False, skip_link_targets=False, skip_validation=True))
 

@@ -110,10 +110,11 @@ def test_commands_take_the_settings_of_every_job(path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("path", CLAIMS, ids=lambda path: path.stem)
 def test_stepkd_fit_takes_the_training_of_every_arm(path: Path) -> None:
-    """A teacher's cache must be there before a training can read it; the quick version has other numbers only."""
-    for kind, settings in claim_of(path).wanted():
-        if kind == "fit" and "Cached" not in str(settings):
-            assert taken(kind, json.dumps(settings))
+    """A teacher's cache must be there before a training can read it."""
+    for quick in (False, True):
+        for kind, settings in claim_of(path, quick=quick).wanted():
+            if kind == "fit" and "Cached" not in str(settings):
+                assert taken(kind, json.dumps(settings))
 
 
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:

@@ -284,7 +284,7 @@ def test_a_runs_settings_are_of_the_rows_that_are_read(recipe: str, monkeypatch:
         monkeypatch.setattr(StepkdCLI, name, lambda *arguments: None)
     assert main(["fit", "--config", recipe, "--data.train.path", "mine.jsonl", "--out", "runs/x"]) == 0
     data = yaml.safe_load(texts[0])["data"]["init_args"]
-    wanted = {"source": "rows", "path": "mine.jsonl", "hub": None, "hub_config": None, "options": {}}
+    wanted = {"source": "rows", "path": "mine.jsonl", "hub": None, "options": {}}
     assert {name: data["train"][name] for name in wanted} == wanted
     assert data["validation"]["source"] == ("task" if recipe == "tiny/prm" else "rows"), "which no file was given for"
 

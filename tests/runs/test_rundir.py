@@ -204,6 +204,9 @@ def test_a_run_that_keeps_no_checkpoints_starts_again(tmp_path: Path, ended: Any
     if ended is not None:
         run.mark(ended)
     assert start(run.path, resume=True).resume_from is None
+    run.mark("finished")
+    with pytest.raises(ConfigError, match="has trained and has no whole checkpoint left"):
+        start(run.path, resume=True)
 
 
 def test_a_lost_last_checkpoint_says_where_the_run_goes_on(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from stepkd.data.completion import Completion
 from stepkd.errors import ConfigError, DataError, ModelError
 from stepkd.models.policy import Policy
 from stepkd.models.spec import build_tiny, tiny_tokenizer
-from stepkd.sampling.decode import Decoder, sampling_logprobs
+from stepkd.sampling.decode import Decoder
+from stepkd.sampling.draw import sampling_logprobs
 from stepkd.sampling.engine import SamplingConfig
 from stepkd.sampling.transformers_engine import TransformersEngine
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepkd.errors import ConfigError
-from stepkd.sampling.decode import draw, sampling_logprobs
+from stepkd.sampling.draw import draw, sampling_logprobs
 from stepkd.sampling.engine import SamplingConfig
 
 

@@ -13,9 +13,13 @@ from typing import Any
 import pytest
 import torch
 
+from stepkd.data.config import LABELS_NAME
 from stepkd.errors import ConfigError, DataError, MachineError, ModelError
 from stepkd.evaluation.config import EvaluateConfig
 from stepkd.evaluation.runner import evaluate
+from stepkd.labels.job import run_label_job, run_pair_job
+from stepkd.labels.labellers import TaskChecker
+from stepkd.labels.settings import ContinuationShare, LabelConfig, Sampled, TreePairConfig
 from stepkd.models.checkpoint import load_trained
 from stepkd.models.policy import Policy
 from stepkd.models.spec import LoRAConfig, PolicyConfig
@@ -103,7 +107,7 @@ def test_noise_is_keyed_by_prompt_and_step(policy: Policy, server: Any) -> None:
 def test_other_temperatures_need_the_correct_log_probabilities(policy: Policy, server: Any) -> None:
     spec = SamplingConfig(temperature=0.7, max_new_tokens=4)
     found = engine(policy, server).generate(prompts(policy)[:1], spec)[0][0]
-    assert all(value != value for value in found.raw_logprobs)
+    assert found.raw_logprobs is None
     server.config["model_config"]["logprobs_mode"] = "raw_logprobs"
     with pytest.raises(ConfigError, match=r"gives raw_logprobs.*--logprobs-mode processed_logprobs"):
         engine(policy, server).generate(prompts(policy)[:1], spec)
@@ -532,6 +536,58 @@ def test_the_engine_in_this_process(policy: Policy, trains: bool, monkeypatch: p
     assert len(ours.generate(prompts(policy), SPEC, purpose="other")[0][0].token_ids) > 0
     ended = VLLM().build(policy, SPEC, lambda: True).generate(prompts(policy), SPEC)
     assert {len(each.token_ids) for row in ended for each in row} == {1}
+
+
+def test_a_job_at_the_fields_temperature(policy: Policy, server: Any, tmp_path: Path) -> None:
+    """A server's log-probabilities are then not the model's: they are left open, and nothing fails at them."""
+    assert policy.spec is not None
+    engine, path = VLLMServer(server.address, requests=4), policy.spec.path
+    drawn = SamplingConfig(n=2, temperature=0.6, top_p=0.95, max_new_tokens=8)
+    data = "task:task=modular:terms=3,n=3"
+    evaluated = EvaluateConfig(
+        model=path,
+        benchmark="task",
+        data=data[5:],
+        device="cpu",
+        sampling=drawn,
+        engine=engine,
+        out=str(tmp_path / "a"),
+    )
+    assert evaluate(evaluated)["samples"] == 6
+    row = json.loads((tmp_path / "a" / "results.jsonl").read_text().splitlines()[0])
+    assert [each["logprob"] for each in row["samples"]] == [None, None]
+    solutions = Sampled(problems=data, model=path, sampling=drawn, dedupe=False)
+    labels = LabelConfig(
+        out=str(tmp_path / "b"), solutions=solutions, labeller=TaskChecker(), engine=engine, device="cpu"
+    )
+    assert run_label_job(labels)
+    rows = [json.loads(line) for line in (tmp_path / "b" / LABELS_NAME).read_text().splitlines()]
+    assert [each["raw_logprobs"] for each in rows] == [None] * 6
+    tree = TreePairConfig(
+        out=str(tmp_path / "c"),
+        problems=data,
+        model=path,
+        value=ContinuationShare(),
+        sampling=drawn,
+        engine=engine,
+        device="cpu",
+    )
+    with pytest.raises(ConfigError, match=r"temperature is 0.6, top_p 0.95 and top_k 0: take temperature 1"):
+        run_pair_job(tree)
+
+
+def test_a_job_of_another_model_than_the_servers_is_refused(policy: Policy, server: Any, tmp_path: Path) -> None:
+    policy.model.save_pretrained(tmp_path / "other")
+    policy.tokenizer.save_pretrained(tmp_path / "other")
+    outline = load_trained(str(tmp_path / "other"), weights=False)
+    with pytest.raises(
+        ConfigError, match=r"serves '.*', and this job is of '.*other': start the server with that model"
+    ):
+        VLLMServer(server.address).build(outline, SPEC)
+    server.context = 64
+    assert policy.spec is not None
+    engine = VLLMServer(server.address).build(load_trained(policy.spec.path, weights=False), SPEC)
+    assert (engine.max_length, engine.policy.max_length) == (64, 64)
 
 
 def test_an_evaluation_through_a_server_reads_no_weights(policy: Policy, server: Any, tmp_path: Path) -> None:
