@@ -72,6 +72,7 @@ def test_what_names_foreign_code_is_refused(evil: tuple[Path, Path]) -> None:
         assert expected in line
 
 
+@pytest.mark.slow
 def test_stepkds_own_recipes_run(evil: tuple[Path, Path]) -> None:
     folder, mark = evil
     strategy = "--config recipes/strategy/single.yaml"

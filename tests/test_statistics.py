@@ -269,6 +269,7 @@ def test_pairs_cancel_what_both_arms_share() -> None:
     assert estimate.decides.high == pytest.approx(0.25)
 
 
+@pytest.mark.slow
 def test_coverage_of_simulated_seeds() -> None:
     """True gain 0.1; seeds vary by 0.05, problems by a coin each: 5 seeds of 40 problems."""
     rng = np.random.default_rng(3)

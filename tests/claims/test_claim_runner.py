@@ -94,7 +94,7 @@ def test_a_second_call_does_nothing_and_more_seeds_only_themselves(write_claim: 
     assert calls(out) == {f"main/seed-{seed}": 2 for seed in range(3)}
 
 
-@pytest.mark.parametrize("sign", ["SIGKILL", "SIGTERM"])
+@pytest.mark.parametrize("sign", [pytest.param("SIGKILL", marks=pytest.mark.slow), "SIGTERM"])
 def test_killed_and_resumed(write_claim: Write, code_folder: Path, tmp_path: Path, sign: str) -> None:
     """A signal in the second arm of the third seed: what was done before is not repeated, and the end is the same."""
     path = write_claim(settings={"kill_at": 2})

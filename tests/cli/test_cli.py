@@ -408,6 +408,7 @@ def test_recipes_run_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert (type(module).__name__, type(data).__name__) == ("SFTModule", "StepData")
 
 
+@pytest.mark.slow
 def test_a_run_or_an_export_is_taken_wherever_a_model_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

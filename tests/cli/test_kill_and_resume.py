@@ -69,6 +69,7 @@ def test_one_rank_is_asked_and_all_stop(kept: Callable[[str], Any]) -> None:
     assert_alike(made, "asked", made.whole(ranks=2))
 
 
+@pytest.mark.slow
 def test_sampling_breaks_off(runs: Callable[[str], Any]) -> None:
     """A request in the middle of a rollout ends it within a token, gives up the batch, and keeps the steps before."""
     made = runs("kdrl")

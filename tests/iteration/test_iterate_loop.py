@@ -179,6 +179,7 @@ def test_interrupted_after_every_stage(
     assert sorted(Counter(drawn.values()).items()) == [(1, 16), (2, 6)]
 
 
+@pytest.mark.slow
 def test_more_iterations_go_on_from_the_last(
     whole: tuple[Path, dict[str, Any]], settings: Path, tmp_path: Path
 ) -> None:

@@ -178,7 +178,7 @@ def test_every_dropout_is_off_at_step_zero(rows: Path, tmp_path: Path) -> None:
 # --- resume --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize("cache", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_resumed_run_ends_with_the_same_weights(cache: bool, rows: Path, tmp_path: Path) -> None:
     """Running averages of the points included; the reference is the policy as it started, not as it was resumed."""
     how: dict[str, Any] = {"reference_point": ReferencePointConfig(step="per_index")}

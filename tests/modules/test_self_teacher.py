@@ -154,7 +154,14 @@ def test_shares() -> None:
         Mixed().term_weights(0, None)
 
 
-@pytest.mark.parametrize("teacher", [["SelfSnapshot"], ["SelfSnapshot", "every", "2"], ["SelfAverage", "decay", "0.6"]])
+@pytest.mark.parametrize(
+    "teacher",
+    [
+        pytest.param(["SelfSnapshot"], marks=pytest.mark.slow),
+        ["SelfSnapshot", "every", "2"],
+        pytest.param(["SelfAverage", "decay", "0.6"], marks=pytest.mark.slow),
+    ],
+)
 def test_a_resumed_run_ends_alike(teacher: list[str], tmp_path: Path) -> None:
     def fit(out: str, steps: int, *more: str) -> dict[str, torch.Tensor]:
         arguments = [

@@ -163,6 +163,7 @@ def test_filters_count_all_solutions_and_the_page_holds_some(quickstart: Path) -
     assert page(quickstart, most=0).data == []
 
 
+@pytest.mark.slow
 def test_500_long_solutions_stay_below_5_mb(tmp_path: Path) -> None:
     rows = []
     for number in range(500):

@@ -340,12 +340,14 @@ def launch(
     return sorted(results, key=lambda result: result.get("rank", 0))
 
 
+@pytest.mark.slow
 def test_real_torchrun(tmp_path: Path, repo_root: Path) -> None:
     results = launch(["torch.distributed.run", "--nproc_per_node", "2"], tmp_path, repo_root)
     expected = {"launcher": "elastic", "world": 2, "devices": 2, "num_nodes": 1, "accelerator": "auto"}
     assert results == [{"rank": rank, **expected} for rank in (0, 1)]
 
 
+@pytest.mark.slow
 def test_real_accelerate_multi_gpu(tmp_path: Path, repo_root: Path) -> None:
     pytest.importorskip("accelerate")
     command = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
@@ -360,6 +362,7 @@ def test_real_accelerate_multi_gpu(tmp_path: Path, repo_root: Path) -> None:
 CLUSTER = Path(__file__).resolve().parents[2] / "recipes" / "cluster"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("machines", [1, 2])
 def test_the_files_for_accelerate_start_two_processes_on_cpus(machines: int, tmp_path: Path, repo_root: Path) -> None:
     """Two processes in place of eight or sixteen, on one machine; two agents stand in for two machines."""
@@ -376,6 +379,7 @@ def test_the_files_for_accelerate_start_two_processes_on_cpus(machines: int, tmp
     assert results == [{"rank": rank, **expected} for rank in (0, 1)]
 
 
+@pytest.mark.slow
 def test_real_accelerate_cpu_with_two_processes(tmp_path: Path, repo_root: Path) -> None:
     pytest.importorskip("accelerate")
     results = launch(["accelerate.commands.launch", "--cpu", "--num_processes", "2"], tmp_path, repo_root)
@@ -383,6 +387,7 @@ def test_real_accelerate_cpu_with_two_processes(tmp_path: Path, repo_root: Path)
     assert "asked for 2 processes but starts one plain process" in results[0]["error"]
 
 
+@pytest.mark.slow
 def test_real_accelerate_cpu_with_one_process(tmp_path: Path, repo_root: Path) -> None:
     pytest.importorskip("accelerate")
     command = ["accelerate.commands.launch", "--config_file", str(CLUSTER / "accelerate_1gpu.yaml"), "--cpu"]

@@ -87,7 +87,7 @@ def test_shape_of_the_answer(policy: Policy, some: list[Branch]) -> None:
     assert TransformersEngine(policy).continue_branches([Branch([5], [], 0)], SPEC) == [BranchContinuations((), 0)]
 
 
-@pytest.mark.parametrize("max_rows", [1, 7, 64])
+@pytest.mark.parametrize("max_rows", [pytest.param(1, marks=pytest.mark.slow), 7, 64])
 @pytest.mark.parametrize("settings_", [{}, {"temperature": 0}, {"temperature": 1.3, "top_k": 20, "top_p": 0.9}])
 def test_shared_reading_changes_nothing(
     policy: Policy, some: list[Branch], max_rows: int, settings_: dict[str, Any]

@@ -44,6 +44,7 @@ def shape(node: Node) -> Any:
     return own, node.visits, round(node.q, 9), node.correct, [shape(child) for child in node.children]
 
 
+@pytest.mark.slow
 def test_trees_do_not_depend_on_what_else_is_searched(policy: Policy) -> None:
     texts = {0: "1+2=", 4: "a much longer problem: 17*3+4=", 7: "9"}
     problems = [

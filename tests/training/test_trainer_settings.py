@@ -116,6 +116,7 @@ def test_callbacks_that_need_automatic_optimisation_are_refused_by_name(name: st
             check_trainer_settings({"max_steps": 1, "callbacks": given}, "fit")
 
 
+@pytest.mark.slow
 def test_overfitting_can_be_had_with_the_setting_that_the_message_names(trained: Callable[..., Any]) -> None:
     with pytest.raises(ConfigError, match=r"overfit_batches: 1 has no effect here: set data\.init_args\.train\.limit"):
         trained(max_epochs=3, overfit_batches=1)
