@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 import importlib
 import pkgutil
@@ -79,6 +80,7 @@ NOT_YET: dict[str, set[str]] = {}
 """Arrows that still point up."""
 
 
+@functools.cache
 def _imports() -> dict[str, set[str]]:
     """Every module's imports of stepkd: at the top, in functions, and under TYPE_CHECKING."""
     root = Path(stepkd.__path__[0])

@@ -25,8 +25,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@functools.cache
 def public_names() -> dict[str, list[ast.ClassDef | ast.FunctionDef]]:
-    """Module -> the classes and functions that it defines without an underscore; of all rooms but the command line."""
+    """Module -> the classes and functions that it defines without an underscore; all but the command line."""
     paths = [path for path in sorted((ROOT / "stepkd").rglob("*.py")) if path.parent.name != "cli"]
     found = {}
     for path in paths:

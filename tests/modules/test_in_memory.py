@@ -99,7 +99,9 @@ def test_loss_and_gradients_are_those_of_a_training_step(name: str) -> None:
     assert norm > 0
 
 
-@pytest.mark.parametrize("name", ["step kto", "step kto cached", "self", "kdrl"])
+@pytest.mark.parametrize(
+    "name", ["step kto", *(pytest.param(each, marks=pytest.mark.slow) for each in ("step kto cached", "self")), "kdrl"]
+)
 def test_training_is_the_same_after_it(name: str) -> None:
     rows, module = METHODS[name][1], made(name)
     module.loss(rows[::-1] + rows, template="task")

@@ -191,6 +191,7 @@ def test_a_resumed_run_ends_alike(teacher: list[str], tmp_path: Path) -> None:
     assert any(not torch.equal(whole[name], whole[f"t.{name.removeprefix('policy.')}"]) for name in trained)
 
 
+@pytest.mark.slow
 def test_validation_reads_the_teacher_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [
         *("--config", "recipes/tiny/self_distill.yaml", "--config", "recipes/base/tiny.yaml"),

@@ -161,6 +161,7 @@ def test_a_plain_run_has_every_switch_off(trained: Callable[..., Any], tmp_path:
     assert "Trainable params" not in text
 
 
+@pytest.mark.slow
 def test_switches_take_effect(trained: Callable[..., Any], tmp_path: Path, capfd: Any, caplog: Any) -> None:
     caplog.set_level("INFO")
     watcher = trained(
