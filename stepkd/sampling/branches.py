@@ -84,7 +84,7 @@ def continued(
     limit: float,
     on_progress: Progress | None,
 ) -> list[BranchContinuations]:
-    """See :meth:`~stepkd.sampling.transformers_engine.TransformersEngine.continue_branches`.
+    """See :meth:`~stepkd.sampling.engine.Engine.continue_branches`.
 
     Args:
         decoder: reads sequences and decodes rows; its model is in evaluation mode.

@@ -214,11 +214,17 @@ class Engine(ABC):
             DataError: a prefix that leaves no room for a single token in the model's context.
             ModelError, ConfigError: see :meth:`generate`.
         """
+        return self._continue(branches, spec, (purpose, step), on_progress)
+
+    def _continue(
+        self, branches: Sequence[Branch], spec: SamplingConfig, key: tuple[str, int], on_progress: Progress | None
+    ) -> list[BranchContinuations]:
+        """What :meth:`continue_branches` gives; every prefix is a prompt of its own where reading is not shared."""
         wanted = [
             Wanted(
                 np.asarray(branch.token_ids[:cut]).tolist(),
                 spec.room(f"a prefix of branch {branch.index}", cut, self.max_length),
-                (purpose, step, branch.index, cut),
+                (*key, branch.index, cut),
             )
             for branch in branches
             for cut in branch.cuts
@@ -239,7 +245,7 @@ class Engine(ABC):
             version: of the weights; nothing is sent again for the version that was sent last.
 
         Raises:
-            ConfigError: weights cannot be sent (a server without the setting, a policy on a CPU).
+            ConfigError: weights that the engine cannot take.
         """
         if self._version != version:
             self._send(version)

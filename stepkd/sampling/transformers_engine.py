@@ -54,25 +54,16 @@ class TransformersEngine(Engine):
         ]
 
     @torch.no_grad()
-    def continue_branches(
-        self,
-        branches: Sequence[Branch],
-        spec: SamplingConfig,
-        *,
-        purpose: str = "branch",
-        step: int = 0,
-        on_progress: Progress | None = None,
+    def _continue(
+        self, branches: Sequence[Branch], spec: SamplingConfig, key: tuple[str, int], on_progress: Progress | None
     ) -> list[BranchContinuations]:
-        """See :meth:`~stepkd.sampling.engine.Engine.continue_branches`.
-
-        Every sequence is read once. Where the model cannot skip a part of its cache (a sliding window shorter than the
-        sequence, recurrent layers), the prefixes of that sequence are read one by one: same noise, same result, more
-        work, as ``prefill_tokens`` says.
-        """
+        """Every sequence is read once. Where the model cannot skip a part of its cache (a sliding window shorter than
+        the sequence, recurrent layers), the prefixes of that sequence are read one by one: same noise, same result,
+        more work, as ``prefill_tokens`` says."""
         with evaluation_mode(self.policy):
             if self._gap_limit is None:
                 self._gap_limit = gap_limit(self._decoder)
-            return continued(self._decoder, branches, spec, (purpose, step), self._gap_limit, on_progress)
+            return continued(self._decoder, branches, spec, key, self._gap_limit, on_progress)
 
 
 def sample(

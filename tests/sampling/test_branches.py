@@ -147,7 +147,7 @@ def test_noise_is_keyed_by_what_is_continued(
 def test_an_engine_without_shared_reading_asks_for_every_prefix(policy: Policy, some: list[Branch]) -> None:
     """As any engine does that has only ``generate``; greedy, since the noise of a prefix is keyed otherwise there."""
     engine, spec = TransformersEngine(policy), replace(SPEC, n=1, temperature=0.0)
-    found = Engine.continue_branches(engine, some, spec)
+    found = Engine._continue(engine, some, spec, ("branch", 0), None)
     assert_same(found, engine.continue_branches(some, spec))
     assert [each.prefill_tokens for each in found] == [sum(branch.cuts) for branch in some]
 
