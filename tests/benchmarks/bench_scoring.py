@@ -38,22 +38,20 @@ def problem_of(tokenizer: object, prompt: int, solution: int, count: int, steps:
 
 
 def compare(shared: PRMScorer | PromptedJudge, apart: PRMScorer | PromptedJudge, problem: Solutions, n: int) -> str:
-    """Times of both, alternating; and what each read."""
+    """Times of both, alternating."""
     times: dict[str, list[float]] = {"shared": [], "apart": []}
     results = {}
     for _ in range(n + 1):
         for name, scorer in (("shared", shared), ("apart", apart)):
-            scorer.tokens.clear()
             start = time.perf_counter()
             results[name] = torch.tensor(scorer.score([problem])[0])
             times[name].append(time.perf_counter() - start)
     assert torch.allclose(results["shared"], results["apart"], atol=1e-3)
     one, other = (statistics.median(times[name][1:]) for name in ("shared", "apart"))  # the first round warms up
     pairs = sorted(b / a for a, b in zip(times["shared"][1:], times["apart"][1:], strict=True))
-    read, read_apart = sum(shared.tokens.values()), sum(apart.tokens.values())
     return (
         f"{one * 1e3:8.1f} ms shared, {other * 1e3:8.1f} ms apart: {other / one:5.2f}x faster "
-        f"(rounds {pairs[0]:.2f} to {pairs[-1]:.2f}); {read:,} against {read_apart:,} tokens ({read_apart / read:.2f}x)"
+        f"(rounds {pairs[0]:.2f} to {pairs[-1]:.2f})"
     )
 
 
