@@ -17,11 +17,12 @@ from torch import Tensor
 
 from stepkd.data.collate import collate, plan
 from stepkd.data.completion import Completion, Numbers
-from stepkd.errors import DataError, ModelError
+from stepkd.errors import ModelError
 from stepkd.losses.divergence import tempered
 from stepkd.losses.linear import DEFAULT_CHUNK, chunked_head, target_logps
 from stepkd.models.head import evaluation_mode
 from stepkd.models.policy import Policy
+from stepkd.sampling.engine import Scores, check_scored
 
 Ids = Sequence[int]
 
@@ -73,12 +74,12 @@ def annotate(
         check_same_vocabulary(policy.tokenizer, teacher.tokenizer)
     pairs = zip(prompts_ids, completions_ids, strict=True)
     rows = [Completion(np.asarray(a), np.asarray(b), id=str(number)) for number, (a, b) in enumerate(pairs)]
-    _check_rows(rows, policy, "model")
+    check_scored(rows, policy.vocab_size, policy.max_length)
     read = _read(policy, rows, max_tokens, chunk_size, _signals)
     found = [TokenSignals(*map(tuple, signals_N2.T.tolist())) for signals_N2 in read]
     if teacher is None:
         return found
-    _check_rows(rows, teacher, "teacher")
+    check_scored(rows, teacher.vocab_size, teacher.max_length, "teacher")
     theirs = _read(teacher, rows, max_tokens, chunk_size, _signals)
     return [
         signals._replace(teacher_logprobs=tuple(signals_N2[:, 0].tolist()))
@@ -103,6 +104,27 @@ def sampled_logps(policy: Policy, completions: Sequence[Completion], temperature
     return torch.cat(_read(policy, rows, 8192, DEFAULT_CHUNK, own)).flatten().double().numpy()
 
 
+@torch.no_grad()
+def likeliest(policy: Policy, completions: Sequence[Completion], top_k: int) -> list[Scores]:
+    """See :meth:`~stepkd.sampling.engine.Engine.score`; completions were checked."""
+
+    def said(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
+        logps_CV = tempered(logits_CV)
+        best = logps_CV.topk(top_k, dim=-1)
+        # Ids beside them: float32 holds integers to 2 ** 24.
+        return torch.cat([logps_CV.gather(-1, targets_C.unsqueeze(-1)), best.values, best.indices], dim=-1)
+
+    rows = [replace(each, id=str(number)) for number, each in enumerate(completions)]
+    read = _read(policy, rows, 8192, DEFAULT_CHUNK, said)
+    found = []
+    for row, each in zip(rows, read, strict=True):
+        own_T1, best_Tk, ids_Tk = np.hsplit(
+            each.view(len(row.token_ids), 1 + 2 * top_k).double().numpy(), [1, 1 + top_k]
+        )
+        found.append(Scores(own_T1[:, 0], ids_Tk.astype(np.int64), best_Tk))
+    return found
+
+
 def check_same_vocabulary(tokenizer: Any, of_teacher: Any) -> None:
     """Check that two models' tokenizers read the same ids as the same tokens.
 
@@ -118,22 +140,6 @@ def check_same_vocabulary(tokenizer: Any, of_teacher: Any) -> None:
         f"{theirs.get(token)} there and {ours.get(token)} here), so it cannot score the model's ids: take a teacher "
         "of the same model family, and a model as it was before tokens were added to it"
     )
-
-
-def _check_rows(rows: list[Completion], model: Policy, who: str) -> None:
-    for row in rows:
-        if len(row.prompt_ids) == 0:
-            raise DataError(f"prompt {row.id} has no tokens: a model needs at least one token to start from")
-        if unknown := [i for i in (*row.prompt_ids, *row.token_ids) if not 0 <= i < model.vocab_size]:
-            raise DataError(
-                f"prompt and completion {row.id} hold id {unknown[0]}, and the {who} has ids 0 to "
-                f"{model.vocab_size - 1}: were they tokenised with another tokenizer?"
-            )
-        if model.max_length is not None and row.length > model.max_length:
-            raise DataError(
-                f"prompt and completion {row.id} have {row.length} tokens and the {who}'s context is "
-                f"{model.max_length}: shorten or drop the row"
-            )
 
 
 def _read(

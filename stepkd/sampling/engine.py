@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from stepkd.data.completion import Completion
+from stepkd.data.completion import Completion, Ids, Numbers
 from stepkd.errors import ConfigError, DataError, check_bounds
 
 Progress = Callable[[int], Any]
@@ -131,15 +131,26 @@ class Wanted(NamedTuple):
     is keyed by, with the seed."""
 
 
+class Scores(NamedTuple):
+    """What a model says of the T tokens of a completion, at temperature 1."""
+
+    logps_T: Numbers
+    """float64 log-probability of each of its tokens after all tokens before it, in nats."""
+    ids_Tk: Ids
+    """int64 the k most likely tokens at every position, most likely first."""
+    logps_Tk: Numbers
+    """float64 log-probabilities of those."""
+
+
 class Engine(ABC):
-    """Draws completions with a model, in this process or on a server.
+    """Draws and scores completions with a model, in this process or on a server.
 
     The noise of a sample is keyed by seed, purpose, step and global number, so that it does not depend on batch or
-    rank. Subclasses define ``_draw``.
+    rank. Subclasses define ``_draw`` and ``_score``.
     """
 
     policy: Any
-    """The :class:`~stepkd.models.policy.Policy` that is sampled from."""
+    """The :class:`~stepkd.models.policy.Policy` that is sampled from; None where it only scores."""
     _version: int | None = None
 
     @property
@@ -234,6 +245,33 @@ class Engine(ABC):
             BranchContinuations(tuple(tuple(next(drawn)) for _ in branch.cuts), sum(branch.cuts)) for branch in branches
         ]
 
+    def score(self, completions: Sequence[Completion], top_k: int = 0) -> list[Scores]:
+        """What the model says of given completions, whoever wrote them.
+
+        It is said at temperature 1, of the model's own distribution: vLLM knows no other in the scores of given text,
+        so that other temperatures are no part of this contract.
+
+        Args:
+            completions: of which prompts and token ids are read; one without tokens gets empty scores.
+            top_k: most likely tokens wanted at every position, from 0 to the vocabulary's size (of vLLM to 64, or to
+                what a server's ``--max-logprobs`` says).
+
+        Returns:
+            One record a completion, in order, whatever the batch up to rounding.
+
+        Raises:
+            DataError: a prompt without tokens, an id that the model has not, or more tokens than :attr:`scored_length`.
+            ModelError: the model's logits are not numbers, or a server scored other tokens.
+            ConfigError: a server that cannot score, or not so many tokens.
+        """
+        check_scored(completions, self.policy and self.policy.vocab_size, self.scored_length)
+        return self._score(completions, top_k)
+
+    @property
+    def scored_length(self) -> int | None:
+        """Most tokens of prompt and completion that can be scored; None: no limit is known."""
+        return self.max_length
+
     def facts(self) -> dict[str, Any]:
         """What decides samples beside model and settings and is not of this process, for a job's ``settings.json``."""
         return {}
@@ -259,6 +297,42 @@ class Engine(ABC):
         self, wanted: Sequence[Wanted], spec: SamplingConfig, on_progress: Progress | None
     ) -> list[list[Completion]]:
         """What :meth:`generate` gives."""
+
+    @abstractmethod
+    def _score(self, completions: Sequence[Completion], top_k: int) -> list[Scores]:
+        """What :meth:`score` gives."""
+
+
+def check_scored(
+    completions: Sequence[Completion], vocab_size: int | None, context: int | None, who: str = "model"
+) -> None:
+    """Refuse completions that a model cannot read.
+
+    Args:
+        completions: errors name them by their id, or by their number.
+        vocab_size: ids that the model has; None: not known.
+        context: of the model, in tokens; None: not known.
+        who: what the model is called.
+
+    Raises:
+        DataError: a prompt without tokens, an unknown id, or more tokens than the context holds.
+    """
+    for number, each in enumerate(completions):
+        name = each.id or number
+        if len(each.prompt_ids) == 0:
+            raise DataError(f"prompt {name} has no tokens: a model needs at least one token to start from")
+        ids = np.concatenate([each.prompt_ids, each.token_ids])
+        unknown = ids[(ids < 0) | (ids >= (vocab_size or np.inf))]
+        if len(unknown):
+            raise DataError(
+                f"prompt and completion {name} hold id {unknown[0]}, and the {who} has ids 0 to "
+                f"{vocab_size and vocab_size - 1}: were they tokenised with another tokenizer?"
+            )
+        if context is not None and each.length > context:
+            raise DataError(
+                f"prompt and completion {name} have {each.length} tokens and the {who}'s context is {context}: shorten "
+                "or drop the row"
+            )
 
 
 def decode_text(tokenizer: Any, token_ids: Sequence[int]) -> str:

@@ -17,9 +17,10 @@ from stepkd.errors import DataError
 from stepkd.models.head import evaluation_mode
 from stepkd.models.policy import Policy
 from stepkd.models.source import trained_template
+from stepkd.sampling.annotate import likeliest
 from stepkd.sampling.branches import continued, gap_limit
 from stepkd.sampling.decode import Decoder, Row
-from stepkd.sampling.engine import Branch, BranchContinuations, Engine, Progress, SamplingConfig, Wanted
+from stepkd.sampling.engine import Branch, BranchContinuations, Engine, Progress, SamplingConfig, Scores, Wanted
 from stepkd.steps.segment import get_segmenter
 
 
@@ -64,6 +65,9 @@ class TransformersEngine(Engine):
             if self._gap_limit is None:
                 self._gap_limit = gap_limit(self._decoder)
             return continued(self._decoder, branches, spec, key, self._gap_limit, on_progress)
+
+    def _score(self, completions: Sequence[Completion], top_k: int) -> list[Scores]:
+        return likeliest(self.policy, completions, top_k)
 
 
 def sample(

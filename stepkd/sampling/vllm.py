@@ -8,20 +8,20 @@ kernels do not depend on the company a request has. They are not those that the 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
 
-from stepkd.data.completion import UNKNOWN, Completion, Finish, Ids, Numbers
+from stepkd.data.completion import UNKNOWN, Completion, Finish, Numbers
 from stepkd.errors import ConfigError, MachineError, ModelError, StepkdError
 from stepkd.models.policy import Policy
 from stepkd.randomness import stream_key
 from stepkd.sampling.annotate import sampled_logps
 from stepkd.sampling.client import START, Client
-from stepkd.sampling.engine import Engine, Progress, SamplingConfig, Wanted, before_stop, decode_text
+from stepkd.sampling.engine import Engine, Progress, SamplingConfig, Scores, Wanted, before_stop, decode_text
 from stepkd.sampling.weights import WeightSender
 
 WATCHED = 16
@@ -85,53 +85,34 @@ def _is_plain(spec: SamplingConfig) -> bool:
     return spec.temperature in (0, 1) and spec.top_p == 1 and not spec.top_k
 
 
-class Scores(NamedTuple):
-    """What a model says of the T tokens of a completion, at temperature 1."""
-
-    ids_Tk: Ids
-    """int64 the k most likely tokens of every position, most likely first."""
-    logps_Tk: Numbers
-    """Their log-probabilities."""
-    logps_T: Numbers
-    """Those of the completion's own tokens."""
-
-
-def served_scores(client: Client, completion: Completion, top_k: int) -> Scores:
-    """Have a server read a completion.
+def to_scores(
+    completion: Completion, top_k: int, said: Sequence[Mapping[int, tuple[int, float]]], place: str
+) -> Scores:
+    """What vLLM said of prompt and completion, as scores of the completion.
 
     Args:
-        client: of the servers; vLLM ignores temperatures there.
-        completion: with its prompt, at least one token each; the model's context holds them and one token more.
-        top_k: most likely tokens wanted, >= 1, at most what the server was started with (``--max-logprobs``).
+        completion: that was read.
+        top_k: most likely tokens that were asked for.
+        said: for every token of both, ids with their ranks and log-probabilities; nothing at the first.
+        place: who said it, for messages.
 
     Raises:
-        ConfigError: a server that takes adapters.
-        ModelError: it scored something else, or fewer tokens than were asked for.
+        ModelError: of other tokens, or of fewer than were asked for.
     """
-    if client.info.get("lora_config"):
-        raise ConfigError(
-            f"the vLLM server at {client.urls[0]} was started with --enable-lora, and vLLM fails there at the scores "
-            "of several texts at once: start one without it to score"
-        )
-    ids = [*completion.prompt_ids.tolist(), *completion.token_ids.tolist()]
-    body = {"model": client.name, "prompt": ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": top_k}
-    found = client.ask("/v1/completions", body)["choices"][0].get("prompt_logprobs") or []
     own = completion.token_ids.tolist()
-    rows = [{int(i): each for i, each in (row or {}).items()} for row in found[len(completion.prompt_ids) :]]
-    if len(found) != len(ids) or any(token not in row for token, row in zip(own, rows, strict=True)):
+    rows = said[len(completion.prompt_ids) :]
+    if len(said) != completion.length or any(token not in row for token, row in zip(own, rows, strict=True)):
         raise ModelError(
-            f"the vLLM server at {client.urls[0]} scored {len(rows)} tokens of row {completion.id!r}, which has "
-            f"{len(own)}, or other ones: is its context long enough?"
+            f"{place} scored {len(rows)} tokens of row {completion.id!r}, which has {len(own)}, or other ones: is its "
+            "context long enough?"
         )
-    best = [sorted(row.items(), key=lambda pair: pair[1]["rank"])[:top_k] for row in rows]
+    best = [[i for i, _ in sorted(row.items(), key=lambda pair: pair[1][0])[:top_k]] for row in rows]
     if any(len(each) < top_k for each in best):
-        raise ModelError(
-            f"the vLLM server at {client.urls[0]} gives {len(best[0])} tokens where {top_k} were asked for"
-        )
+        raise ModelError(f"{place} gives {len(best[0])} tokens where {top_k} were asked for")
     return Scores(
-        np.array([[i for i, _ in each] for each in best]),
-        np.array([[said["logprob"] for _, said in each] for each in best]),
-        np.array([row[token]["logprob"] for token, row in zip(own, rows, strict=True)]),
+        np.array([row[token][1] for token, row in zip(own, rows, strict=True)], dtype=np.float64),
+        np.array(best, dtype=np.int64).reshape(len(own), top_k),
+        np.array([[row[i][1] for i in each] for each, row in zip(best, rows, strict=True)]).reshape(len(own), top_k),
     )
 
 
@@ -139,8 +120,8 @@ def served_scores(client: Client, completion: Completion, top_k: int) -> Scores:
 class ServerEngine(Engine):
     """A :class:`~stepkd.sampling.engine.Engine` on vLLM servers."""
 
-    policy: Policy
-    """Whose weights are sampled from, and whose tokenizer decodes."""
+    policy: Policy | Any
+    """Whose weights are sampled from, and whose tokenizer decodes; None: it only scores."""
     client: Client
     weights: str | None = field(default=None, kw_only=True)
     """Folder that both sides see, for the policy's weights; None: this machine's folder for temporary files."""
@@ -150,7 +131,7 @@ class ServerEngine(Engine):
     def __post_init__(self) -> None:
         self._sender: WeightSender | None = None
         self._watch = FollowCheck(self.policy)
-        if self.policy.device.type == "meta":  # a job, which is of what the server serves
+        if self.policy is not None and self.policy.device.type == "meta":  # a job, which is of what the server serves
             self._check_model()
 
     def _check_model(self) -> None:
@@ -167,8 +148,13 @@ class ServerEngine(Engine):
     @property
     def max_length(self) -> int | None:
         """Context in tokens: the policy's, or the server's where that is shorter."""
-        lengths = (self.policy.max_length, self.client.max_length)
+        lengths = (self.policy and self.policy.max_length, self.client.max_length)
         return min((length for length in lengths if length), default=None)
+
+    @property
+    def scored_length(self) -> int | None:
+        """One token less than the server's context: vLLM writes one behind what it scores."""
+        return (self.client.max_length or 2**31) - 1
 
     def facts(self) -> dict[str, Any]:
         """The server's build, model, and what it says of its numbers."""
@@ -180,9 +166,24 @@ class ServerEngine(Engine):
             **{name: str(model.get(name)) for name in ("dtype", "quantization")},
         }
 
-    def score(self, completions: Sequence[Completion], top_k: int) -> list[Scores]:
-        """What the model says of completions; see :func:`served_scores`."""
-        return list(self.client.map(lambda each: served_scores(self.client, each, top_k), completions))
+    def _score(self, completions: Sequence[Completion], top_k: int) -> list[Scores]:
+        if self.client.info.get("lora_config"):
+            raise ConfigError(
+                f"the vLLM server at {self.client.urls[0]} was started with --enable-lora, and vLLM fails there at the "
+                "scores of several texts at once: start one without it to score"
+            )
+
+        def ask(completion: Completion) -> Scores:
+            ids = [*completion.prompt_ids.tolist(), *completion.token_ids.tolist()]
+            body = {"model": self.client.name, "prompt": ids, "max_tokens": 1, "temperature": 0}
+            said: Any = [None] * len(ids)
+            if len(completion.token_ids):
+                answer = self.client.ask("/v1/completions", {**body, "prompt_logprobs": top_k})
+                said = answer["choices"][0].get("prompt_logprobs") or []
+            rows = [{int(i): (one["rank"], one["logprob"]) for i, one in (row or {}).items()} for row in said]
+            return to_scores(completion, top_k, rows, f"the vLLM server at {self.client.urls[0]}")
+
+        return list(self.client.map(ask, completions))
 
     def _send(self, version: int) -> None:
         is_first = not dist.is_initialized() or dist.get_rank() == 0

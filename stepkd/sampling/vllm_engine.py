@@ -18,8 +18,8 @@ from stepkd.data.completion import Completion
 from stepkd.errors import ConfigError
 from stepkd.models.policy import Policy
 from stepkd.randomness import stream_key
-from stepkd.sampling.engine import Engine, Progress, SamplingConfig, Wanted
-from stepkd.sampling.vllm import FollowCheck, to_completion
+from stepkd.sampling.engine import Engine, Progress, SamplingConfig, Scores, Wanted
+from stepkd.sampling.vllm import FollowCheck, to_completion, to_scores
 from stepkd.sampling.weights import check_mergeable, merged_weights
 
 
@@ -61,6 +61,7 @@ class VLLMEngine(Engine):
             "enforce_eager": on_cpu,
             "enable_chunked_prefill": not on_cpu,  # its CPU engine dies of a seed where it splits a prompt
             "logprobs_mode": "processed_logprobs",
+            "max_logprobs": 64,
             "enable_sleep_mode": self._sleeps,
             "seed": 0,
         }
@@ -108,8 +109,6 @@ class VLLMEngine(Engine):
     def _draw(
         self, wanted: Sequence[Wanted], spec: SamplingConfig, on_progress: Progress | None
     ) -> list[list[Completion]]:
-        if self._trains and self._version is None:
-            self.update(0)
         over = self.breaks_off is not None and self.breaks_off()
         limits = [1 if over else each.limit for each in wanted]
         how = [
@@ -129,11 +128,7 @@ class VLLMEngine(Engine):
             )
             for each, limit in zip(wanted, limits, strict=True)
         ]
-        if self._sleeps:
-            self.llm.wake_up()
-        answers = self.llm.generate([{"prompt_token_ids": each.prompt} for each in wanted], how, use_tqdm=False)
-        if self._sleeps:
-            self.llm.sleep(level=1)
+        answers = self._answers([each.prompt for each in wanted], how)
         if on_progress is not None:
             on_progress(spec.n * len(answers))
         drawn = [
@@ -149,3 +144,28 @@ class VLLMEngine(Engine):
         if self._version is not None:
             self._watch([each for row in drawn for each in row], spec, f"version {self._version}")
         return drawn
+
+    @property
+    def scored_length(self) -> int | None:
+        """One token less than the context: vLLM writes one behind what it scores."""
+        return None if self.max_length is None else self.max_length - 1
+
+    def _score(self, completions: Sequence[Completion], top_k: int) -> list[Scores]:
+        how = self._vllm.SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=top_k, detokenize=False)
+        texts = [[*each.prompt_ids.tolist(), *each.token_ids.tolist()] for each in completions]
+        answers = self._answers(texts, how)
+        return [
+            to_scores(each, top_k, [{i: (at.rank, at.logprob) for i, at in (row or {}).items()} for row in own], "vLLM")
+            for each, own in zip(completions, (answer.prompt_logprobs for answer in answers), strict=True)
+        ]
+
+    def _answers(self, prompts: Sequence[list[int]], how: Any) -> list[Any]:
+        """What vLLM makes of prompts, awake only as long as it takes."""
+        if self._trains and self._version is None:
+            self.update(0)
+        if self._sleeps:
+            self.llm.wake_up()
+        answers: list[Any] = self.llm.generate([{"prompt_token_ids": each} for each in prompts], how, use_tqdm=False)
+        if self._sleeps:
+            self.llm.sleep(level=1)
+        return answers

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from stepkd.models.spec import PolicyConfig
 from stepkd.runs.process import STOP_REQUEST
 from stepkd.sampling.annotate import check_same_vocabulary
 from stepkd.sampling.client import Client
-from stepkd.sampling.vllm import served_scores
+from stepkd.sampling.vllm import ServerEngine
 from stepkd.teachers.cache import CachedSignals
 from stepkd.teachers.config import Served
 from stepkd.teachers.local import check_context
@@ -73,7 +72,7 @@ class ServerTeacher(Teacher):
             empty = torch.zeros(0, self.spec.top_k.k, device=device)
             return CachedSignals(empty.long(), empty, empty[:, 0], self.spec.top_k.tail)
         assert self.client is not None
-        found = list(self.client.map(partial(served_scores, self.client, top_k=self.spec.top_k.k), asked))
+        found = ServerEngine(None, self.client).score(asked, self.spec.top_k.k)
         ids_Nk = torch.from_numpy(np.concatenate([each.ids_Tk for each in found])).to(device)
         logps_Nk = torch.from_numpy(np.concatenate([each.logps_Tk for each in found])).to(device)
         rest_N = 1.0 - logps_Nk.exp().sum(-1)
