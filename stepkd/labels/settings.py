@@ -327,8 +327,8 @@ class SelfEvaluation(ValueConfig):
         from stepkd.scorers.judge import PromptedJudge
         from stepkd.search.generate import ScorerValue
 
-        rows = bench.config.engine.at_once
-        scorer = scorer or PromptedJudge(bench.policy, reference=True, max_rows=rows, name=bench.model)
+        how = {"engine": generator.engine, "max_rows": bench.config.engine.at_once, "name": bench.model}
+        scorer = scorer or PromptedJudge(bench.policy, reference=True, **how)
         return ScorerValue(scorer, reduction=self.reduction, name="self_evaluation")
 
 

@@ -217,7 +217,7 @@ class Policy(nn.Module):
         if self.device.type == "meta":
             raise ConfigError(
                 "another process samples from the policy, and this job computes with its weights, too (signals of a "
-                "segmenter, a judge, a search value): take --engine Transformers"
+                "segmenter): take --engine Transformers"
             )
         if self._has_spare_ids:
             check_rows(ids, self._rows, self.tokenizer)

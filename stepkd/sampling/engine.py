@@ -272,6 +272,22 @@ class Engine(ABC):
         """Most tokens of prompt and completion that can be scored; None: no limit is known."""
         return self.max_length
 
+    @abstractmethod
+    def choice_logps(self, prompts: Sequence[Sequence[int]], token_ids: Sequence[int]) -> Numbers:
+        """How likely each of some tokens is behind prompts, given that the next one is among them.
+
+        Args:
+            prompts: P lists of token ids, none empty, each with room for one token in the model's context. What several
+                begin with is read once where the engine caches prefixes and one of them was asked for before.
+            token_ids: C different ids.
+
+        Returns:
+            (P, C) float64 log-probabilities in nats, at temperature 1; those of a prompt sum to probability 1.
+
+        Raises:
+            ModelError: a server that says nothing of these tokens.
+        """
+
     def facts(self) -> dict[str, Any]:
         """What decides samples beside model and settings and is not of this process, for a job's ``settings.json``."""
         return {}

@@ -10,16 +10,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from stepkd.data.completion import Completion
+from stepkd.data.completion import Completion, Numbers
 from stepkd.data.encode import Encoder, with_completion
 from stepkd.data.templates import PromptTemplate, get_template
 from stepkd.errors import DataError
+from stepkd.losses.prm import label_token_logps
 from stepkd.models.head import evaluation_mode
 from stepkd.models.policy import Policy
 from stepkd.models.source import trained_template
 from stepkd.sampling.annotate import likeliest
 from stepkd.sampling.branches import continued, gap_limit
-from stepkd.sampling.decode import Decoder, Row
+from stepkd.sampling.decode import Decoder, Row, padded
 from stepkd.sampling.engine import Branch, BranchContinuations, Engine, Progress, SamplingConfig, Scores, Wanted
 from stepkd.steps.segment import get_segmenter
 
@@ -35,7 +36,7 @@ class TransformersEngine(Engine):
     """
 
     def __init__(self, policy: Policy, *, max_rows: int = 64, breaks_off: Callable[[], bool] | None = None) -> None:
-        self.policy = policy
+        self.policy, self.max_rows = policy, max_rows
         self._decoder = Decoder(policy, max_rows=max_rows, breaks_off=breaks_off)
         self._gap_limit: float | None = None
 
@@ -68,6 +69,20 @@ class TransformersEngine(Engine):
 
     def _score(self, completions: Sequence[Completion], top_k: int) -> list[Scores]:
         return likeliest(self.policy, completions, top_k)
+
+    @torch.no_grad()
+    def choice_logps(self, prompts: Sequence[Sequence[int]], token_ids: Sequence[int]) -> Numbers:
+        """See :meth:`~stepkd.sampling.engine.Engine.choice_logps`; no prefix is shared here."""
+        found = [np.zeros((0, len(token_ids)))]
+        with evaluation_mode(self.policy):
+            for start in range(0, len(prompts), self.max_rows):
+                rows = prompts[start : start + self.max_rows]
+                hidden_PTH = self.policy.hidden(*padded(self.policy, rows))
+                hidden_PH = torch.stack(
+                    [hidden_H[len(row) - 1] for hidden_H, row in zip(hidden_PTH, rows, strict=True)]
+                )
+                found.append(label_token_logps(self.policy.head, hidden_PH, token_ids).double().cpu().numpy())
+        return np.concatenate(found)
 
 
 def sample(

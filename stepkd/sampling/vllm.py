@@ -85,6 +85,21 @@ def _is_plain(spec: SamplingConfig) -> bool:
     return spec.temperature in (0, 1) and spec.top_p == 1 and not spec.top_k
 
 
+def among(logps: Sequence[Sequence[float]], token_ids: Sequence[int]) -> Numbers:
+    """(P, C) log-probabilities of C tokens, given that one of them comes, from those that vLLM gave.
+
+    Raises:
+        ModelError: it gave none of one of them.
+    """
+    found_PC = np.array(logps, dtype=np.float64).reshape(-1, len(token_ids))
+    if np.isnan(found_PC).any():
+        raise ModelError(
+            f"vLLM gives no log-probabilities of tokens {list(token_ids)}: its logits are not numbers, or it is older "
+            "than logprob_token_ids (0.30 has them)"
+        )
+    return found_PC - np.logaddexp.reduce(found_PC, axis=-1, keepdims=True)
+
+
 def to_scores(
     completion: Completion, top_k: int, said: Sequence[Mapping[int, tuple[int, float]]], place: str
 ) -> Scores:
@@ -184,6 +199,19 @@ class ServerEngine(Engine):
             return to_scores(completion, top_k, rows, f"the vLLM server at {self.client.urls[0]}")
 
         return list(self.client.map(ask, completions))
+
+    def choice_logps(self, prompts: Sequence[Sequence[int]], token_ids: Sequence[int]) -> Numbers:
+        """See :meth:`~stepkd.sampling.engine.Engine.choice_logps`. A token is generated: for log-probabilities of what
+        prompts hold vLLM reads them whole, whatever its prefix cache has."""
+        body = {"model": self.client.name, "max_tokens": 1, "temperature": 0, "logprobs": 1}
+        body |= {"logprob_token_ids": list(token_ids), "return_tokens_as_token_ids": True}
+
+        def ask(prompt: Sequence[int]) -> list[float]:
+            (choice,) = self.client.ask("/v1/completions", {**body, "prompt": list(prompt)})["choices"]
+            said = choice["logprobs"]["top_logprobs"][0]
+            return [said.get(f"token_id:{token}", np.nan) for token in token_ids]
+
+        return among(list(self.client.map(ask, prompts)), token_ids)
 
     def _send(self, version: int) -> None:
         is_first = not dist.is_initialized() or dist.get_rank() == 0

@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stepkd.data.completion import Completion
+from stepkd.data.completion import Completion, Numbers
 from stepkd.errors import ConfigError
 from stepkd.models.policy import Policy
 from stepkd.randomness import stream_key
 from stepkd.sampling.engine import Engine, Progress, SamplingConfig, Scores, Wanted
-from stepkd.sampling.vllm import FollowCheck, to_completion, to_scores
+from stepkd.sampling.vllm import FollowCheck, among, to_completion, to_scores
 from stepkd.sampling.weights import check_mergeable, merged_weights
 
 
@@ -158,6 +158,13 @@ class VLLMEngine(Engine):
             to_scores(each, top_k, [{i: (at.rank, at.logprob) for i, at in (row or {}).items()} for row in own], "vLLM")
             for each, own in zip(completions, (answer.prompt_logprobs for answer in answers), strict=True)
         ]
+
+    def choice_logps(self, prompts: Sequence[Sequence[int]], token_ids: Sequence[int]) -> Numbers:
+        """See :meth:`~stepkd.sampling.engine.Engine.choice_logps`."""
+        how = self._vllm.SamplingParams(max_tokens=1, temperature=0, logprob_token_ids=[*token_ids], detokenize=False)
+        answers = self._answers([[*each] for each in prompts], how)
+        said = [answer.outputs[0].logprobs[0] for answer in answers]
+        return among([[each[token].logprob for token in token_ids] for each in said], token_ids)
 
     def _answers(self, prompts: Sequence[list[int]], how: Any) -> list[Any]:
         """What vLLM makes of prompts, awake only as long as it takes."""

@@ -4,7 +4,8 @@ The score is P(yes) / (P(yes) + P(no)) of the next token, as in P(True) (Kadavat
 KG-RAR's prompted reward model. The wording of the question is ours.
 
 The text of step k+1's question goes on where the text of step k ended, so a solution is read once; every question is a
-short continuation that sees the solution up to its step.
+short continuation that sees the solution up to its step. vLLM is asked in two rounds: about the last step of every
+solution, then about those before it, whose beginnings its prefix cache holds by then.
 
 Axes: B rows, T padded length, S questions, H hidden size.
 """
@@ -25,7 +26,9 @@ from stepkd.losses.prm import label_token_logps
 from stepkd.models.head import evaluation_mode
 from stepkd.models.policy import Policy
 from stepkd.sampling.branches import gap_limit
-from stepkd.sampling.decode import Decoder, padded
+from stepkd.sampling.decode import Decoder
+from stepkd.sampling.engine import Engine
+from stepkd.sampling.transformers_engine import TransformersEngine
 from stepkd.scorers.prm import Ids, Item, PolicyScorer, continue_rows, packed
 from stepkd.scorers.scorer import Meaning, Row, Solutions
 from stepkd.steps.format import marker_token_id
@@ -47,6 +50,7 @@ class PromptedJudge(PolicyScorer):
         question: asked behind the steps; must hold ``{step}``, the step's number from 1.
         answers: pairs of a yes and a no, one token each, whose probabilities are added up; none: the usual ones.
         reference: show the row's ``solution`` (else its ``answer``) to the model.
+        engine: holds the policy's model and reads in place of this process; None: this process reads.
         **reading: settings of :class:`~stepkd.scorers.prm.PolicyScorer`. Without ``shared_prefix`` problem and solution
             are read again for every step (the same scores), and so it is done where the model's attention does not
             allow the other (a sliding window that is too short).
@@ -66,9 +70,13 @@ class PromptedJudge(PolicyScorer):
         question: str = QUESTION,
         answers: Sequence[tuple[str, str]] = (),
         reference: bool = False,
+        engine: Engine | None = None,
         **reading: Any,
     ) -> None:
         super().__init__(policy, template, **reading)
+        self.engine = engine or TransformersEngine(policy, max_rows=self.max_rows)
+        self.shared_prefix &= isinstance(self.engine, TransformersEngine)  # an engine elsewhere has its own cache
+        self.max_length = min(self.max_length, self.engine.scored_length or self.max_length)
         if question.count("{step}") != 1:
             raise ConfigError(f"the judge's question must hold {{step}} once, found {question!r}")
         self.question = question
@@ -86,22 +94,18 @@ class PromptedJudge(PolicyScorer):
         cases = [[self._case(problem, steps) for steps in problem.solutions] for problem in problems]
         groups = [[case for case in group if case.places] for group in cases]
         groups = sorted((group for group in groups if group), key=lambda group: -len(group[0].head))
-        decoder = Decoder(self.policy, max_rows=self.max_rows)
-        with evaluation_mode(self.policy):
-            gaps = gap_limit(decoder) if self.shared_prefix else 0
-            for block in packed([len(group) for group in groups], self.max_rows):
-                chosen = [groups[g] for g in block]
-                if _width([case for group in chosen for case in group]) <= gaps:
-                    self._shared(decoder, chosen)
-                else:
-                    self._apart([case for group in chosen for case in group])
+        if self.shared_prefix:
+            self._in_process(groups)
+        else:
+            self._apart([case for group in groups for case in group])
         return [[case.scores for case in group] for group in cases]
 
     def provenance(self) -> dict[str, Any]:
         """See :class:`~stepkd.scorers.scorer.StepScorer`."""
         forms = {"yes": list(self.yes_ids), "no": list(self.no_ids)}
+        engine = {"name": type(self.engine).__name__, **self.engine.facts()}
         asked = {"scorer": "judge", "question": self.question, "reference": self.reference, "answer_ids": forms}
-        return asked | super().provenance()
+        return asked | {"engine": engine} | super().provenance()
 
     def _case(self, problem: Solutions, steps: Sequence[str]) -> Item:
         name = str(problem.row.get("id", "?"))
@@ -150,6 +154,18 @@ class PromptedJudge(PolicyScorer):
         lead = next((n for n in range(len(whole)) if whole[n : n + len(own)] == own), 0)
         return whole[:lead] + own  # what some tokenizers put behind every text is left out
 
+    def _in_process(self, groups: list[list[Item]]) -> None:
+        """Blocks of groups, each read once where the model's attention allows it."""
+        decoder = Decoder(self.policy, max_rows=self.max_rows)
+        with evaluation_mode(self.policy):
+            gaps = gap_limit(decoder)
+            for block in packed([len(group) for group in groups], self.max_rows):
+                chosen = [groups[g] for g in block]
+                if _width([case for group in chosen for case in group]) <= gaps:
+                    self._shared(decoder, chosen)
+                else:
+                    self._apart([case for group in chosen for case in group])
+
     def _shared(self, decoder: Decoder, groups: list[list[Item]]) -> None:
         """Heads once, solutions once behind them, then every question on a copy of its solution's cache."""
         for cases, solved in self._continued(decoder, groups):
@@ -157,27 +173,25 @@ class PromptedJudge(PolicyScorer):
             for first in range(0, len(asked), self.max_rows):
                 owners, steps, cuts, questions = zip(*asked[first : first + self.max_rows], strict=True)
                 hidden_BTH = continue_rows(decoder, solved, owners, questions, cuts=cuts).hidden_PTH
-                self._answer([cases[b] for b in owners], steps, questions, hidden_BTH)
+                last_B = torch.tensor([len(row) - 1 for row in questions], device=hidden_BTH.device)
+                hidden_SH = hidden_BTH[torch.arange(len(questions), device=hidden_BTH.device), last_B]
+                logps_SC = label_token_logps(self.policy.head, hidden_SH, [*self.no_ids, *self.yes_ids])
+                self._answer([cases[b] for b in owners], steps, logps_SC)
 
     def _apart(self, cases: list[Item]) -> None:
         """Every question with all before it."""
-        rows = [
-            (case, step, (case.head + case.ids)[:cut] + question)
-            for case in cases
-            for step, cut, question in case.places
-        ]
-        for start in range(0, len(rows), self.max_rows):
-            owners, steps, texts = zip(*rows[start : start + self.max_rows], strict=True)
-            self._answer(owners, steps, texts, self.policy.hidden(*padded(self.policy, texts)))
+        rows = [(case, *place) for case in cases for place in case.places]
+        for whole in (True, False):
+            part = [row for row in rows if (row[1] == row[0].places[-1][0]) is whole]
+            texts = [(case.head + case.ids)[:cut] + question for case, _, cut, question in part]
+            logps_SC = self.engine.choice_logps(texts, [*self.no_ids, *self.yes_ids])
+            self._answer([row[0] for row in part], [row[1] for row in part], torch.from_numpy(logps_SC))
 
-    def _answer(self, owners: Sequence[Item], steps: Sequence[int], rows: Sequence[Ids], hidden_BTH: Tensor) -> None:
-        """Give each row's step P(yes) against P(no) behind the row's last token."""
-        last_B = torch.tensor([len(row) - 1 for row in rows], device=hidden_BTH.device)
-        hidden_SH = hidden_BTH[torch.arange(len(rows), device=hidden_BTH.device), last_B]
-        logps_SC = label_token_logps(self.policy.head, hidden_SH, [*self.no_ids, *self.yes_ids])
+    def _answer(self, cases: Sequence[Item], steps: Sequence[int], logps_SC: Tensor) -> None:
+        """Give each row's step P(yes) against P(no)."""
         yes_S = logps_SC[:, len(self.no_ids) :].double().exp().sum(-1)
-        scores = self._scores(yes_S, [case.name for case in owners])
-        for case, step, score in zip(owners, steps, scores, strict=True):
+        scores = self._scores(yes_S, [case.name for case in cases])
+        for case, step, score in zip(cases, steps, scores, strict=True):
             case.scores[step] = score
 
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from stepkd.data.templates import TEMPLATES, PromptTemplate
 from stepkd.errors import ConfigError, check_bounds, nearest
 from stepkd.models.spec import StepHeadConfig
+from stepkd.sampling.config import EngineConfig, VLLMServer
+from stepkd.sampling.engine import Engine, SamplingConfig
 from stepkd.scorers.rules import Arithmetic, Checker, Gain
 from stepkd.scorers.scorer import ScorerConfig, StepScorer
 
@@ -38,16 +40,32 @@ class _Reader(ScorerConfig):
     temperature: float | None = None
     """Temperature that scales the scores, in [0.01, 100], as stepkd score --fit_temperature fits one; the default
     leaves them."""
+    engine: EngineConfig | None = None
+    """What holds the model and reads: of a Judge Transformers, VLLMServer or VLLM, of a QwenPRM VLLMServer (started
+    with --runner pooling); null reads in this process, as many rows at once as the job does."""
+    engines: ClassVar[tuple[type[EngineConfig], ...]] = ()
 
     def __post_init__(self) -> None:
         check_bounds("scorer.", self, max_length="[2, inf)", temperature="[0.01, 100]")
+        if self.engine is not None and not isinstance(self.engine, self.engines):
+            raise ConfigError(
+                f"scorer.engine={type(self.engine).__name__}: the step head of a {type(self).__name__} is read in this "
+                "process: drop scorer.engine. Engines read for a Judge, VLLMServer also for a QwenPRM (published, "
+                "or written by stepkd export --layout qwen_prm)"
+            )
+
+    def _built(self, policy: Any) -> Engine | None:
+        """The engine, where one is given."""
+        return None if self.engine is None else self.engine.build(policy, SamplingConfig())
 
     def build(self, *, device: str = "auto", max_rows: int = 32) -> StepScorer:
         """See :meth:`ScorerConfig.build`."""
         where = pick_device(device)
+        rows = max_rows if self.engine is None else self.engine.at_once
         reading = {"max_length": self.max_length, "temperature": self.temperature, "name": self.path}
-        scorer = self._load({"dtype": self.dtype, "attention": self.attention}, max_rows=max_rows, **reading)
-        scorer.policy.to(where)
+        scorer = self._load({"dtype": self.dtype, "attention": self.attention}, max_rows=rows, **reading)
+        if scorer.policy.device.type != "meta":  # whose weights an engine has
+            scorer.policy.to(where)
         return scorer
 
     @abstractmethod
@@ -106,11 +124,14 @@ class _Published(_Reader):
 
     def _load(self, weights: dict[str, Any], **reading: Any) -> Any:
         from stepkd.scorers.prm import PRMScorer
-        from stepkd.scorers.published import open_published
+        from stepkd.scorers.published import ServedPRM, open_published
 
-        own = {"separator": self.separator} if isinstance(self, TRLPRM) else {}
+        own: dict[str, Any] = {"separator": self.separator} if isinstance(self, TRLPRM) else {}
+        own["weights"] = self.engine is None
         policy, template, encoder = open_published(self.family, self.path, **own, **weights)
-        return PRMScorer(policy, template=self.template or _known(template, self.path), encoder=encoder, **reading)
+        reading |= {"template": self.template or _known(template, self.path), "encoder": encoder}
+        engine = self._built(policy)
+        return PRMScorer(policy, **reading) if engine is None else ServedPRM(policy, engine=engine, **reading)
 
 
 @dataclass(frozen=True)
@@ -125,6 +146,7 @@ class QwenPRM(_Published):
     """A published model with the layout of Qwen2.5-Math-PRM."""
 
     family = "qwen-prm"
+    engines = (VLLMServer,)
 
 
 @dataclass(frozen=True)
@@ -140,6 +162,7 @@ class TRLPRM(_Published):
 class Judge(_Reader):
     """Any language model, asked whether each step is correct; its template asks that, so none of the built-in ones."""
 
+    engines = (EngineConfig,)
     answers: tuple[str, str] | None = None
     """The two tokens for yes and for no; the default takes the usual forms of Yes and No."""
     reference: bool = False
@@ -157,11 +180,14 @@ class Judge(_Reader):
         from stepkd.models.checkpoint import load_trained
         from stepkd.scorers.judge import JUDGE_TEMPLATE, PromptedJudge
 
+        holds = self.engine is None or self.engine.holds_weights
+        policy = load_trained(self.path, **weights, weights=holds)
         return PromptedJudge(
-            load_trained(self.path, **weights),
+            policy,
             template=JUDGE_TEMPLATE if self.template is None else self.template,
             answers=(self.answers,) if self.answers else (),
             reference=self.reference,
+            engine=self._built(policy),
             **reading,
         )
 

@@ -43,6 +43,9 @@ from stepkd.models.policy import Policy
 from stepkd.models.source import check_source, model_file, trained_template
 from stepkd.models.spec import TINY_PRESETS, Classifier, LabelTokens, PolicyConfig
 from stepkd.models.step_head import STEP_HEAD_CONFIG, step_head_config
+from stepkd.sampling.engine import Engine
+from stepkd.sampling.vllm import ServerEngine
+from stepkd.scorers.prm import Item, PRMScorer
 from stepkd.steps.format import StepFormat
 
 _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -87,6 +90,45 @@ class SeparatedSteps(StepEncoder):
         return Layout(tuple(ids), tuple(spans), tuple(end - 1 for _, end in spans))
 
 
+class ServedPRM(PRMScorer):
+    """A model of the Qwen layout on vLLM servers started with ``--runner pooling``, which score token ids by /pooling.
+
+    Args:
+        policy: its settings, tokenizer and step head, weights on ``meta``.
+        engine: of the servers.
+        **settings: as for :class:`~stepkd.scorers.prm.PRMScorer`.
+    """
+
+    def __init__(self, policy: Policy, *, engine: Engine, **settings: Any) -> None:
+        super().__init__(policy, **settings)
+        assert isinstance(engine, ServerEngine)
+        self.engine, self.client = engine, engine.client
+
+    def provenance(self) -> dict[str, Any]:
+        """See :class:`~stepkd.scorers.scorer.StepScorer`."""
+        return super().provenance() | {"engine": {"name": type(self.engine).__name__, **self.engine.facts()}}
+
+    def _score_items(self, items: Sequence[Item]) -> list[list[float]]:
+        asked = [item for item in items if item.places]
+        for item, correct in zip(asked, self.client.map(self._pooled, asked), strict=True):
+            scores = self._scores(torch.tensor(correct), [item.name] * len(correct))
+            for (step, _), score in zip(item.places, scores, strict=True):
+                item.scores[step] = score
+        return [item.scores for item in items]
+
+    def _pooled(self, item: Item) -> list[float]:
+        """Chance that each scored step is correct; the server says it at every marker, also at those in a prompt."""
+        ids, marker = item.head + item.ids, self.encoder.marker_id
+        marks = [place for place, token in enumerate(ids) if token == marker]
+        found = self.client.ask("/pooling", {"model": self.client.name, "input": ids})["data"][0]["data"]
+        if len(found) != len(marks) or any(len(each) != 2 for each in found):
+            raise ModelError(
+                f"the vLLM server at {self.client.urls[0]} gives {len(found)} scores for {len(marks)} step markers of "
+                f"problem {item.name!r}: start it with --runner pooling --pooler-config '{{\"step_tag_id\": {marker}}}'"
+            )
+        return [float(found[marks.index(len(item.head) + at)][1]) for _, at in item.places]
+
+
 def recognise(path: str) -> str | None:
     """Tell from a model's configuration, or for Math-Shepherd from its name, which family it belongs to.
 
@@ -116,7 +158,7 @@ def recognise(path: str) -> str | None:
 
 
 def open_published(
-    family: str, path: str, separator: str = "\n", **weights: Any
+    family: str, path: str, separator: str = "\n", weights: bool = True, **how: Any
 ) -> tuple[Policy, PromptTemplate | None, type[StepEncoder]]:
     """Load a published model.
 
@@ -124,7 +166,8 @@ def open_published(
         family: ``math-shepherd``, ``qwen-prm`` or ``trl``.
         path: folder or hub id.
         separator: the ``step_separator`` that TRL's PRMTrainer had; the other families have their own.
-        **weights: ``dtype`` and ``attention``, as for :func:`~stepkd.models.checkpoint.load_trained`.
+        weights: off, the weights of a classifier stay on the ``meta`` device: a server has them.
+        **how: ``dtype`` and ``attention``, as for :func:`~stepkd.models.checkpoint.load_trained`.
 
     Returns:
         The model with its step head, its prompt template (None: an export of ours that has lost it), and how steps are
@@ -135,20 +178,21 @@ def open_published(
         ConfigError: a marker that is not one token of the model's tokenizer.
     """
     if family == "math-shepherd":
-        policy = load_trained(path, **weights)
+        policy = load_trained(path, **how)
         layout = StepFormat(marker="ки", separator="\n", marker_place="before_separator")
         policy.attach_step_head(LabelTokens(format=layout, labels=("-", "+"), meaning="value"))
         return policy, PromptTemplate(style="plain"), SpacedSteps
     layout = QWEN_FORMAT if family == "qwen-prm" else replace(QWEN_FORMAT, marker=separator)
     spec = Classifier(format=layout, layers=2 if family == "qwen-prm" else 1)
-    policy, head = _load_classifier(path, **weights)
+    policy, head = _load_classifier(path, **how) if weights else (load_trained(path, weights=False, **how), None)
     own = step_head_config(path)  # of an export of ours, which says how it was trained
     if own is not None and not isinstance(own, Classifier):
         raise ModelError(
             f"{path}: {STEP_HEAD_CONFIG} says {type(own).__name__}, and the weights are those of a Classifier"
         )
     spec = own or spec
-    _check_head(path, head, spec)
+    if head is not None:
+        _check_head(path, head, spec)
     policy.attach_step_head(spec, weights=head)
     if own is not None:
         return policy, trained_template(path), StepEncoder

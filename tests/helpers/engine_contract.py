@@ -246,4 +246,22 @@ def text_that_cannot_be_scored_is_refused(engine: Engine, policy: Policy) -> Non
         assert f"hold id {unknown}, and the model has ids 0 to {policy.vocab_size - 1}" in said
 
 
-SCORES = [scores_equal_full_logits, samples_score_what_they_say, text_that_cannot_be_scored_is_refused]
+def choices_equal_full_logits(engine: Engine, policy: Policy) -> None:
+    """What comes behind a prompt, given that it is one of some tokens; a prompt may fill what can be scored."""
+    assert engine.scored_length is not None
+    texts, tokens = [*prompts(policy), (5,) * engine.scored_length], [9, 5, 40]
+    found = engine.choice_logps(texts, tokens)
+    nothing = [Completion(np.array(text), np.array([0])) for text in texts]
+    expected = torch.stack([plain(policy, each)[0, tokens].double().log_softmax(-1) for each in nothing]).numpy()
+    assert (found.shape, found.dtype) == ((4, 3), np.float64)
+    assert np.abs(found - expected).max() < TOLERANCE
+    assert np.abs(engine.choice_logps(texts[::-1], tokens[::-1]) - expected[::-1, ::-1]).max() < TOLERANCE
+    assert engine.choice_logps([], tokens).shape == (0, 3)
+
+
+SCORES = [
+    scores_equal_full_logits,
+    samples_score_what_they_say,
+    text_that_cannot_be_scored_is_refused,
+    choices_equal_full_logits,
+]

@@ -116,8 +116,11 @@ class StandIn:
             policy = self.adapters.get(body["model"], self.policy)
             if self.stale:
                 policy = self._seen.setdefault((body["model"], *body["prompt"]), policy)
-            answer = self.scored(policy, body) if "prompt_logprobs" in body else self.written(policy, body)
-            return 200, self.spoil(answer)
+            kinds = {"prompt_logprobs": self.scored, "logprob_token_ids": self.chosen}
+            (make,) = [kinds[name] for name in kinds if name in body] or [self.written]
+            return 200, self.spoil(make(policy, body))
+        elif path == "/pooling":
+            return 200, self.spoil(self.pooled(body))
         return 200, "Success" if "lora" in path else {"success": True}
 
     def read(self, path: str) -> Policy:
@@ -169,6 +172,27 @@ class StandIn:
             kept = {*order[: body["prompt_logprobs"]], own}
             found.append({str(i): {"logprob": float(logps[place][i]), "rank": order.index(i) + 1} for i in kept})
         return {"choices": [{"prompt_logprobs": found}]}
+
+    @torch.no_grad()
+    def chosen(self, policy: Policy, body: dict[str, Any]) -> dict[str, Any]:
+        """Log-probabilities of some tokens for the next one, and of the sampled one, as vLLM 0.30 lays them out."""
+        assert body["logprobs"] == 1
+        assert len(body["prompt"]) < self.context
+        input_ids = torch.tensor([body["prompt"]])
+        logits = policy.head(policy.hidden(input_ids, torch.ones_like(input_ids))[0, -1])
+        logps, sampled = torch.log_softmax(logits, -1), int(logits.argmax())
+        top = {f"token_id:{token}": float(logps[token]) for token in (sampled, *body["logprob_token_ids"])}
+        said = {"token_logprobs": [float(logps[sampled])], "tokens": [f"token_id:{sampled}"], "top_logprobs": [top]}
+        return {"choices": [{"index": 0, "logprobs": said}]}
+
+    @torch.no_grad()
+    def pooled(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Probabilities of both classes at every step marker, as vLLM 0.30 lays out a Qwen2ForProcessRewardModel's."""
+        input_ids = torch.tensor([body["input"]])
+        head = self.policy.require_step_head()
+        hidden_SH = self.policy.hidden(input_ids, torch.ones_like(input_ids))[input_ids == head.ids.marker]
+        both = head.logps(hidden_SH, self.policy.head).exp().tolist()
+        return {"object": "list", "data": [{"index": 0, "object": "pooling", "data": both}]}
 
     def close(self) -> None:
         """Stop serving."""

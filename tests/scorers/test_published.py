@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import runpy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ import torch
 from torch import nn
 
 from stepkd.errors import ConfigError, DataError, ModelError, UnreadableSolution
+from stepkd.sampling.config import VLLMServer
 from stepkd.scorers.load import TRLPRM, MathShepherdPRM, QwenPRM, load_scorer
 from stepkd.scorers.prm import PRMScorer
 from stepkd.scorers.published import recognise
 from stepkd.scorers.scorer import Solutions, score_one
 
+StandIn = runpy.run_path(str(Path(__file__).parents[1] / "sampling" / "vllm_standin.py"))["StandIn"]
 Sharpen = Callable[[Any], Any]
 QUESTIONS = ["Ann has 3 ducks and buys 4. How many?", "What is 7 x 8?"]
 SOLUTIONS = [
@@ -255,6 +258,32 @@ def test_qwen_prm(tmp_path: Path, sharpened: Sharpen) -> None:
     assert_scores(load_apart(str(tmp_path / "m")), card)
     assert scorer.policy.causal_lm.lm_head.weight is scorer.policy.causal_lm.get_input_embeddings().weight
     assert_not_scored(scorer, "a <extra_0> b")
+
+
+def test_a_qwen_prm_on_a_server_scores_as_in_this_process(tmp_path: Path, sharpened: Sharpen) -> None:
+    """By /pooling, at every marker, also where a prompt holds some; a server that looks at another tag is told."""
+    path = str(tmp_path / "m")
+    save_qwen(tmp_path / "m", sharpened)
+    here, marked = load_prm(path), Solutions({"id": "m", "prompt": "what is <extra_0>?"}, [["one", "two"]])
+    server = StandIn(here.policy, path)
+    try:
+        there = load_scorer(QwenPRM(path, engine=VLLMServer(server.address)))
+        assert isinstance(there, PRMScorer)
+        assert there.policy.device.type == "meta"
+        for problems in (written(), written("\n"), [marked]):
+            pairs = zip(here.score(problems), there.score(problems), strict=True)
+            for expected, found in pairs:
+                for a, b in zip(expected, found, strict=True):
+                    assert b == pytest.approx(a, abs=1e-5)
+        assert_not_scored(there, "a <extra_0> b")
+        assert there.provenance()["engine"]["vllm"] == "0.0"
+        server.spoil = lambda answer: {"data": [{"data": answer["data"][0]["data"][:-1]}]}
+        with pytest.raises(
+            ModelError, match=r"gives 0 scores for 1 step markers .* --runner pooling .*step_tag_id\": 3"
+        ):
+            there.score([Solutions({"id": "x", "prompt": "x"}, [["a"]])])
+    finally:
+        server.close()
 
 
 def test_load_scorer_knows_published_models(tmp_path: Path, sharpened: Sharpen) -> None:
