@@ -33,6 +33,8 @@ from multiprocessing.connection import Pipe, wait
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil  # type: ignore[import-untyped]
+
 from stepkd.errors import ConfigError, DataError, StepkdError, check_bounds
 from stepkd.grading.extract import DEFAULT_EXTRACTORS, check_extractors, extract_answer
 from stepkd.grading.normalise import MAX_ANSWER_CHARS, quick_verdict
@@ -43,7 +45,7 @@ _START_LIMIT_S = 120.0
 _START_ATTEMPTS = 3
 _MIN_MEMORY_MB = 192  # of math-verify alone
 _WALL_FACTOR = 30.0
-"""Wall-clock seconds per second of CPU time before a worker counts as stuck: a busy machine is no answer's fault."""
+"""Wall-clock seconds per second of CPU time before a worker counts as stuck, unless it waits for a processor."""
 _WATCH_S = 0.5
 """How often it is looked for workers that are stuck, or have ended without closing their pipe."""
 _BOOT = (
@@ -72,7 +74,8 @@ class GradingConfig:
     no answer. The default compares answers by stepkd's rules, as votes always do."""
     deadline_s: float = 2.0
     """Hard limit on grading one answer, in CPU seconds of a worker and above 0, so that a busy machine changes no
-    verdict (30 times as many seconds of wall clock end an item, too); 2 suffices for all but hostile answers."""
+    verdict (30 times as many seconds of wall clock end an item that stands still); 2 suffices for all but hostile
+    answers."""
     workers: int = 2
     """Number of processes that compare answers, at least 1; few answers need one, so 2 keep up with a sampler."""
     memory_mb: int = 1024
@@ -181,6 +184,12 @@ class _Worker:
         self.item, self.limit = item, time.monotonic() + wall_s
         with contextlib.suppress(OSError):  # it has just ended, which its pipe will say
             self.pipe.send(item.request)
+
+    def is_starved(self) -> bool:
+        """Whether it could work and gets no processor, as on a busy machine, which is no answer's fault."""
+        with contextlib.suppress(psutil.Error):
+            return bool(psutil.Process(self.process.pid).status() == psutil.STATUS_RUNNING)
+        return False
 
     def stop(self) -> None:
         """Kill the worker, reap it and close the pipe; safe to repeat. After a fork it is the other process's."""
@@ -342,7 +351,7 @@ class Grader:
                     with contextlib.suppress(EOFError, OSError):
                         reply = worker.pipe.recv()
                 # Its end may not close the pipe: another process, forked when it started, may hold the other side.
-                elif worker.process.poll() is None and time.monotonic() < worker.limit:
+                elif worker.process.poll() is None and (time.monotonic() < worker.limit or worker.is_starved()):
                     continue
                 item, worker.item = worker.item, None
                 if item is None:  # the first message

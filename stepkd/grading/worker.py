@@ -45,6 +45,7 @@ def main(pipe: int, parent: int, memory_mb: int, deadline_s: float, grader: str 
     _limit(resource.RLIMIT_AS, memory_mb * 2**20)
     with Connection(pipe) as connection, contextlib.suppress(EOFError, OSError):
         connection.send(_warm_up(grader))
+        full = (_address_space_bytes() + memory_mb * 2**20) / 2  # a grader of one's own may import much
         while os.getppid() == parent:  # whoever the parent forked holds the pipe too, and keeps it open
             if not connection.poll(_PARENT_CHECK_S):
                 continue
@@ -61,8 +62,8 @@ def main(pipe: int, parent: int, memory_mb: int, deadline_s: float, grader: str 
             except Exception:  # sympy raises nearly everything on what it cannot do
                 pass
             signal.setitimer(signal.ITIMER_PROF, 0)
-            # sympy's caches only grow; a worker at half its cap would fail an item that is not to blame.
-            connection.send((verdict, verdict is None or _address_space_bytes() > memory_mb * 2**19))
+            # sympy's caches only grow; a worker near its cap would fail an item that is not to blame.
+            connection.send((verdict, verdict is None or _address_space_bytes() > full))
 
 
 def _judge(grader: str | None, text: str, reference: str, how: Any) -> Verdict:

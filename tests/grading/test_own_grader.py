@@ -107,3 +107,17 @@ def test_it_is_refused_in_safe_mode(file: Path, monkeypatch: pytest.MonkeyPatch)
     own_grader.cache_clear()
     with pytest.raises(ConfigError, match="--safe allows"):
         own_grader("graders_of_mine:judge")
+
+
+def test_a_worker_that_imports_much_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that imports torch: what it holds before its first item is no growth."""
+    (tmp_path / "grader_that_holds_much.py").write_text(
+        "import mmap\nheld = mmap.mmap(-1, 900 << 20)\n\n"
+        "def judge(text, reference, row):\n    return text == reference\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with Grader(GradingConfig(grader="grader_that_holds_much.judge", memory_mb=1500, workers=1)) as grader:
+        assert grader.grade_one("a", "a").verdict is Verdict.CORRECT
+        (worker,) = grader._pool
+        assert grader.grade(["b", "c"], ["b", "d"])[0].verdict is Verdict.CORRECT
+        assert grader._pool == [worker]

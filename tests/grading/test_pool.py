@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import signal
@@ -287,6 +288,67 @@ def test_a_worker_that_stands_still_is_ended_by_the_wall_clock(monkeypatch: pyte
         os.kill(stopped, signal.SIGSTOP)
         assert grader.grade_one("\\boxed{\\frac{5}{10}}", "0.5").verdict is Verdict.CORRECT  # by another worker
         assert _gone(stopped, within_s=60)
+
+
+@contextlib.contextmanager
+def _busy(processes: int) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Other work on the machine."""
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)]
+    try:
+        yield others
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+
+
+def _spellings(n: int) -> Iterator[tuple[str, str, bool]]:
+    """Answers, references, and whether they are equal, all different; each takes a worker."""
+    for k in range(2, n + 2):
+        answer, reference = (
+            (f"x+{k}", f"{k}+x"),
+            (f"(x-{k})(x+{k})", f"x^2-{k * k}"),
+            (f"2\\sqrt{{{k}}}", f"\\sqrt{{{4 * k}}}"),
+            (f"y={k}x+1", f"{2 * k}x-2y+2=0"),
+            (f"\\frac{{{2 * k}}}{{3}}\\pi", f"\\frac{{{4 * k}\\pi}}{{6}}"),
+        )[k % 5]
+        yield (answer, reference, True) if k % 6 else (answer, f"{reference}+x", False)
+
+
+@pytest.mark.parametrize(
+    ("items", "others"), [(30, 1), pytest.param(960, 4, marks=pytest.mark.slow)], ids=["some", "960"]
+)
+def test_items_that_come_at_once_are_graded_as_they_are_on_a_busy_machine(items: int, others: int) -> None:
+    answers, references, equal = zip(*_spellings(items), strict=True)
+    with _busy(others), Grader(GradingConfig(workers=2)) as grader:
+        grades = grader.grade([f"\\boxed{{{answer}}}" for answer in answers], references)
+    expected = [Verdict.CORRECT if same else Verdict.INCORRECT for same in equal]
+    failed = [
+        (a, r, str(g.verdict))
+        for a, r, g, e in zip(answers, references, grades, expected, strict=True)
+        if g.verdict != e
+    ]
+    assert not failed
+
+
+def test_a_worker_that_gets_no_processor_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "_WALL_FACTOR", 0.0)
+    monkeypatch.setattr(pool, "_WATCH_S", 0.001)
+    monkeypatch.setattr(pool._Worker, "is_starved", lambda _: True)
+    with Grader(GradingConfig(workers=1)) as grader:
+        grades = grader.grade([f"\\boxed{{\\frac{{{k}}}{{{2 * k}}}+x}}" for k in range(1, 5)], ["x+0.5"] * 4)
+        assert [each.verdict for each in grades] == [Verdict.CORRECT] * 4
+        assert len(grader._pool) == 1
+
+
+def test_starved_is_what_could_run_and_not_what_waits_or_stands_still() -> None:
+    worker = object.__new__(pool._Worker)
+    with _busy(1) as (other,):
+        worker.process = other  # type: ignore[assignment]
+        assert any(worker.is_starved() or time.sleep(0.1) for _ in range(100))
+        other.send_signal(signal.SIGSTOP)
+        assert any(not worker.is_starved() or time.sleep(0.1) for _ in range(100))
+    assert not worker.is_starved(), "it is gone"
 
 
 def test_a_worker_that_ends_is_noticed_though_another_process_holds_its_pipe() -> None:
