@@ -56,9 +56,7 @@ def parse(kind: type, words: Sequence[str], *, command: str, description: str = 
     parser.positional = positional
     parser.add_argument("--config", action="config", help="settings as YAML; a later file overrides an earlier one")
     parser.add_class_arguments(kind)
-    given = _spread(parser, words, positional)
-    given = with_recipe_files(given)
-    _check_files(kind, given)
+    given = _spread(parser, _with_overlays(kind, with_recipe_files(words)), positional)
     try:
         show_help(parser, given)
         values = parser.parse_args(given)
@@ -67,15 +65,25 @@ def parse(kind: type, words: Sequence[str], *, command: str, description: str = 
     return built(kind, values)
 
 
-def _check_files(kind: type, words: Sequence[str]) -> None:
-    """Refuse files that hold no settings, or those of a training."""
-    files = [after for word, after in pairwise(words) if word == "--config"]
-    files += [word.partition("=")[2] for word in words if word.startswith("--config=")]
-    for file in files:
-        raw = mapping(read_yaml(Path(file), "settings"), file) if Path(file).is_file() else {}
+def _with_overlays(kind: type, words: Sequence[str]) -> list[str]:
+    """Words with overlays of engines, which are written for trainings, as settings of a command that has an ``engine``.
+
+    Raises:
+        ConfigError: a file that holds no settings, or a training's.
+    """
+    found, known = list(words), get_type_hints(kind)
+    for i, (before, word) in enumerate(pairwise(["", *words])):
+        start, file = ("--config=", word[9:]) if word.startswith("--config=") else ("", word)
+        if not (start or before == "--config") or not Path(file).is_file():
+            continue
+        raw = mapping(read_yaml(Path(file), "settings"), file)
         if isinstance(raw.get("model"), dict) and isinstance(raw.get("data"), dict):
-            use = "give it as --recipe" if "recipe" in get_type_hints(kind) else "run it with `stepkd fit`"
+            use = "give it as --recipe" if "recipe" in known else "run it with `stepkd fit`"
             raise ConfigError(f"{file} is a training recipe: {use}; --config takes settings of this command")
+        match raw:
+            case {"model": {"init_args": {"engine": engine, **others}}} if "engine" in known and not others:
+                found[i] = f"{start}{json.dumps({'engine': engine})}"
+    return found
 
 
 class _Help(DefaultHelpFormatter, RawDescriptionHelpFormatter):
