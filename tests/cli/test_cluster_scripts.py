@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+
+from stepkd.cli import main
+from stepkd.runs.job import read_results
 
 CLUSTER = Path(__file__).resolve().parents[2] / "recipes" / "cluster"
 SRUN = """#!/bin/bash
@@ -99,6 +105,85 @@ def test_two_nodes(settings: tuple[Any, list[str]]) -> None:
     assert made.fit("one").returncode == 0
     ours, theirs = (made.last(name)["state_dict"] for name in ("parts", "one"))
     assert all(torch.allclose(ours[name], theirs[name], rtol=1e-3, atol=2e-5) for name in theirs)
+
+
+STEP = """#!/bin/bash
+# A task on a node, which is this machine.
+while [[ "$1" == --* ]]; do shift; done
+export SLURM_NTASKS=1 SLURM_NTASKS_PER_NODE=1 SLURM_NNODES=1 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_STEP_ID=1
+exec "$@"
+"""
+CONTROL = """#!/bin/bash
+if [ "$1" = show ]; then printf '127.0.0.1\\n127.0.0.1\\n'; else echo "$@" >> "$ASKED"; fi
+"""
+
+
+@pytest.mark.slow
+def test_a_job_over_servers_is_preempted_queues_again_and_ends(tmp_path: Path) -> None:
+    """Two stand-ins for vLLM: under SLURM's stand-ins until it is preempted, without SLURM to the end."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name, text in {"srun": STEP, "scontrol": CONTROL}.items():
+        (commands / name).write_text(text)
+        (commands / name).chmod(0o755)
+    server = Path(__file__).parents[1] / "sampling" / "standin_server.py"
+    variables = {
+        "PATH": f"{commands}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "ASKED": str(tmp_path / "asked"),
+        "MODEL": "tiny-0.1m",
+        "SERVER": f"{sys.executable} {server}",
+        "LOGS": str(tmp_path),
+        "PORT": str(two_free_ports()),
+    }
+    job = ["evaluate", "--model", "tiny-0.1m", "--benchmark", "task", "--data", "task=modular:terms=3,n=48"]
+    job += ["--sampling.max_new_tokens", "24", "--device", "cpu"]
+    words = [*job, "--engine.requests", "4", "--out", str(tmp_path / "served")]
+    parts = tmp_path / "served" / "parts" / "problems"
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NAME": "servers", "SLURM_NTASKS": "2"}
+    first = start("vllm_servers.sbatch", words, **variables, **slurm)
+    while first.poll() is None and not any(parts.glob("*.jsonl")):
+        time.sleep(0.02)
+    first.terminate()
+    text, _ = first.communicate(timeout=120)
+    assert first.returncode == 85, text[-3000:]
+    assert (tmp_path / "asked").read_text() == "requeue 7\n"
+    done = {path.name: path.stat().st_mtime_ns for path in parts.glob("*.jsonl")}
+    assert 0 < len(done) < 12
+    again = start("vllm_servers.sbatch", words, **variables, HOSTS="localhost 127.0.0.1")
+    text, _ = again.communicate(timeout=240)
+    assert again.returncode == 0, text[-3000:]
+    assert "2 servers are ready" in text
+    assert {name: (parts / name).stat().st_mtime_ns for name in done} == done, "what was done is kept"
+    told = [json.loads(path.read_text().splitlines()[-1]) for path in sorted(tmp_path.glob("vllm-*.log"))]
+    assert len(told) == 4, "every server was told to end, and did"
+    assert all(each["requests"] for each in told[-2:]), "both worked"
+    keys = [set(each["keys"]) for each in told[-2:]]
+    assert keys[0] == keys[1]
+    assert len(keys[0]) == 2, "health is asked without a key, all else with the same one"
+    assert main([*job, "--out", str(tmp_path / "here")]) == 0
+    ours, theirs = (read_results(tmp_path / name) for name in ("here", "served"))
+    assert [[s["completion"] for s in row["samples"]] for row in ours] == [
+        [s["completion"] for s in row["samples"]] for row in theirs
+    ]
+
+
+@pytest.mark.slow
+def test_a_server_that_does_not_start_ends_the_job(tmp_path: Path) -> None:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    given = {"MODEL": "x", "SERVER": "false", "LOGS": str(tmp_path), "PATH": path, "PORT": str(two_free_ports())}
+    job = start("vllm_servers.sbatch", ["evaluate"], **given)
+    text, _ = job.communicate(timeout=60)
+    assert job.returncode == 1
+    assert "has ended: its log says why" in text
+
+
+def two_free_ports() -> int:
+    """The first of two neighbours."""
+    while True:
+        with socket.socket() as one, socket.socket() as two, contextlib.suppress(OSError):
+            one.bind(("127.0.0.1", 0))
+            two.bind(("127.0.0.1", one.getsockname()[1] + 1))
+            return int(one.getsockname()[1])
 
 
 @pytest.mark.parametrize("script", sorted(CLUSTER.iterdir()), ids=lambda path: path.name)

@@ -58,6 +58,7 @@ class StandIn:
                 answers: dict[str, Any] = {
                     "/v1/models": {"data": [{"id": outer.name, "max_model_len": outer.context, "parent": None}]},
                     "/version": {"version": "0.0"},
+                    "/health": "",
                     "/server_info": {"vllm_config": {**outer.config, "device_config": {"device": outer.device}}},
                 }
                 self.reply(answers[self.path.partition("?")[0]])
