@@ -43,6 +43,7 @@ def content(folders: Sequence[Folder]) -> dict[str, Any]:
     return {
         "of": of,
         "differing": {kind: _differing(same) for kind, same in of.items() if 1 < len(same) <= MOST_COMPARED},
+        "engines": list(_engines([*of[EVALUATION], *of[LABELS]])),
         "benchmarks": list(_benchmarks(of[EVALUATION])),
         "best_of_n": [_curves_by_n(name, result) for name, result in best_of_n(folders)],
         "sets": sets,
@@ -63,6 +64,20 @@ def _differing(same: Sequence[Folder]) -> dict[str, list[Any]]:
     names = dict.fromkeys(name for folder in same for name in folder.settings)
     values = {name: [folder.settings.get(name, "–") for folder in same] for name in names}
     return {name: each for name, each in values.items() if any(value != each[0] for value in each)}
+
+
+def _engines(folders: Sequence[Folder]) -> Iterator[dict[str, Any]]:
+    """What sampled for evaluations and labels: engine, its build, dtype, and tokens so far."""
+    for folder in folders:
+        of = folder.settings.get
+        if (engine := of("engine.name")) is not None:
+            build = f"vLLM {of('engine.vllm')}" if of("engine.vllm") else f"transformers {of('versions.transformers')}"
+            dtype = str(of("engine.dtype") or of("dtype") or of("model.dtype")).removeprefix("torch.")
+            drawn = sum(each.tokens or 0 for each in folder.solutions)
+            if folder.kind == LABELS:  # its rows are those that were labelled, without what was drawn for it
+                parts = {"sampling": "tokens_generated", "labelling": "generated_tokens"}
+                drawn = sum(folder.summary.get(part, {}).get(name, 0) for part, name in parts.items())
+            yield {"name": folder.name, "engine": engine, "build": build, "dtype": dtype, "tokens": drawn}
 
 
 # ---- models on benchmarks --------------------------------------------------------------------------------------------

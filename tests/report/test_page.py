@@ -281,3 +281,28 @@ def test_values_of_another_type_than_their_column_are_left_out(scores: Path) -> 
         assert each["scores"] == [None, None, 0.5]
         assert each["values"] == {"reward": None, "score": None}
         assert (each["tokens"] >= 5, each["correct"]) == (True, None)
+
+
+def test_what_sampled_stands_with_build_dtype_and_tokens(
+    evaluation: Callable[..., Path], labels: Path, tmp_path: Path
+) -> None:
+    here = {"engine": {"name": "Transformers"}, "versions": {"transformers": "5.23.0"}, "dtype": "float32"}
+    served = {"name": "VLLMServer", "vllm": "0.30.0", "dtype": "torch.bfloat16"}
+    paths = [
+        evaluation("here", **here),
+        evaluation("served", engine=served, dtype="float32"),
+        evaluation("older"),
+        labels,
+    ]
+    settings = json.loads((labels / "settings.json").read_text())
+    own = {"engine": {"name": "VLLM", "vllm": "0.30.0"}, "model": {"name": "m", "dtype": "bfloat16"}}
+    write_json(labels / "settings.json", {**settings, **own})
+    summary = json.loads((labels / "summary.json").read_text())
+    counts = {"sampling": {"tokens_generated": 1000}, "labelling": {"generated_tokens": 234}}
+    write_json(labels / "summary.json", {**summary, **counts})
+    words = page(*paths).words
+    # Four problems: of lengths 10 to 13, and the last one, which was cut off, of 90, with a correct one beside each.
+    tokens = sum((10, 10, 11, 11, 12, 12, 90, 13))
+    assert f"here Transformers transformers 5.23.0 float32 {tokens}" in words
+    assert f"served VLLMServer vLLM 0.30.0 bfloat16 {tokens}" in words
+    assert "labels VLLM vLLM 0.30.0 bfloat16 1,234" in words
