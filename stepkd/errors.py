@@ -18,6 +18,11 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+NOT_MEASURED = (
+    "auto is measured, for jobs that sample (evaluate, label, pairs); in a training or in scores the numbers would "
+    "depend on the machine. Null takes the type that the weights are stored in"
+)
+
 
 class StepkdError(Exception):
     """Base class: a mistake in the input, the settings or the environment, with a message that says how to mend it."""

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
 
-from stepkd.errors import ConfigError, StepkdError
+from stepkd.errors import NOT_MEASURED, ConfigError, StepkdError
 from stepkd.safe import check_import
 from stepkd.yaml_files import find_recipe
 
@@ -40,12 +40,13 @@ _read = get_loader("yaml")
 
 
 def read_value(text: str) -> Any:
-    """A value, which jsonargparse reads again where a file has it as text: of one line, only ``null`` means null.
+    """A value, which jsonargparse reads again where a file has it as text: of one line, only ``null`` means null, and
+    ``None``, into which jsonargparse turns the null of a part (``--model.policy.dtype null``).
 
     YAML takes a tilde (a step marker) and what begins with ``#`` (a marker, a prompt's heading) for null, too.
     """
-    value = _read(text)
-    return text if value is None and "\n" not in text and text.strip().lower() not in ("", "null") else value
+    value = None if text == "None" else _read(text)
+    return text if value is None and "\n" not in text and text.strip().lower() not in ("", "null", "none") else value
 
 
 set_loader("yaml", read_value, exceptions=(yaml.YAMLError,))
@@ -358,6 +359,8 @@ def _refused(name: str, value: Any, known: dict[str, Any]) -> str:
             expected.append(f"{'one' if item is each else 'some'} of {list(get_args(item))}")
         elif each is not type(None):
             expected.append(each.__name__ if isinstance(each, type) and not get_args(each) else str(each))
+    if value == "auto" and name.rpartition(".")[2] == "dtype":
+        return f"{name}: {NOT_MEASURED}"
     given = yaml.safe_load(value) if isinstance(value, str) and value.startswith("[") and words else [value]
     near = [word for each in given if each not in words for word in get_close_matches(str(each), words, n=1)]
     return f"{name}: expected {' or '.join(expected)}, got {str(value)!r}" + (

@@ -158,6 +158,43 @@ def assert_chosen(found: Any, wanted: Any, path: Path) -> None:
         assert not settings or found.init_args.as_dict().items() >= settings.items(), path
 
 
+@pytest.mark.parametrize("path", ENGINES, ids=name)
+def test_an_overlay_of_an_engine_is_for_jobs_too(path: Path) -> None:
+    from stepkd.cli.parser import parse
+    from stepkd.evaluation.config import EvaluateConfig
+    from stepkd.labels.settings import LabelConfig, StepPairConfig
+
+    wanted = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["init_args"]["engine"]
+    changed = {"Transformers": ("max_rows", "8", 8), "VLLM": ("gpu_memory", "0.9", 0.9)}
+    key, text, value = changed.get(
+        wanted["class_path"], ("urls", '["http://a:1", "http://b:2"]', ("http://a:1", "http://b:2"))
+    )
+    solutions = "--solutions Sampled --solutions.problems gsm8k --solutions.model tiny-0.1m"
+    jobs = {EvaluateConfig: "--model tiny-0.1m", LabelConfig: solutions, StepPairConfig: "--completions x.jsonl"}
+    for kind, words in jobs.items():
+        given = ["--config", f"engine/{path.stem}", *words.split(), "--out", "x"]
+        found = parse(kind, given, command="a job").engine
+        assert type(found).__name__ == wanted["class_path"]
+        assert {name: getattr(found, name) for name in wanted["init_args"]} == {
+            name: (each,) if name == "urls" else each for name, each in wanted["init_args"].items()
+        }
+        assert parse(kind, [*given, f"--engine.{key}", text], command="a job").engine == replace(found, **{key: value})
+
+
+def test_an_overlay_of_an_engine_follows_settings_of_its_job_and_fits_no_other_command(tmp_path: Path) -> None:
+    from stepkd.cli.parser import parse
+    from stepkd.evaluation.config import EvaluateConfig, EvaluatePRMConfig
+
+    (tmp_path / "mine.yaml").write_text("model: tiny-0.1m\nout: x\nengine:\n  class_path: VLLM\n")
+    words = ["--config", str(tmp_path / "mine.yaml"), "--config=engine/transformers"]
+    found = parse(EvaluateConfig, words, command="evaluate")
+    assert (found.model, type(found.engine).__name__) == ("tiny-0.1m", "Transformers")
+    with pytest.raises(ConfigError, match="'model' is not a setting"):
+        parse(
+            EvaluatePRMConfig, ["--scorer", "checker", "--config", "engine/vllm", "--out", "x"], command="evaluate-prm"
+        )
+
+
 def test_a_student_for_several_devices_brings_its_strategy() -> None:
     student = ROOT / "base" / "qwen2.5-7b-lora-fsdp2.yaml"
     cli = instantiate(ROOT / "sft.yaml", student, build=False)
@@ -206,6 +243,14 @@ def test_a_model_without_a_system_role_gets_none_unless_one_is_asked_for() -> No
     assert template.render(row, chat_tokenizer(NO_SYSTEM)) == written
     with pytest.raises(ConfigError, match="System role not supported; drop the system message"):
         replace(template, system="Be brief.").render(row, chat_tokenizer(NO_SYSTEM))
+
+
+def test_null_of_a_part_is_null_on_the_command_line_and_a_measured_dtype_is_refused() -> None:
+    words = [word for key in ("dtype", "revision", "attention") for word in (f"--model.policy.{key}", "null")]
+    policy = instantiate(ROOT / "tiny" / "sft.yaml", extra=words, build=False).config.model.init_args.policy
+    assert (policy.dtype, policy.revision, policy.attention) == (None, None, None)
+    with pytest.raises(ConfigError, match=r"model\.policy\.dtype: auto is measured, for jobs that sample"):
+        instantiate(ROOT / "tiny" / "sft.yaml", extra=["--model.policy.dtype", "auto"], build=False)
 
 
 def test_text_of_reward_options_stays_text() -> None:

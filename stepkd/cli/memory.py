@@ -59,7 +59,7 @@ def lower_bound(module: Any, shards: int = 1) -> dict[str, int]:
     whole: dict[str, int] = {}
     teacher = module.arguments.get("teacher")
     if isinstance(teacher, Local):
-        own = as_trained(PolicyConfig(path=teacher.path, dtype=teacher.dtype or "auto"))
+        own = as_trained(PolicyConfig(path=teacher.path, dtype=teacher.dtype))
         kept = PolicyConfig(quantization=teacher.quantization)
         (sharded if teacher.sharded else whole)["teacher"] = weight_bytes(skeleton(own), kept)
     elif isinstance(teacher, SelfSnapshot | SelfAverage) or (isinstance(teacher, SelfBase) and spec.lora is None):
@@ -97,7 +97,7 @@ def weight_bytes(model: nn.Module, spec: PolicyConfig) -> int:
 
 
 def _dtype(spec: PolicyConfig, config: Any) -> torch.dtype:
-    stored = getattr(config, "dtype", None) if spec.dtype == "auto" else getattr(torch, spec.dtype)
+    stored = getattr(config, "dtype", None) if spec.dtype is None else getattr(torch, spec.dtype)
     return stored if isinstance(stored, torch.dtype) else torch.float32
 
 

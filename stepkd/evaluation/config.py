@@ -12,10 +12,10 @@ from stepkd.data.sources.problems import SUBSETS
 from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, check_bounds, check_choice, nearest
 from stepkd.grading.pool import GradingConfig
+from stepkd.models.spec import DType
 from stepkd.runs.job import JobConfig
 from stepkd.sampling.config import IN_PROCESS, EngineConfig
 from stepkd.sampling.engine import SamplingConfig
-from stepkd.scorers.load import DType
 from stepkd.scorers.scorer import Reduction, ScorerConfig
 from stepkd.steps.labels import check_threshold
 from stepkd.steps.segment import SEGMENTERS
@@ -49,8 +49,9 @@ class EvaluateConfig(JobConfig):
     """System prompt in place of the template's."""
     few_shot: int | None = None
     """Number of built-in worked examples, 0 to 4, in place of the template's."""
-    dtype: DType | None = None
-    """Numeric type of the weights; the default keeps the one they are stored in."""
+    dtype: DType | Literal["auto"] | None = None
+    """Numeric type of the weights; the default keeps the one they are stored in, and auto takes what samples faster
+    here (bfloat16 or float32), measured once for the whole job."""
     attention: str | None = None
     """Attention implementation (sdpa, eager, flash_attention_2); the default lets transformers choose."""
     engine: EngineConfig = IN_PROCESS

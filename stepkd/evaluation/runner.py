@@ -32,6 +32,7 @@ from stepkd.models.checkpoint import load_trained, tokenizer_fingerprint, weight
 from stepkd.models.policy import Policy
 from stepkd.models.source import template_for
 from stepkd.runs.job import ALONE, RESULTS_NAME, SUMMARY_NAME, Job, JobOptions, numbered
+from stepkd.sampling.dtype import settled_dtype
 from stepkd.sampling.transformers_engine import encode_prompts, fixed_batches
 from stepkd.scorers.load import pick_device
 
@@ -71,8 +72,9 @@ def evaluate(config: EvaluateConfig, *, policy: Policy | None = None, options: J
     rows = load_rows(data, contract=PROBLEM)
     check_unique_ids(rows, path=config.data)
     if policy is None:
+        dtype = settled_dtype(config.dtype, config.model, config.engine, device, job, "dtype")
         weights = config.engine.holds_weights
-        policy = load_trained(config.model, dtype=config.dtype, attention=config.attention, weights=weights)
+        policy = load_trained(config.model, dtype=dtype, attention=config.attention, weights=weights)
     if config.engine.holds_weights:
         policy.to(device)
     asked = {name: value for name in ("style", "system", "few_shot") if (value := getattr(config, name)) is not None}

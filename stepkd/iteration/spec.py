@@ -166,6 +166,10 @@ class IterateConfig:
                 f"label.engine={type(self.label.engine).__name__}: a server keeps its model, and every iteration "
                 "samples from another one: take Transformers"
             )
+        if self.label.dtype == "auto":
+            raise ConfigError(
+                "label.dtype=auto: every job would measure its own, and models would be compared in two types"
+            )
         job = self.label_spec(1, out="labels", model=self.model)
         held_out = self.held_out_spec(out="samples", model=self.model)
         if isinstance(held_out.steps, Fitted):

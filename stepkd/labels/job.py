@@ -81,7 +81,7 @@ def run_label_job(
     """
     job = Job(Path(config.out), KIND, (LABELS_NAME, SUMMARY_NAME, THRESHOLD_NAME), options)
     job.check()
-    labelling = Labelling(config, policy, engine, labeller)
+    labelling = Labelling(config, job, policy, engine, labeller)
     if options.rank == 0:
         _warn_of_foreign_threshold(config, labelling.bench.model)
     with labelling.bench.grader:
@@ -101,6 +101,7 @@ class Labelling:
 
     Args:
         config: the job's settings.
+        job: keeps what is measured.
         policy, engine, labeller: see :func:`run_label_job`.
 
     Raises:
@@ -108,19 +109,19 @@ class Labelling:
     """
 
     def __init__(
-        self, config: LabelConfig, policy: Policy | None, engine: Engine | None, labeller: Labeller | None
+        self, config: LabelConfig, job: Job, policy: Policy | None, engine: Engine | None, labeller: Labeller | None
     ) -> None:
         solutions, steps = config.solutions, config.steps
         drawn = solutions if isinstance(solutions, Sampled) else None
         self.config = config
         needs, problems = config.labeller.needs, drawn is not None
         self.bench = bench = Workbench(
-            config, solutions.source, solutions.model, needs, problems=problems, policy=policy
+            config, solutions.source, solutions.model, needs, problems=problems, job=job, policy=policy
         )
         continues = config.labeller.continues or bool(steps.signals)
         if continues and drawn is None:
             bench.check_prompt()
-        teacher = None if steps.teacher is None else load_trained(steps.teacher, dtype=config.dtype).to(bench.device)
+        teacher = None if steps.teacher is None else load_trained(steps.teacher, dtype=bench.dtype).to(bench.device)
         if engine is None and (continues or drawn is not None):  # else only the policy's tokenizer is used
             engine = bench.engine(SamplingConfig() if drawn is None else drawn.sampling)
         self.labeller = labeller or config.labeller.build(bench, engine)
@@ -266,10 +267,10 @@ def run_pair_job(config: PairJobConfig, *, options: JobOptions = ALONE, **made: 
     job.check()
     builder: StepPairBuilder | TreePairBuilder
     if isinstance(config, StepPairConfig):
-        builder = StepPairBuilder(config, **made)
+        builder = StepPairBuilder(config, job, **made)
     else:
         assert isinstance(config, TreePairConfig)
-        builder = TreePairBuilder(config, **made)
+        builder = TreePairBuilder(config, job, **made)
     with builder.bench.grader:
         job.begin(builder.bench.settings() | {"pairing": builder.pairing})
         units = numbered(builder.groups())

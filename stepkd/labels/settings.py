@@ -14,6 +14,7 @@ from stepkd.errors import ConfigError, check_bounds
 from stepkd.grading.pool import GradingConfig
 from stepkd.labels.labellers import LabellerConfig, check_noise
 from stepkd.labels.monte_carlo import MonteCarlo
+from stepkd.models.spec import DType
 from stepkd.runs.job import JobConfig
 from stepkd.sampling.config import IN_PROCESS, EngineConfig
 from stepkd.sampling.engine import SamplingConfig
@@ -34,8 +35,9 @@ class PromptedConfig:
     with, else the one of the data's benchmark."""
     grading: GradingConfig = field(default_factory=GradingConfig)
     """How final answers are found and compared."""
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
-    """Weights' dtype of the policy, and of a teacher; null leaves them as stored."""
+    dtype: DType | Literal["auto"] | None = None
+    """Weights' dtype of the policy, and of a teacher; null leaves them as stored, and auto takes what the policy
+    samples faster in here (bfloat16 or float32), measured once for the whole job."""
     engine: EngineConfig = IN_PROCESS
     """Where the policy is sampled: Transformers (in this process), VLLMServer or VLLM."""
 

@@ -24,6 +24,7 @@ from stepkd.labels.solutions import ExistingSolutions, cut
 from stepkd.labels.workbench import Workbench, pair_record
 from stepkd.models.checkpoint import weights_fingerprint
 from stepkd.models.policy import Policy
+from stepkd.runs.job import Job
 from stepkd.sampling.annotate import annotate
 from stepkd.sampling.engine import Engine
 from stepkd.scorers.load import load_scorer
@@ -139,6 +140,7 @@ class StepPairBuilder:
 
     Args:
         config: the job's settings.
+        job: keeps what is measured.
         policy, engine: already made ones to use in place of those that ``config`` describes.
 
     Raises:
@@ -148,13 +150,16 @@ class StepPairBuilder:
     def __init__(
         self,
         config: StepPairConfig,
+        job: Job,
         *,
         policy: Policy | None = None,
         engine: Engine | None = None,
     ) -> None:
         needs = (*NEEDS, A_TASK) if config.check in ("checker", Checker()) else NEEDS
         self.config = config
-        self.bench = bench = Workbench(config, config.completions, config.model, needs, problems=False, policy=policy)
+        self.bench = bench = Workbench(
+            config, config.completions, config.model, needs, problems=False, job=job, policy=policy
+        )
         self._found = [first_incorrect_step(row, config) for row in bench.rows]
         for row, found in zip(bench.rows, self._found, strict=True):
             if isinstance(found, int):

@@ -13,6 +13,7 @@ from stepkd.labels.labellers import A_TASK, PROBLEM_COLUMNS
 from stepkd.labels.settings import StepScore, TreePairConfig
 from stepkd.labels.workbench import Workbench, pair_record
 from stepkd.models.policy import Policy
+from stepkd.runs.job import Job
 from stepkd.sampling.engine import Engine
 from stepkd.sampling.transformers_engine import encode_prompts, fixed_batches
 from stepkd.scorers.rules import Checker
@@ -28,6 +29,7 @@ class TreePairBuilder:
 
     Args:
         config: the job's settings.
+        job: keeps what is measured.
         policy, engine, scorer: already made ones to use in place of those that ``config`` describes.
 
     Raises:
@@ -37,6 +39,7 @@ class TreePairBuilder:
     def __init__(
         self,
         config: TreePairConfig,
+        job: Job,
         *,
         policy: Policy | None = None,
         engine: Engine | None = None,
@@ -45,7 +48,9 @@ class TreePairBuilder:
         exact = isinstance(config.value, StepScore) and config.value.scorer in ("checker", Checker())
         needs = (A_TASK,) if exact else ()
         self.config = config
-        self.bench = bench = Workbench(config, config.problems, config.model, needs, problems=True, policy=policy)
+        self.bench = bench = Workbench(
+            config, config.problems, config.model, needs, problems=True, job=job, policy=policy
+        )
         self.generator = SampledSteps(
             engine or bench.engine(config.sampling),
             bench.policy,

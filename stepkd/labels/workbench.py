@@ -22,7 +22,8 @@ from stepkd.labels.settings import LabelJobConfig
 from stepkd.models.checkpoint import load_trained, tokenizer_fingerprint, weights_fingerprint
 from stepkd.models.policy import Policy
 from stepkd.models.source import template_for
-from stepkd.runs.job import package_versions
+from stepkd.runs.job import Job, package_versions
+from stepkd.sampling.dtype import settled_dtype
 from stepkd.sampling.engine import Engine, SamplingConfig
 from stepkd.scorers.load import pick_device
 from stepkd.tasks.rows import is_task_row
@@ -37,6 +38,7 @@ class Workbench:
         model: the policy; None: the one that the rows name.
         needs: what every row must have.
         problems: whether the word names problems, not solutions.
+        job: keeps a dtype that is measured.
         policy: an already loaded one.
 
     Raises:
@@ -51,6 +53,7 @@ class Workbench:
         needs: Sequence[Need],
         *,
         problems: bool,
+        job: Job,
         policy: Policy | None = None,
     ) -> None:
         self.config = config
@@ -70,7 +73,11 @@ class Workbench:
         """What the data's prompts, answers and longest completion are like where the settings do not say."""
         self.model = model or _named_model(self.rows)
         template = None if config.template is None else get_template(config.template)
-        self.policy = policy or load_trained(self.model, dtype=config.dtype, weights=config.engine.holds_weights)
+        self.dtype: str | None = config.dtype
+        if policy is None:
+            self.dtype = settled_dtype(config.dtype, self.model, config.engine, self.device, job, "model.dtype")
+            policy = load_trained(self.model, dtype=self.dtype, weights=config.engine.holds_weights)
+        self.policy = policy
         """Samples, continues and tokenises; still on the CPU."""
         self.template = template_for(self.model, self.benchmark.template, template)
         self.grader = Grader(config.grading, extractors=self.benchmark.extractors)

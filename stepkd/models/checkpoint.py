@@ -54,8 +54,7 @@ def load_policy(spec: PolicyConfig) -> Policy:
             f"policy.path={spec.path} trained an adapter and policy.lora asks for a new one: drop policy.lora to train "
             "this one further, or merge it first (stepkd export) and give the export"
         )
-    dtype = None if spec.dtype == "auto" else spec.dtype
-    trained = load_trained(found, dtype=dtype, attention=spec.attention, quantization=spec.quantization)
+    trained = load_trained(found, dtype=spec.dtype, attention=spec.attention, quantization=spec.quantization)
     model = trained.model if spec.lora is None else add_lora(trained.model, spec)
     if spec.gradient_checkpointing:
         checkpoint_layers(model)
@@ -106,7 +105,7 @@ def load_trained(
         )
     changes: dict[str, Any] = {
         "gradient_checkpointing": False,
-        "dtype": dtype or ("auto" if checkpoint is None else spec.dtype),
+        "dtype": dtype or (None if checkpoint is None else spec.dtype),
         "attention": attention or spec.attention,
     }
     if dequantise or quantization != "none":

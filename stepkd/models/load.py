@@ -93,7 +93,7 @@ def training_spec(spec: PolicyConfig) -> PolicyConfig:
         )
     base = as_trained(spec)
     trains_all = base.lora is None and adapter_folder(base.path) is None
-    return replace(spec, dtype="float32") if trains_all and spec.dtype == "auto" else spec
+    return replace(spec, dtype="float32") if trains_all and spec.dtype is None else spec
 
 
 def listed_ends(causal_lm: Any) -> frozenset[int]:
@@ -135,7 +135,7 @@ def _base_model(spec: PolicyConfig) -> Any:
         check_host_room(folder, spec.dtype)
     if spec.attention is not None:
         arguments["attn_implementation"] = spec.attention
-    if spec.dtype != "auto":
+    if spec.dtype is not None:
         arguments["dtype"] = getattr(torch, spec.dtype)
     else:
         arguments["dtype"] = compute_dtype() if is_gguf else "auto"
@@ -198,7 +198,7 @@ def _pretrained(kind: Any, spec: PolicyConfig, **more: Any) -> Any:
 def _tiny_model(spec: PolicyConfig) -> Any:
     if spec.quantization != "none":
         raise ConfigError(f"policy.quantization={spec.quantization!r}: the tiny presets cannot be quantised")
-    model, _ = build_tiny(spec.path, seed=spec.init_seed, dtype="float32" if spec.dtype == "auto" else spec.dtype)
+    model, _ = build_tiny(spec.path, seed=spec.init_seed, dtype=spec.dtype or "float32")
     if spec.attention is not None:
         try:
             model.set_attn_implementation(spec.attention)
@@ -316,7 +316,7 @@ def _quantization(spec: PolicyConfig) -> Any:
         )
     if spec.quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
-    compute = torch.bfloat16 if spec.dtype == "auto" else getattr(torch, spec.dtype)
+    compute = torch.bfloat16 if spec.dtype is None else getattr(torch, spec.dtype)
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
     )

@@ -78,12 +78,12 @@ def _field(path: Path, name: str) -> int:
     return next((int(line.split()[1]) for line in lines if line.split()[:1] == [name]), 0)
 
 
-def check_host_room(folder: Path, dtype: str) -> None:
+def check_host_room(folder: Path, dtype: str | None) -> None:
     """Refuse to load a folder's weights that are larger than the memory that is free.
 
     Args:
         folder: a transformers model folder.
-        dtype: what they become in memory; ``auto``: as stored.
+        dtype: what they become in memory; None: as stored.
 
     Raises:
         ModelError: names the bytes needed and free.
@@ -98,14 +98,14 @@ def check_host_room(folder: Path, dtype: str) -> None:
     else:
         files = [*folder.glob("model.safetensors")] or [*folder.glob("pytorch_model*.bin")]
     needed = sum(file.stat().st_size for file in files)
-    if dtype != "auto":
+    if dtype is not None:
         needed = needed * _BYTES[dtype] // _BYTES.get(_stored_dtype(folder), _BYTES[dtype])
     free = memory_free()
     if needed > free:
         raise ModelError(
-            f"{folder} needs {needed:,} bytes ({needed / 2**30:.1f} GiB) for its weights (dtype {dtype}), and this "
-            f"machine has {free:,} ({free / 2**30:.1f} GiB) free: load it in bfloat16, quantise it, or take a smaller "
-            "model"
+            f"{folder} needs {needed:,} bytes ({needed / 2**30:.1f} GiB) for its weights (dtype "
+            f"{dtype or 'as stored'}), and this machine has {free:,} ({free / 2**30:.1f} GiB) free: "
+            "load it in bfloat16, quantise it, or take a smaller model"
         )
 
 

@@ -47,7 +47,7 @@ def as_trained(spec: PolicyConfig) -> PolicyConfig:
         return spec
     base = as_trained(spec_from_dict(read_checkpoint(found)["stepkd"]["policy"]))
     kept = {name: getattr(spec, name) or getattr(base, name) for name in _KEPT}
-    dtype = base.dtype if spec.dtype == "auto" else spec.dtype
+    dtype = spec.dtype or base.dtype
     return replace(spec, path=base.path, revision=base.revision, init_seed=base.init_seed, dtype=dtype, **kept)
 
 

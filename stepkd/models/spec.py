@@ -13,12 +13,14 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from stepkd.errors import ConfigError, ModelError, check_bounds, check_choice
+from stepkd.errors import NOT_MEASURED, ConfigError, ModelError, check_bounds, check_choice
 from stepkd.steps.format import Meaning, StepFormat
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+DType = Literal["float32", "bfloat16", "float16", "float64"]
+"""Numeric type of a model's weights."""
 Quantization = Literal["none", "nf4", "int8"]
 """How base weights are kept: as they are, or in 4 or 8 bits."""
 
@@ -56,9 +58,9 @@ class PolicyConfig:
     chat_template: str | None = None
     """Chat template in place of the tokenizer's: a Jinja file, or its text. Checkpoints hold it, exports write it into
     the tokenizer."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "float32"
-    """Parameter dtype; ``auto`` is the stored one. What is trained is float32: adapters and ``modules_to_save`` on any
-    base, all weights under ``auto``; ``bfloat16`` without adapters is refused by ``fit``."""
+    dtype: DType | None = "float32"
+    """Parameter dtype; null is the stored one. What is trained is float32: adapters and ``modules_to_save`` on any
+    base, all weights under null; ``bfloat16`` without adapters is refused by ``fit``."""
     allow_low_precision: bool = False
     """Let ``fit`` train weights that ``dtype`` makes bfloat16, with moments of the optimiser in bfloat16 too: half the
     memory, and most small updates are rounded away, so that it is off and meant for comparisons of memory and speed."""
@@ -78,6 +80,8 @@ class PolicyConfig:
     def __post_init__(self) -> None:
         if not self.path:
             raise ConfigError("policy.path is empty: give a folder, a hub id, a .gguf file or a tiny preset")
+        if str(self.dtype) == "auto":
+            raise ConfigError(f"policy.dtype=auto: {NOT_MEASURED}")
         if self.chat_template is not None:
             object.__setattr__(self, "chat_template", _jinja(self.chat_template))
         check_bounds("policy.", self, init_seed="[0, inf)")

@@ -159,7 +159,7 @@ class PolicyModule(LightningModule):
         spec = self.policy_spec
         self.policy_spec = training_spec(spec)
         if spec != self.policy_spec:
-            logger.info("policy.dtype auto: all weights are trained, so they are loaded in float32")
+            logger.info("policy.dtype null: all weights are trained, so they are loaded in float32")
         self.policy = load_policy(self.policy_spec)
         self.frozen["policy"] = base_fingerprint(self.policy)
         if self.policy.step_head is not None and not self.scores_steps:

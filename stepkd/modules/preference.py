@@ -82,7 +82,7 @@ class PreferenceModule(StepModule):
         """
         policy, spec, path = self.model, self.model.spec, self.reference_spec.path
         if path is not None:
-            reference = load_trained(path, dtype=spec.dtype if spec is not None and spec.dtype != "auto" else None)
+            reference = load_trained(path, dtype=None if spec is None else spec.dtype)
             check_same_vocabulary(policy.tokenizer, reference.tokenizer)
             policy.set_reference(reference)
         elif spec is None or spec.lora is None:

@@ -238,6 +238,29 @@ class Job:
         self._log({"event": "start", "command": shlex.join(sys.argv), **this_process()})
         return dict(found)
 
+    def settled(self, name: str, measure: Callable[[], Any]) -> Any:
+        """A setting that the machine decides, once for the whole job: rank 0 measures it at the first start, and other
+        ranks and later starts take it from the folder's settings.
+
+        Args:
+            name: its dotted name among the settings that :meth:`begin` is given.
+            measure: decides it.
+
+        Returns:
+            Its value, a JSON value; None where the folder's settings have none.
+
+        Raises:
+            StepkdError: rank 0 left no settings for ``wait_s``.
+        """
+        settings = self.out / SETTINGS_NAME
+        if self.options.rank == 0 and (self.options.overwrite or not settings.is_file()):
+            found = measure()
+            self._log({"event": "measured", name: found})
+            return found
+        waits = f"rank {self.options.rank} waits for what rank 0 measures ({name})"
+        self._await(settings.is_file, lambda: waits, waits)
+        return flat(read_settings(self.out)).get(name)
+
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """Have :meth:`check` keep other processes out while a block works: units that train share more than parts."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from stepkd.data.templates import TEMPLATES, PromptTemplate
 from stepkd.errors import ConfigError, check_bounds, nearest
-from stepkd.models.spec import StepHeadConfig
+from stepkd.models.spec import DType, StepHeadConfig
 from stepkd.sampling.config import EngineConfig, VLLMServer
 from stepkd.sampling.engine import Engine, SamplingConfig
 from stepkd.scorers.rules import Arithmetic, Checker, Gain
@@ -17,9 +17,6 @@ from stepkd.scorers.scorer import ScorerConfig, StepScorer
 
 if TYPE_CHECKING:
     import torch
-
-DType = Literal["float32", "bfloat16", "float16", "float64"]
-"""Numeric type of a model's weights."""
 
 
 @dataclass(frozen=True)

@@ -244,7 +244,7 @@ def _load_classifier(
             f"{foreign[:3]}, head {sorted(weights)}. Was it cut off, or is it of another kind?"
         )
     check_tokenizer(tokenizer, path)
-    return Policy(model.eval(), tokenizer, PolicyConfig(path=path, dtype="auto")), weights
+    return Policy(model.eval(), tokenizer, PolicyConfig(path=path, dtype=None)), weights
 
 
 def _check_head(path: str, weights: dict[str, Tensor], spec: Classifier) -> None:

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, check_bounds
-from stepkd.models.spec import Quantization
+from stepkd.models.spec import DType, Quantization
 from stepkd.sampling.config import checked_urls
 
 Needs = dict[str, str]
@@ -77,7 +77,7 @@ class Local(TeacherConfig):
 
     path: str
     """Run folder, checkpoint, model folder, hub id, ``.gguf`` file or tiny preset of the teacher."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] | None = None
+    dtype: DType | None = None
     """Numeric type of its weights; null keeps the one they are stored in."""
     quantization: Quantization = "none"
     """Whether its weights are kept in 4 or 8 bits (``nf4``, ``int8``; bitsandbytes, CUDA only)."""

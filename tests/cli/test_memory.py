@@ -62,15 +62,15 @@ def test_a_skeleton_has_the_weights_of_the_policy(spec: PolicyConfig) -> None:
     assert packed < weight_bytes(bones, spec)
 
 
-def test_auto_counts_a_bfloat16_checkpoint_as_it_is_trained(tmp_path: Path) -> None:
+def test_null_counts_a_bfloat16_checkpoint_as_it_is_trained(tmp_path: Path) -> None:
     for part in build_tiny("tiny-0.1m", seed=0, dtype="bfloat16"):
         part.save_pretrained(tmp_path)
     path = f"model.init_args.policy.path={tmp_path}"
-    auto, full = (
+    stored, full = (
         lower_bound(module_of(recipe("sft", path, f"model.init_args.policy.dtype={dtype}")))
-        for dtype in ("auto", "float32")
+        for dtype in ("null", "float32")
     )
-    assert auto == full
+    assert stored == full
 
 
 def test_an_adapter_folder_is_trained_alone(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def main(folder: str) -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     before = anonymous()
-    policy = Policy.load(PolicyConfig(path=folder, dtype="auto"))
+    policy = Policy.load(PolicyConfig(path=folder, dtype=None))
     seen: dict[str, object] = {"rank": rank, "bytes": sum(p.numel() * p.element_size() for p in policy.parameters())}
     seen["loaded"] = anonymous() - before
     originals = {name: p.detach().clone() for name, p in list(policy.named_parameters())[:3]}

@@ -88,7 +88,7 @@ def test_gguf_loads_in_a_dtype_that_the_processor_is_fast_in(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {flag: True})
-    assert load_model(PolicyConfig(path=str(gguf_file), dtype="auto"))[0].dtype == dtype
+    assert load_model(PolicyConfig(path=str(gguf_file), dtype=None))[0].dtype == dtype
     load_model(PolicyConfig(path=str(gguf_file), dtype="bfloat16"))
     assert ("emulates" in caplog.text) == (flag == "avx2")
 

@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("dtype", "times"), [("auto", 1.0), ("float32", 1.0), ("bfloat16", 0.5), ("float64", 2.0)])
+@pytest.mark.parametrize(("dtype", "times"), [(None, 1.0), ("float32", 1.0), ("bfloat16", 0.5), ("float64", 2.0)])
 def test_memory_of_this_machine(folder: Path, dtype: str, times: float, monkeypatch: pytest.MonkeyPatch) -> None:
     needed = int(sum(file.stat().st_size for file in folder.glob("*.safetensors")) * times)
     monkeypatch.setattr(machine, "memory_free", lambda: needed - 1)
@@ -49,7 +49,7 @@ def test_the_files_that_are_read_count(
         (tmp_path / "model.safetensors").write_bytes(bytes(1000))
     monkeypatch.setattr(machine, "memory_free", lambda: needed - 1)
     with pytest.raises(ModelError, match=f"needs {needed:,} bytes"):
-        machine.check_host_room(tmp_path, "auto")
+        machine.check_host_room(tmp_path, None)
 
 
 @pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])

@@ -233,10 +233,10 @@ def test_auto_trains_all_weights_of_a_bfloat16_checkpoint_in_float32(
 ) -> None:
     for part in build_tiny("tiny-0.1m", seed=0, dtype="bfloat16"):
         part.save_pretrained(tmp_path / "base")
-    module = SFTModule(PolicyConfig(path=str(tmp_path / "base"), dtype="auto"), SMALL_STEPS)
+    module = SFTModule(PolicyConfig(path=str(tmp_path / "base"), dtype=None), SMALL_STEPS)
     with caplog.at_level("INFO"):
         before = weights_of(module)
-    assert "policy.dtype auto: all weights are trained, so they are loaded in float32" in caplog.text
+    assert "policy.dtype null: all weights are trained, so they are loaded in float32" in caplog.text
     runner = trainer(max_steps=3)
     runner.fit(module, train_dataloaders=loader_of(examples, module))
     # Rows of characters that no example has get no gradient.
