@@ -67,6 +67,8 @@ class Client:
         """Called with an address that was away, before anything else is asked of it."""
         self.model, self.root, self.max_length, self.version = "", "", 0, ""
         self._turn, self._lock = count(), threading.Lock()
+        self.last = threading.local()
+        """Its ``url`` is the address that gave this thread the last answer."""
         self._away: dict[str, float] = {}
         """Addresses that gave no answer, with the time at which they were last looked for."""
         self._ended = False
@@ -134,6 +136,7 @@ class Client:
         request = urllib.request.Request(url + path, None if body is None else json.dumps(body).encode(), headers)
         with urllib.request.urlopen(request, timeout=timeout_s or self.timeout_s) as answer:
             text, is_json = answer.read(), answer.headers.get_content_type() == "application/json"
+        self.last.url = url
         return json.loads(text) if is_json else text.decode()  # weights are answered with a word, or nothing
 
     def _patiently(self, attempt: Callable[[str], Any], at: str | None) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -92,6 +93,11 @@ class SamplingConfig:
         return self.longest if context is None else min(self.longest, context - tokens)
 
     @property
+    def different(self) -> int:
+        """Completions of a prompt that can differ: ``n``, and 1 of what is greedy, of which vLLM gives no more."""
+        return self.n if self.temperature else 1
+
+    @property
     def longest(self) -> int:
         """Longest completion in tokens: ``max_new_tokens``, or 512 where that is null."""
         return DEFAULT_NEW_TOKENS if self.max_new_tokens is None else self.max_new_tokens
@@ -151,7 +157,15 @@ class Engine(ABC):
 
     policy: Any
     """The :class:`~stepkd.models.policy.Policy` that is sampled from; None where it only scores."""
+    cut_off: int = 0
+    """Completions so far that ended before an id that no token has, which a padded vocabulary head can draw."""
     _version: int | None = None
+
+    @cached_property
+    def known(self) -> dict[str, float]:
+        """What a run has learnt of the engine's noise (:class:`~stepkd.sampling.follow.FollowCheck`); checkpoints keep
+        it."""
+        return {}
 
     @property
     def max_length(self) -> int | None:

@@ -7,7 +7,9 @@ kernels do not depend on the company a request has. They are not those that the 
 
 from __future__ import annotations
 
+import logging
 import os
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,21 +21,16 @@ from stepkd.data.completion import UNKNOWN, Completion, Finish, Numbers
 from stepkd.errors import ConfigError, MachineError, ModelError, StepkdError
 from stepkd.models.policy import Policy
 from stepkd.randomness import stream_key
-from stepkd.sampling.annotate import sampled_logps
 from stepkd.sampling.client import START, Client
 from stepkd.sampling.engine import Engine, Progress, SamplingConfig, Scores, Wanted, before_stop, decode_text
+from stepkd.sampling.follow import FollowCheck
 from stepkd.sampling.weights import WeightSender
 
-WATCHED = 16
-"""Completions of every batch that are compared."""
-LEAST_NOISE = 1e-4
-"""Nats a token that float32 explains."""
-MOST_NOISE = 0.25
-"""Nats a token beyond which an engine is not the policy's: bfloat16 has 0.05, a 4-bit policy 0.1 to 0.2."""
+logger = logging.getLogger(__name__)
 
 
 def to_completion(
-    policy: Policy,
+    engine: Engine,
     spec: SamplingConfig,
     place: tuple[int, int],
     prompt: Sequence[int],
@@ -43,8 +40,11 @@ def to_completion(
 ) -> Completion:
     """What the server or engine gave, as a completion.
 
+    vLLM draws from all rows of a padded vocabulary head. A completion ends before an id that no token has, as one that
+    is cut off, and ``engine.cut_off`` counts it; where that is its first, an end token stands for it.
+
     Args:
-        policy: its tokenizer decodes, its end tokens end.
+        engine: of whose policy the tokenizer decodes and end tokens end.
         spec: how it was drawn.
         place: number of the prompt, and of the sample.
         prompt: what it continues.
@@ -54,21 +54,26 @@ def to_completion(
     Raises:
         ModelError: it is no completion.
     """
-    number, sample = place
+    policy, (number, sample) = engine.policy, place
     values = np.array(logprobs, dtype=np.float64)
     if not 0 < len(ids) <= limit or len(ids) != len(values) or not np.isfinite(values).all():
         raise ModelError(
             f"vLLM gave prompt {number} {len(ids)} tokens with {len(logprobs)} log-probabilities, of at most {limit}: "
             "its logits are not numbers, or it is not the server that is expected here"
         )
-    if max(ids) >= policy.vocab_size:
-        raise ModelError(
-            f"vLLM gave prompt {number} token {max(ids)}, and the policy has tokens 0 to {policy.vocab_size - 1}: does "
-            "the server hold the policy's model?"
-        )
+    is_cut = max(ids) >= policy.vocab_size
+    if is_cut:
+        known = next(t for t, token in enumerate(ids) if token >= policy.vocab_size)
+        ids, values = ids[:known] or [min(policy.eos_ids)], values[: max(known, 1)]
+        engine.cut_off += 1
+        if engine.cut_off & (engine.cut_off - 1) == 0:  # 1, 2, 4, ...
+            logger.warning(
+                "completions that drew an id beyond the policy's %d tokens and end before it: %d so far. Where that is "
+                "often, does the server hold the policy's model?", policy.vocab_size, engine.cut_off,
+            )  # fmt: skip
     text = decode_text(policy.tokenizer, ids)
     cut = before_stop(text, spec.stop)
-    finish: Finish = "stop" if ids[-1] in policy.eos_ids or cut != text else "length"
+    finish: Finish = "stop" if (ids[-1] in policy.eos_ids and not is_cut) or cut != text else "length"
     return Completion(
         np.asarray(prompt),
         np.asarray(ids),
@@ -145,7 +150,7 @@ class ServerEngine(Engine):
 
     def __post_init__(self) -> None:
         self._sender: WeightSender | None = None
-        self._watch = FollowCheck(self.policy)
+        self._watch = FollowCheck(self)
         if self.policy is not None and self.policy.device.type == "meta":  # a job, which is of what the server serves
             self._check_model()
 
@@ -236,25 +241,28 @@ class ServerEngine(Engine):
     ) -> list[list[Completion]]:
         self._check_server(spec)
 
-        def ask(number: int) -> list[Completion]:
+        def ask(number: int) -> tuple[str, list[Completion]]:
             prompt, limit, key = wanted[number]
             limit = 1 if self.breaks_off is not None and self.breaks_off() else limit
-            return self._ask(number, prompt, spec, limit, stream_key(spec.seed, str(key[0]), *key[1:]) % 2**31)
+            row = self._ask(number, prompt, spec, limit, stream_key(spec.seed, str(key[0]), *key[1:]) % 2**31)
+            return getattr(self.client.last, "url", ""), row
 
-        found = []
-        for row in self.client.map(ask, range(len(wanted))):
+        found: list[list[Completion]] = []
+        by_address: dict[str, list[Completion]] = defaultdict(list)
+        for where, row in self.client.map(ask, range(len(wanted))):
             found.append(row)
+            by_address[where] += row
             if on_progress is not None:
                 on_progress(spec.n)
         if self._version is not None and not (self.breaks_off is not None and self.breaks_off()):
-            self._watch([each for row in found for each in row], spec, f"version {self._version} ({self.client.name})")
+            self._watch(by_address, spec, f"version {self._version} ({self.client.name})")
         return found
 
     def _ask(self, number: int, prompt: list[int], spec: SamplingConfig, limit: int, key: int) -> list[Completion]:
         body = {
             "model": self.client.name,
             "prompt": prompt,
-            "n": spec.n,
+            "n": spec.different,
             "temperature": spec.temperature,
             "top_p": spec.top_p,
             "top_k": spec.top_k,
@@ -277,18 +285,17 @@ class ServerEngine(Engine):
                 raise
             # The server got the same warning and went first: the step is given up, and the one before it saved.
             end = min(self.policy.eos_ids)
-            return [to_completion(self.policy, spec, (number, j), prompt, [end], [0.0], limit) for j in range(spec.n)]
+            return [to_completion(self, spec, (number, j), prompt, [end], [0.0], limit) for j in range(spec.n)]
         choices = sorted(answer["choices"], key=lambda each: int(each["index"]))
-        if len(choices) != spec.n or any(each.get("prompt_token_ids") != prompt for each in choices):
+        if len(choices) != spec.different or any(each.get("prompt_token_ids") != prompt for each in choices):
             raise ModelError(
                 f"the vLLM server at {self.client.urls[0]} answered prompt {number} with {len(choices)} completions in "
-                f"place of {spec.n}, or with those of another prompt: does it hold the policy's model, and is it vLLM?"
+                f"place of {spec.different}, or with those of another prompt: does it hold the policy's model, and is "
+                "it vLLM?"
             )
         return [
-            to_completion(
-                self.policy, spec, (number, j), prompt, each["token_ids"], each["logprobs"]["token_logprobs"], limit
-            )
-            for j, each in enumerate(choices)
+            to_completion(self, spec, (number, j), prompt, each["token_ids"], each["logprobs"]["token_logprobs"], limit)
+            for j, each in enumerate(choices * (spec.n // spec.different))
         ]
 
     def _check_server(self, spec: SamplingConfig) -> None:
@@ -302,49 +309,3 @@ class ServerEngine(Engine):
                 f"the vLLM server at {self.client.urls[0]} gives {mode}, and at temperature {spec.temperature:g} those "
                 f"of the distribution that it samples from are needed: start it with {START}"
             )
-
-
-class FollowCheck:
-    """Stops a run whose engine does not follow the weights that it was given.
-
-    What samples say of themselves is compared with what the trainer says of them. How far the two are apart after the
-    first update is the engine's noise. Where they are later apart by more than twice that, and the trainer's
-    log-probabilities of its first samples have moved by more than it, the engine samples from other weights.
-    """
-
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
-        self.noise: float | None = None
-        """In nats a token; None before the first samples."""
-
-    def __call__(self, drawn: Sequence[Completion], spec: SamplingConfig, which: str) -> None:
-        if not drawn or spec.temperature == 0 or spec.top_p < 1 or spec.top_k:
-            return
-        # Not every so manieth: servers are asked in turn, and one of them could be left out.
-        chosen = np.random.default_rng(len(drawn)).choice(len(drawn), min(WATCHED, len(drawn)), replace=False)
-        some = [drawn[i] for i in sorted(chosen)]
-        gap = _distance(self._trainers(some, spec), np.concatenate([each.logprobs for each in some]))
-        if self.noise is None:
-            self.noise, self._first, self._spec = max(gap, LEAST_NOISE), some, spec
-            self._logps_N = self._trainers(some, spec)
-            if not gap <= MOST_NOISE:
-                self._stop(which, gap, f"{MOST_NOISE} is the most that rounding explains")
-        elif not gap <= 2 * self.noise:
-            moved = _distance(self._trainers(self._first, self._spec), self._logps_N)
-            if moved > self.noise:
-                self._stop(which, gap, f"{self.noise:.2g} after the first update; the trainer's moved by {moved:.2g}")
-
-    def _trainers(self, completions: Sequence[Completion], spec: SamplingConfig) -> Numbers:
-        return sampled_logps(self.policy, completions, spec.temperature)
-
-    @staticmethod
-    def _stop(which: str, gap: float, why: str) -> None:
-        raise ModelError(
-            f"the engine does not sample from the weights of {which}: its log-probabilities are {gap:.2g} nats a token "
-            f"from the trainer's ({why}). Does the server hold the policy's model, and does its log say that it loaded "
-            "the weights? The samples would be another policy's, so the run stops"
-        )
-
-
-def _distance(a: Numbers, b: Numbers) -> float:
-    return float(np.abs(a - b).mean())

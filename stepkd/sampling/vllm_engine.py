@@ -19,7 +19,8 @@ from stepkd.errors import ConfigError
 from stepkd.models.policy import Policy
 from stepkd.randomness import stream_key
 from stepkd.sampling.engine import Engine, Progress, SamplingConfig, Scores, Wanted
-from stepkd.sampling.vllm import FollowCheck, among, to_completion, to_scores
+from stepkd.sampling.follow import FollowCheck
+from stepkd.sampling.vllm import among, to_completion, to_scores
 from stepkd.sampling.weights import check_mergeable, merged_weights
 
 
@@ -43,7 +44,7 @@ class VLLMEngine(Engine):
     ) -> None:
         self.policy, self.breaks_off = policy, breaks_off
         self._trains = policy.device.type != "meta"
-        self._watch = FollowCheck(policy)
+        self._watch = FollowCheck(self)
         on_cpu = not torch.cuda.is_available()
         self._sleeps = self._trains and not on_cpu
         """Whether its weights and caches leave the GPU while the trainer works there."""
@@ -113,7 +114,7 @@ class VLLMEngine(Engine):
         limits = [1 if over else each.limit for each in wanted]
         how = [
             self._vllm.SamplingParams(
-                n=spec.n,
+                n=spec.different,
                 temperature=spec.temperature,
                 top_p=spec.top_p,
                 top_k=spec.top_k,
@@ -134,15 +135,15 @@ class VLLMEngine(Engine):
         drawn = [
             [
                 to_completion(
-                    self.policy, spec, (number, j), each.prompt, list(own.token_ids),
+                    self, spec, (number, j), each.prompt, list(own.token_ids),
                     [at[i].logprob for i, at in zip(own.token_ids, own.logprobs, strict=True)], limit,
                 )
-                for j, own in enumerate(sorted(answer.outputs, key=lambda own: own.index))
+                for j, own in enumerate(sorted(answer.outputs, key=lambda own: own.index) * (spec.n // spec.different))
             ]
             for number, (each, limit, answer) in enumerate(zip(wanted, limits, answers, strict=True))
         ]  # fmt: skip
         if self._version is not None:
-            self._watch([each for row in drawn for each in row], spec, f"version {self._version}")
+            self._watch({"": [each for row in drawn for each in row]}, spec, f"version {self._version}")
         return drawn
 
     @property

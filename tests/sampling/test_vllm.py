@@ -94,6 +94,27 @@ def test_requests_say_what_a_server_would_take_from_elsewhere(policy: Policy, se
     assert all(expected.items() <= body.items() for body in server.requests)
 
 
+@pytest.mark.parametrize(("ids", "kept"), [([5, 6, 100, 7], [5, 6]), ([100, 7], [1])])
+def test_an_id_that_no_token_has_ends_a_completion(
+    ids: list[int], kept: list[int], policy: Policy, server: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A padded row of the head, which vLLM draws from too."""
+    assert (policy.vocab_size, sorted(policy.eos_ids)) == (100, [1])
+
+    def padded(answer: Any) -> Any:
+        answer["choices"][0] |= {"token_ids": ids, "logprobs": {"token_logprobs": [-1.0, -2.0, -3.0, -4.0][: len(ids)]}}
+        return answer
+
+    server.spoil = padded
+    ours = engine(policy, server)
+    for _ in range(3):
+        found = ours.generate(prompts(policy)[:1], SamplingConfig(max_new_tokens=9))[0][0]
+    assert (found.token_ids.tolist(), found.finish, ours.cut_off) == (kept, "length", 3)
+    assert found.logprobs.tolist() == [-1.0, -2.0][: len(kept)]
+    assert "end before it: 2 so far" in caplog.text
+    assert "3 so far" not in caplog.text
+
+
 def test_a_request_to_stop_ends_the_rest_at_once(policy: Policy, server: Any) -> None:
     found = engine(policy, server, breaks_off=lambda: True).generate(prompts(policy), SamplingConfig(max_new_tokens=20))
     assert [len(row[0].token_ids) for row in found] == [1, 1, 1]
@@ -284,8 +305,10 @@ def test_an_engine_that_does_not_follow_stops_the_run(
             Client, "ask", lambda self, path, *a, **k: {} if "reset" in path else ask(self, path, *a, **k)
         )
     ours.update(1)
+    draw(ours, 1)
+    draw(ours, 2)
     with pytest.raises(ModelError, match=r"does not sample from the weights of version 1 \(.*the trainer's moved by"):
-        draw(ours, 1)
+        draw(ours, 3)
 
 
 def test_small_steps_add_up_until_a_deaf_engine_is_found(policy: Policy, server: Any) -> None:
