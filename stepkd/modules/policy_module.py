@@ -213,6 +213,8 @@ class PolicyModule(LightningModule):
             section["template"] = asdict(self.template)
         if self.model.step_head is not None:
             section["step_head"] = self.model.step_head.spec.to_dict()
+        if self.model.engine_noise:
+            section["engine_noise"] = dict(self.model.engine_noise)
         if state := self.method_state():
             section["method_state"] = state
         checkpoint["stepkd"] = section
@@ -240,6 +242,7 @@ class PolicyModule(LightningModule):
         if self.trainer.state.fn == "fit":
             self._check_resume(section)
             self._mend_counters(checkpoint, section["position"])
+            self.model.engine_noise |= section.get("engine_noise", {})
             named = {name.partition(".")[0] for name in self.resume_with}
             for name, now in self.frozen.items():
                 if name not in named and (then := section["frozen"].get(name, now)) != now:

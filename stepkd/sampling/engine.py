@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -160,12 +159,6 @@ class Engine(ABC):
     cut_off: int = 0
     """Completions so far that ended before an id that no token has, which a padded vocabulary head can draw."""
     _version: int | None = None
-
-    @cached_property
-    def known(self) -> dict[str, float]:
-        """What a run has learnt of the engine's noise (:class:`~stepkd.sampling.follow.FollowCheck`); checkpoints keep
-        it."""
-        return {}
 
     @property
     def max_length(self) -> int | None:

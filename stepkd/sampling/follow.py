@@ -95,9 +95,9 @@ class Follower:
 class FollowCheck:
     """Stops a run whose engine does not follow the weights that it was given, each address for itself.
 
-    The noise is measured at the first samples of a run and kept in ``engine.known``, which checkpoints hold. An engine
-    of which :data:`PATIENCE` batches running are further from the trainer than before plus that noise, and no nearer to
-    its weights than to the old ones (or further than :data:`GROWTH` times the noise), stops the run.
+    The noise is measured at the first samples of a run and kept in ``policy.engine_noise``, which checkpoints hold. An
+    engine of which :data:`PATIENCE` batches running are further from the trainer than before plus that noise, and no
+    nearer to its weights than to the old ones (or further than :data:`GROWTH` times the noise), stops the run.
     """
 
     engine: Engine
@@ -124,7 +124,7 @@ class FollowCheck:
                 logger.warning("samples that top_p or top_k cut cannot show whether the engine follows the weights")
             return
         drawn = {where: completions for where, completions in drawn.items() if completions}
-        resumed = {} if self._of else dict(self.engine.known)
+        resumed = {} if self._of else dict(self.engine.policy.engine_noise)
         for where, completions in drawn.items():
             # Not every so manieth, as requests are dealt in turn.
             number = min(len(completions), max(WATCHED // len(drawn), AT_LEAST))
@@ -132,7 +132,7 @@ class FollowCheck:
             some = [completions[i] for i in sorted(chosen)]
             self._look(where, some, spec, f"{which} at {where}" if where else which, resumed)
         for name in ("noise", "before") if self._of else ():
-            self.engine.known[name] = max(getattr(each, name) for each in self._of.values())
+            self.engine.policy.engine_noise[name] = max(getattr(each, name) for each in self._of.values())
 
     def _look(
         self, where: str, some: list[Completion], spec: SamplingConfig, which: str, resumed: Mapping[str, float]

@@ -142,6 +142,19 @@ def test_checkpoints_hold_trainable_weights_only(examples: Any, trainer: Any, tm
     assert checkpoint["stepkd"]["policy"]["lora"]["r"] == 2
 
 
+def test_checkpoints_hold_what_the_run_knows_of_its_engine(examples: Any, trainer: Any, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"policy": PolicyConfig(path="tiny-0.1m"), "optimizer": STEADY}
+    module, again = SFTModule(**settings), SFTModule(**settings)
+    runner = trainer()
+    runner.fit(module, train_dataloaders=loader_of(examples, module))
+    module.model.engine_noise |= {"noise": 0.1, "before": 0.2}
+    runner.save_checkpoint(tmp_path / "x.ckpt")
+    trainer(max_steps=2).fit(
+        again, train_dataloaders=loader_of(examples, again), ckpt_path=tmp_path / "x.ckpt", weights_only=True
+    )
+    assert again.model.engine_noise == {"noise": 0.1, "before": 0.2}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
