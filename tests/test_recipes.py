@@ -24,6 +24,7 @@ OVERLAYS = sorted((ROOT / "base").glob("*.yaml"))
 TEACHERS = sorted((ROOT / "teacher").glob("*.yaml"))
 ENGINES = sorted((ROOT / "engine").glob("*.yaml"))
 EVALUATIONS = sorted((ROOT / "eval").glob("*.yaml"))
+PARITY = sorted((ROOT / "parity").glob("*.yaml"))
 LOGGERS = sorted((ROOT / "logger").glob("*.yaml"))
 STRATEGIES = sorted((ROOT / "strategy").glob("*.yaml"))
 CLAIMS = sorted((ROOT / "claims").glob("*.yaml"))
@@ -79,6 +80,30 @@ def test_settings_of_evaluations_draw_what_the_field_draws(path: Path, benchmark
     assert config.drawn.max_new_tokens == {"aime24": 4096, "math500": 2048, "gsm8k": 1024}[benchmark]
     if path.stem == "sampled":
         assert parse(EvaluateConfig, [*words, "--sampling.n", "8"], command="evaluate").drawn.n == 8
+
+
+@pytest.mark.parametrize("path", PARITY, ids=name)
+def test_recipes_of_parity_say_what_was_measured_where_and_what_is_accepted(path: Path) -> None:
+    from stepkd.cli.parser import parse
+    from stepkd.evaluation.config import EvaluateConfig
+    from stepkd.statistics import wilson_interval
+
+    raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert {"model", "benchmark", "template", "style", "sampling", "reference"} <= set(raw), (
+        "nothing is left to defaults"
+    )
+    assert {"temperature", "max_new_tokens"} <= set(raw["sampling"])
+    words = ["--config", f"parity/{path.stem}", "--check_parity", "--out", "x"]
+    config = parse(EvaluateConfig, words, command="evaluate")
+    reference = config.reference
+    assert reference is not None
+    assert all(text.strip() for text in (reference.source, reference.settings, reference.ran))
+    problems = config.limit or {"gsm8k": 1319, "math500": 500}[config.benchmark]
+    accepted = wilson_interval(reference.value / 100 * problems, problems)
+    assert [reference.low, reference.high] == pytest.approx([100 * accepted.low, 100 * accepted.high], abs=0.06)
+    header = path.read_text(encoding="utf-8").partition("\nmodel:")[0]
+    assert f"--config parity/{path.stem}" in header
+    assert ("Not run here" in header) == (reference.ran == "not run here")
 
 
 def has_list(value: Any) -> bool:

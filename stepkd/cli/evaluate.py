@@ -4,10 +4,12 @@ r"""Benchmark a model: sample solutions, grade their answers, and sum up with in
   stepkd evaluate --model HuggingFaceTB/SmolLM2-135M-Instruct --benchmark math500 \
       --sampling.n 8 --sampling.temperature 0.8 --out runs/smollm2-math500
   stepkd compare runs/base-gsm8k runs/sft-gsm8k
+  stepkd evaluate --config parity/qwen2.5-0.5b-gsm8k --check_parity --out runs/parity
 
 `stepkd benchmarks` lists the benchmarks. A killed run is resumed by the same command, with any number of processes
 (torchrun, accelerate, srun), and ends with the same result. --out then holds results.jsonl, summary.json and
-settings.json.
+settings.json. Recipes of parity/ hold a published accuracy, with which the result is compared; --check_parity ends with
+exit code 1 where they differ.
 """
 
 from __future__ import annotations
@@ -27,7 +29,11 @@ def run(config: EvaluateConfig) -> int:
         return job.share_is_done("results")
     print_summary(job.console, summary)
     job.say(f"\nper-problem rows, settings and summary: {config.out}")
-    return 0
+    if config.reference is None:
+        return 0
+    verdict, line = config.reference.compare(summary["metrics"]["pass@1"])
+    job.say(line)
+    return int(config.check_parity and verdict == "differ")
 
 
 def print_summary(console: Any, summary: dict[str, Any]) -> None:

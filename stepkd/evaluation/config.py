@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeAlias
 
 from stepkd.data.config import DataConfig, parse_spec
 from stepkd.data.sources import get_benchmark
@@ -17,8 +19,60 @@ from stepkd.runs.job import JobConfig
 from stepkd.sampling.config import IN_PROCESS, EngineConfig
 from stepkd.sampling.engine import SamplingConfig
 from stepkd.scorers.scorer import Reduction, ScorerConfig
+from stepkd.statistics import percent
 from stepkd.steps.labels import check_threshold
 from stepkd.steps.segment import SEGMENTERS
+
+Parity: TypeAlias = Literal["agree", "differ", "too few problems"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceConfig:
+    """A published accuracy, and what is accepted as the same."""
+
+    value: float
+    """Accuracy (pass@1) that was published, in percent."""
+    low: float
+    """Lower end of the accepted interval, in percent; recipes give Wilson's 95% interval of the value at the number of
+    problems that it was measured on."""
+    high: float
+    """Upper end of the accepted interval, in percent."""
+    source: str
+    """Where it was published: paper, model card or file, and the table."""
+    settings: str
+    """How it was measured, as far as the source says (prompt, examples, sampling, longest completion), and what differs
+    here."""
+    ran: str
+    """Whether the recipe has been run, and what came out."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low <= self.value <= self.high <= 100:
+            raise ConfigError(
+                f"reference {self.value} with the accepted interval {self.low} to {self.high}: low <= value <= high in "
+                "percent"
+            )
+
+    def compare(self, measured: Mapping[str, Any]) -> tuple[Parity, str]:
+        """Compare an accuracy with the published one.
+
+        Args:
+            measured: pass@1 of a summary: ``value``, ``low`` and ``high``, shares or None.
+
+        Returns:
+            ``differ`` where the 95% interval and the accepted one have nothing in common; ``too few problems`` where
+            they have, but there is no interval or it is more than twice as wide as the accepted one; else ``agree``.
+            And a line that says so with the numbers.
+        """
+        low, high = (math.nan if measured[end] is None else 100 * measured[end] for end in ("low", "high"))
+        verdict: Parity = "too few problems"
+        if low > self.high or high < self.low:
+            verdict = "differ"
+        elif high - low <= 2 * (self.high - self.low):
+            verdict = "agree"
+        return verdict, (
+            f"parity: {verdict}. Measured {percent(measured)}, reference {self.value:g} (accepted {self.low:g} to "
+            f"{self.high:g}; {self.source})"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +113,18 @@ class EvaluateConfig(JobConfig):
     ks: tuple[int, ...] = ()
     """The k of pass@k and maj@k, each from 1 to the samples of a problem; the default takes the powers of two up to
     that."""
+    reference: ReferenceConfig | None = None
+    """Published accuracy that the result is compared with, as recipes of parity/ hold one; by default there is none."""
+    check_parity: bool = False
+    """End with exit code 1 where the result differs from the reference; off by default, where it is said only."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         n = self.drawn.n
+        if self.check_parity and self.reference is None:
+            raise ConfigError(
+                "check_parity compares with a reference, and there is none: give one of the recipes parity/"
+            )
         if n > 1 and self.sampling.temperature == 0:
             raise ConfigError(f"{n} samples at temperature 0 would all be the same: set sampling.temperature")
         check_bounds("", self, limit="[1, inf)")

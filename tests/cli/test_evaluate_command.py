@@ -226,3 +226,28 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         "--few_shot",
     ):
         assert option in shown
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "verdict"),
+    [(50, 10, 90, "agree"), (99, 98, 100, "differ"), (50, 40, 60, "too few problems")],
+)
+def test_a_result_is_compared_with_the_published_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], value: float, low: float, high: float, verdict: str
+) -> None:
+    """Four problems of a random model, none correct: 0 to 49%."""
+    recipe = tmp_path / "parity.yaml"
+    texts = "source: a table, settings: greedy, ran: not run here"
+    recipe.write_text(f"reference: {{value: {value}, low: {low}, high: {high}, {texts}}}\n")
+    given = ("--config", str(recipe), "--out", str(tmp_path / "o"))
+    assert run(*given, "--check_parity") == (verdict == "differ")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert (
+        f"parity: {verdict}. Measured 0.0 (0.0 to 49.0), reference {value} (accepted {low} to {high}; a table)" in shown
+    )
+    assert run(*given) == 0, "without --check_parity it is only said"
+
+
+def test_parity_without_a_reference_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--out", str(tmp_path / "o"), "--check_parity") == 2
+    assert "check_parity compares with a reference, and there is none" in capsys.readouterr().err
