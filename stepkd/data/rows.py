@@ -15,6 +15,7 @@ switches that check off.
 from __future__ import annotations
 
 import difflib
+import functools
 import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -389,7 +390,7 @@ def validate(
     Raises:
         DataError: the first thing that is incorrect, with file, line and column.
     """
-    found = _slip(row, contract) if extra != "keep" else None
+    found = _slip(tuple(row), contract) if extra != "keep" else None
     if found is None:
         try:
             contract.model_validate(row)
@@ -419,11 +420,12 @@ def _listed(row: Mapping[str, Any]) -> str:
     return ", ".join(repr(name) for name in row) if row else "no columns"
 
 
-def _slip(row: Row, contract: Contract) -> tuple[str, str] | None:
-    """The first unknown column that is spelt nearly like one that the row lacks, and what to do about it."""
-    absent = [name for name in contract.names if name not in row]
+@functools.lru_cache(maxsize=256)  # the rows of a file have the same columns
+def _slip(columns: tuple[Any, ...], contract: Contract) -> tuple[str, str] | None:
+    """The first unknown column that is spelt nearly like one that is lacking, and what to do about it."""
+    absent = [name for name in contract.names if name not in columns]
     long = [name for name in absent if len(name) > 3]  # short ones (``id``) count only in another case
-    for name in (each for each in map(str, row) if each not in contract.names):
+    for name in (each for each in map(str, columns) if each not in contract.names):
         close = difflib.get_close_matches(name.lower(), long, n=1, cutoff=0.8)
         if meant := name.lower() if name.lower() in absent else close and close[0]:
             return name, (

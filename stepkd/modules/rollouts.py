@@ -30,7 +30,7 @@ from stepkd.runs.process import STOP_REQUEST
 from stepkd.runs.progress import PhaseTracker
 from stepkd.sampling.config import EngineConfig
 from stepkd.steps.segment import get_segmenter, segment, step_ends
-from stepkd.steps.text import texts_from_ids
+from stepkd.steps.text import text_from_ids
 
 BINS = 16
 """Bars of the histogram of lengths, from 0 to the longest completion that is allowed."""
@@ -141,7 +141,7 @@ class GroupSampler:
     def _in_steps(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """The rollouts cut into steps; one that cannot be cut is one step."""
         found = []
-        texts = texts_from_ids(self.policy.tokenizer, [rollout.token_ids for rollout in rollouts])
+        texts = [text_from_ids(self.policy.tokenizer, rollout.token_ids) for rollout in rollouts]
         for rollout, text in zip(rollouts, texts, strict=True):
             spans = segment(self._segmenter, text) or [(0, len(text))]
             steps = without_blank_end([text.span_text(*span) for span in spans])

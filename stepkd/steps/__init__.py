@@ -17,7 +17,7 @@ _HOMES = {
         "SEGMENTERS RegexSegmenter Segmenter SentenceSegmenter Span WholeSegmenter get_segmenter "
         "segmenter_settings spans_from_ends step_ends"
     ),
-    "text": "TokenizedText first_difference text_from_ids texts_from_ids tokenize_text tokenize_texts",
+    "text": "TokenizedText first_difference text_from_ids tokenize_text tokenize_texts",
 }
 
 

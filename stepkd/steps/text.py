@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from stepkd.errors import DataError, ModelError
 
@@ -131,23 +132,17 @@ def _aligned(text: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]]) 
     return TokenizedText(tuple(ids), text, tuple(ends))
 
 
-def texts_from_ids(tokenizer: Any, sequences: Iterable[Iterable[int]]) -> list[TokenizedText]:
-    """Decode several sampled completions; see :func:`text_from_ids`. Runs of ids that they share are decoded once.
-
-    Args:
-        tokenizer: any transformers tokenizer.
-        sequences: sampled ids of each completion, special tokens allowed.
-    """
-    known: dict[tuple[int, ...], str] = {}
-    return [text_from_ids(tokenizer, ids, known=known) for ids in sequences]
+_RUN = 4
+"""Longest run of ids whose text is kept, in tokens: completions of one tokenizer share most of them."""
+_KEPT = 2**16
+"""Most runs that are kept of a tokenizer."""
+_TEXTS: WeakKeyDictionary[Any, dict[tuple[int, ...], str]] = WeakKeyDictionary()
 
 
 def text_from_ids(
     tokenizer: Any,
     token_ids: Iterable[int],
     logprobs: Iterable[float] | None = None,
-    *,
-    known: dict[tuple[int, ...], str] | None = None,
 ) -> TokenizedText:
     """Decode sampled ids piece by piece, keeping track of which token completes which character.
 
@@ -159,18 +154,19 @@ def text_from_ids(
         tokenizer: any transformers tokenizer.
         token_ids: T sampled ids, special tokens allowed.
         logprobs: T log-probabilities of the sampled ids; at temperature 1 where a segmenter is to read them.
-        known: texts of runs of ids that this tokenizer has decoded; those that are decoded here are added.
     """
     ids = tuple(map(int, token_ids))
-    texts: dict[tuple[int, ...], str] = {} if known is None else known
+    texts = _TEXTS.setdefault(tokenizer, {})
+    if len(texts) > _KEPT:
+        texts.clear()
 
     def decode(start: int, end: int) -> str:
         part = ids[start:end]
         text = texts.get(part)
         if text is None:
-            text = texts[part] = str(
-                tokenizer.decode(list(part), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            )
+            text = str(tokenizer.decode(list(part), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+            if len(part) <= _RUN:
+                texts[part] = text
         return text
 
     pieces: list[str] = []
