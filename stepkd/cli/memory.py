@@ -28,7 +28,7 @@ from stepkd.models.machine import memory_peak
 from stepkd.models.source import as_trained
 from stepkd.models.spec import PolicyConfig
 from stepkd.safe import enter, is_safe
-from stepkd.teachers.config import Local, SelfAverage, SelfBase, SelfSnapshot
+from stepkd.teachers.config import Local, Routed, SelfAverage, SelfBase, SelfSnapshot
 from stepkd.training.failures import explained
 from stepkd.training.fit import check_fit
 
@@ -58,11 +58,14 @@ def lower_bound(module: Any, shards: int = 1) -> dict[str, int]:
     sharded = {"weights": weight_bytes(model, spec), "gradients": trained, "optimiser (AdamW)": 2 * trained}
     whole: dict[str, int] = {}
     teacher = module.arguments.get("teacher")
-    if isinstance(teacher, Local):
-        own = as_trained(PolicyConfig(path=teacher.path, dtype=teacher.dtype))
-        kept = PolicyConfig(quantization=teacher.quantization)
-        (sharded if teacher.sharded else whole)["teacher"] = weight_bytes(skeleton(own), kept)
-    elif isinstance(teacher, SelfSnapshot | SelfAverage) or (isinstance(teacher, SelfBase) and spec.lora is None):
+    several = teacher.teachers if isinstance(teacher, Routed) else {"": teacher}
+    for name, each in several.items():
+        if isinstance(each, Local):
+            own = as_trained(PolicyConfig(path=each.path, dtype=each.dtype))
+            kept = PolicyConfig(quantization=each.quantization)
+            part = f"teacher {name}".strip()
+            (sharded if each.sharded else whole)[part] = weight_bytes(skeleton(own), kept)
+    if isinstance(teacher, SelfSnapshot | SelfAverage) or (isinstance(teacher, SelfBase) and spec.lora is None):
         whole["self-teacher"] = trained * (2 if isinstance(teacher, SelfAverage) else 1)  # the average and its copy
     reference = getattr(module, "reference_spec", None)
     adapts = spec.lora is not None or adapter_folder(spec.path) is not None  # the reference is the adapter-off view

@@ -136,7 +136,8 @@ class StepData(LightningDataModule):
     def _load(self, name: str, spec: DataConfig) -> list[Completion]:
         encoder = self._encoder(name)
         contracts = encoder.contracts
-        rows = self._rows(name, spec, None if contracts is not None else problem_with(self._needs(name)))
+        choices: Any = getattr(self._module, "choices", lambda split: {})(name)
+        rows = self._rows(name, spec, None if contracts is not None else problem_with(self._needs(name), choices))
         if contracts and (found := detect_contract(rows[0])) not in contracts:
             raise DataError(
                 f"{type(self._module).__name__} learns from rows of the kinds {', '.join(c.name for c in contracts)}, "

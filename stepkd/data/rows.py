@@ -18,8 +18,9 @@ import difflib
 import functools
 import itertools
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import pydantic
@@ -333,11 +334,12 @@ Needs = Mapping[tuple[str, ...], str]
 """Columns of which a row must have one -> who reads it, for the message."""
 
 
-def problem_with(needs: Needs) -> Contract:
+def problem_with(needs: Needs, choices: Mapping[str, Collection[str]] = MappingProxyType({})) -> Contract:
     """A problem of which only the prompt and what somebody reads is required.
 
     Args:
         needs: what is read beside the prompt.
+        choices: columns that choose something -> the values that they may have.
     """
 
     class Needed(ProblemRow):
@@ -353,6 +355,13 @@ def problem_with(needs: Needs) -> Contract:
                         f"missing column {' or '.join(map(repr, names))}: {reason}. The row has {_listed(row)}; if "
                         f"another column holds it, say so with columns: {{{names[0]}: <that column>}}",
                         column=names[0],
+                    )
+            for name, known in choices.items():
+                if (value := row.get(name)) not in known:
+                    raise _invalid(
+                        f"column {name!r} must name one of {', '.join(sorted(known))} in every row, found "
+                        f"{shown(value) if name in row else 'no such column'}. The row has {_listed(row)}",
+                        column=name,
                     )
             return model
 

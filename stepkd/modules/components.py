@@ -33,6 +33,8 @@ class ForwardPass:
     loss that takes its gradients in the forward pass; empty outside training."""
     signals: Signals | None = None
     """What a teacher says of the targets, where the method has one."""
+    teacher_N: Tensor | None = None
+    """A teacher's log-probability of every target, where the method reads that alone."""
 
     @property
     def head(self) -> VocabHead:

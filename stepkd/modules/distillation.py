@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 from stepkd.data.collate import Batch
 from stepkd.modules.base import StepModule
 from stepkd.modules.components import ForwardPass
+from stepkd.teachers.routed import RoutedTeacher
 from stepkd.teachers.signals import Teacher
 
 
@@ -20,6 +22,8 @@ class DistillationModule(StepModule):
     teacher: Teacher | None = None
     teacher_temperature = 1.0
     """Divides the logits that it is read at."""
+    reads_targets = False
+    """Whether the loss reads the teacher's log-probability of the targets alone."""
     new_tokens = 0
     """Most tokens of a completion that is sampled for the teacher to score; 0: none is sampled."""
     without_dropout = "the model that samples is the one that learns"
@@ -33,8 +37,18 @@ class DistillationModule(StepModule):
         """With what the teacher says of the micro-batch."""
         forward = super().forward_pass(micro_batch)
         if self.teacher is not None and self.distils(micro_batch):
-            forward.signals = self.teacher.signals(micro_batch, temperature=self.teacher_temperature)
+            temperature, size = self.teacher_temperature, self.chunk_size
+            if self.reads_targets:
+                forward.teacher_N = self.teacher.target_logps(micro_batch, temperature=temperature, chunk_size=size)
+            else:
+                forward.signals = self.teacher.signals(micro_batch, temperature=temperature)
         return forward
+
+    def choices(self, split: str) -> Mapping[str, Collection[str]]:
+        """Columns of a split's rows that choose something, such as the row's teacher -> the values they may have."""
+        if isinstance(self.teacher, RoutedTeacher) and split != "predict":
+            return {self.teacher.column: self.teacher.teachers}
+        return {}
 
     def distils(self, micro_batch: Batch) -> bool:
         """Whether the loss of a micro-batch reads the teacher; where it does not, the teacher is not run on it."""

@@ -13,7 +13,7 @@ chunk, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
@@ -34,6 +34,7 @@ from stepkd.modules.distillation import DistillationModule
 from stepkd.modules.kdrl_objective import KDRLObjective, rollouts_of
 from stepkd.modules.kdrl_settings import (
     AsAdvantage,
+    ExactKL,
     KDConfig,
     PolicyLossConfig,
     RolloutConfig,
@@ -49,7 +50,7 @@ from stepkd.modules.step_scores import load_step_scorer, step_scores
 from stepkd.runs.logger import JsonlLogger
 from stepkd.sampling.config import IN_PROCESS, EngineConfig
 from stepkd.scorers.scorer import StepScorer
-from stepkd.teachers.config import TeacherConfig
+from stepkd.teachers.config import Needs, TeacherConfig
 
 
 class KDRLModule(DistillationModule):
@@ -106,6 +107,7 @@ class KDRLModule(DistillationModule):
         self._check_settings(teacher)
         self.teacher = None if teacher is None else teacher.build()
         self.teacher_temperature = self.rollout_spec.sampling.temperature
+        self.reads_targets = not isinstance(self.kd, ExactKL)
         self.new_tokens = self.rollout_spec.sampling.longest
         names = sorted(spec.name for spec in self.reward_specs)
         self.objective = KDRLObjective(self.policy_loss, self.kd, self.teacher_temperature, names)
@@ -115,7 +117,12 @@ class KDRLModule(DistillationModule):
         """What holds between settings of different parts, so that the type of none of them can say it."""
         if teacher is not None:
             reads = "KDRL reads the teacher's probability of every sampled token"
-            teacher.require({"fresh": reads, "whole": reads, "other": "KDRL distils from another model"})
+            needs: Needs = {"fresh": reads, "targets": reads, "other": "KDRL distils from another model"}
+            if isinstance(self.kd, ExactKL):
+                needs["whole"] = "kd: ExactKL sums over the teacher's whole distribution (SampledKL reads one token)"
+            if (temperature := self.rollout_spec.sampling.temperature) != 1:
+                needs["tempered"] = f"rollout.sampling.temperature={temperature:g} tempers the teacher, too"
+            teacher.require(needs)
         weight, n = self.policy_loss.weight, self.rollout_spec.sampling.n
         equal_groups, schedule = self.policy_loss.equal_groups, type(self.kd.schedule).__name__
         distils = teacher is not None and self.kd.beta > 0 and isinstance(self.kd.schedule, Steady)
@@ -178,6 +185,10 @@ class KDRLModule(DistillationModule):
         needs = {spec.reads(): f"the reward {spec.name!r} reads it" for spec in self.reward_specs if spec.reads()}
         graded = {("answer",): f"kd.mask: {self.kd.mask} grades answers"}
         return needs if self.kd.mask == "none" else needs | graded
+
+    def choices(self, split: str) -> Mapping[str, Collection[str]]:
+        """In training alone, as validation does not distil."""
+        return super().choices(split) if split == "train" else {}
 
     def prepare(self, batch: StepBatch) -> Iterator[list[Batch]]:
         """Sample groups, grade and credit them, and yield ``num_iterations`` optimiser steps of them."""

@@ -123,6 +123,7 @@ class KDRLObjective(Component):
     def terms(self, forward: ForwardPass) -> LossTerms:
         """See the class."""
         batch, signals, scales = forward.batch, forward.signals, forward.scales
+        distils = signals is not None or forward.teacher_N is not None
         rollouts = rollouts_of(batch)
         if not rollouts:
             hidden_NH = forward.hidden_NH
@@ -130,22 +131,22 @@ class KDRLObjective(Component):
             return LossTerms({"pg": ce, "kd": ce * 0.0})
 
         def position(logits_CV: Tensor, targets_C: Tensor, *constants: Tensor) -> Tensor:
-            advantages_C, old_C, sampled_C, pg_weight_C, kd_weight_C, *chunk = constants
+            advantages_C, old_C, sampled_C, pg_weight_C, kd_weight_C, teacher_C, *chunk = constants
             log_CV = tempered(logits_CV, self.temperature)
             logps_C = target_logps(log_CV, targets_C)
-            teacher_C, kd_C = torch.zeros_like(logps_C), torch.zeros_like(logps_C)
-            if signals is not None:
+            teacher_C, kd_C = teacher_C.to(logps_C.dtype), torch.zeros_like(logps_C)
+            if signals is not None:  # of ExactKL
                 student_CV, teacher_CV, _ = signals.compare(log_CV, *chunk)
                 teacher_C = target_logps(teacher_CV, targets_C).to(logps_C.dtype).detach()
-                if isinstance(self.kd, ExactKL):
-                    kd_C = reverse_kl(*most_likely(student_CV, teacher_CV, self.kd.top_k))
-                elif isinstance(self.kd, SampledKL):
-                    # Tokens that do not count are taken out before: k3 of a far-off one overflows, and 0 inf is NaN.
-                    near_C = torch.where(kd_weight_C > 0, logps_C, teacher_C)
-                    kd_C = kl_estimate(self.kd.estimator, near_C, teacher_C)
-                kd_C = self.beta * kd_weight_C * kd_C
-                if isinstance(self.kd, AsAdvantage):
-                    advantages_C = advantages_C + self.beta * (teacher_C - logps_C).detach()
+                assert isinstance(self.kd, ExactKL)
+                kd_C = reverse_kl(*most_likely(student_CV, teacher_CV, self.kd.top_k))
+            elif distils and isinstance(self.kd, SampledKL):
+                # Tokens that do not count are taken out before: k3 of a far-off one overflows, and 0 inf is NaN.
+                near_C = torch.where(kd_weight_C > 0, logps_C, teacher_C)
+                kd_C = kl_estimate(self.kd.estimator, near_C, teacher_C)
+            elif distils and isinstance(self.kd, AsAdvantage):
+                advantages_C = advantages_C + self.beta * (teacher_C - logps_C).detach()
+            kd_C = self.beta * kd_weight_C * kd_C
             pg_C, low_C, high_C = self._clipped(logps_C, advantages_C, old_C, sampled_C, pg_weight_C)
             total_C = scales["pg"] * self.weight * pg_C + scales["kd"] * kd_C
             entropy_C = entropy(log_CV.detach())
@@ -153,6 +154,7 @@ class KDRLObjective(Component):
             return torch.stack([each.double() for each in columns], dim=-1)
 
         constants = self._constants(batch, rollouts)
+        teacher_N = torch.zeros_like(constants[0]) if forward.teacher_N is None else forward.teacher_N
         loss, columns_NM = fused_sum(
             position,
             forward.head,
@@ -160,6 +162,7 @@ class KDRLObjective(Component):
             torch.ones_like(constants[0]),
             batch.targets_N,
             *constants,
+            teacher_N,
             *(() if signals is None else signals.tensors),
             chunk_size=forward.chunk_size,
         )
@@ -169,7 +172,7 @@ class KDRLObjective(Component):
         if not batch.is_dummy:
             self.gaps.append(gap_N.abs())
         sums = {"pg": found.pg_N.sum(), "kd": found.kd_N.sum()}
-        metrics = self._metrics(rollouts, found, gap_N, distils=signals is not None)
+        metrics = self._metrics(rollouts, found, gap_N, distils=distils)
         return LossTerms(sums, metrics, loss)
 
     @staticmethod

@@ -8,8 +8,9 @@ from stepkd.lazy import lazily
 
 _HOMES = {
     "cache": "CachedTeacher write_cache",
-    "config": "Cached Local SelfAverage SelfBase SelfSnapshot Served TeacherConfig TopK",
+    "config": "Cached Local Routed SelfAverage SelfBase SelfSnapshot Served TeacherConfig TopK",
     "local": "LocalTeacher",
+    "routed": "RoutedTeacher",
     "server": "ServerTeacher",
     "signals": "HiddenSignals Signals Teacher",
 }

@@ -158,9 +158,10 @@ class CachedTeacher(Teacher):
         self._check("precision", precision)
 
     def identity(self) -> str:
-        """Fingerprint of the teacher that wrote it, with k and temperature."""
+        """Fingerprint of the teacher that wrote it, with its prompt template, k and temperature."""
         names = ("teacher", "top_k", "temperature", "tokenizer", "data")
-        return _hash({name: self.settings[name] for name in names})
+        own = {} if self.settings["template"] == "None" else {"template": self.settings["template"]}
+        return _hash({name: self.settings[name] for name in names} | own)
 
     def signals(self, batch: Batch, *, temperature: float) -> Signals:
         """See :class:`~stepkd.teachers.signals.Teacher`.

@@ -16,8 +16,8 @@ from stepkd.sampling.config import checked_urls
 
 Needs = dict[str, str]
 """What a run needs of a teacher, each with the setting that asks for it: that it scores text it has not seen
-(``fresh``), gives its whole distribution (``whole``), at any temperature (``tempered``), can be sampled from
-(``writes``), is another model than the student (``other``)."""
+(``fresh``), gives its whole distribution (``whole``) or the targets' log-probabilities alone (``targets``), at any
+temperature (``tempered``), can be sampled from (``writes``), is another model than the student (``other``)."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class TopK:
 
 
 class TeacherConfig(ABC):
-    """The model that is distilled from: :class:`Local`, :class:`Cached`, :class:`Served`, or the student itself as a
-    :class:`SelfSnapshot`, :class:`SelfAverage` or :class:`SelfBase`."""
+    """The model that is distilled from: :class:`Local`, :class:`Cached`, :class:`Served`, several of these
+    (:class:`Routed`), or the student itself as a :class:`SelfSnapshot`, :class:`SelfAverage` or :class:`SelfBase`."""
 
     top_k: TopK | None
     lacks: ClassVar[Mapping[str, str]] = {}
@@ -65,7 +65,7 @@ class TeacherConfig(ABC):
         """
         for need, setting in needs.items():
             lack = self.lacks.get(need)
-            if need == "whole" and self.top_k is not None and lack is None:
+            if need in ("whole", "targets") and self.top_k is not None and "whole" not in self.lacks:
                 lack = "is compared in its most likely tokens alone: set teacher.top_k to null"
             if lack is not None:
                 raise ConfigError(f"{setting}, and the teacher {type(self).__name__} {lack}")
@@ -134,11 +134,16 @@ class Served(TeacherConfig):
     environment variable VLLM_API_KEY."""
     tokenizer: str | None = None
     """Folder or hub id of its tokenizer; null: the model that the server names."""
-    top_k: TopK = TopK(64)
-    """How many of its most likely tokens it is asked for; 64 hold nearly all of the mass."""
+    top_k: TopK | None = None
+    """How many of its most likely tokens it is asked for; null: 64, which hold nearly all of the mass. KDRL's SampledKL
+    and AsAdvantage read the sampled token's log-probability alone, and ask for no more than that."""
+    template: str | Path | PromptTemplate | None = None
+    """Prompt template that it reads the student's completions under, where that is another than the data's; null: the
+    student's own prompt ids."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "urls", checked_urls("teacher.urls", self.urls))
+        object.__setattr__(self, "top_k", self.top_k or TopK(64))
 
     lacks: ClassVar[Mapping[str, str]] = {
         "whole": "gives its most likely tokens only: take the teacher Local",
@@ -191,3 +196,36 @@ class SelfBase(_Self):
     """The student as it was before training: its adapter-off view where fresh adapters are trained, else a copy."""
 
     teacher: ClassVar[tuple[str, str]] = ("own", "BaseTeacher")
+
+
+@dataclass(frozen=True)
+class Routed(TeacherConfig):
+    """Several teachers, of which a column of the data names the one that each row is distilled from."""
+
+    teachers: dict[str, TeacherConfig]
+    """Value of the column -> the teacher of its rows (Local, Cached or Served, each with its own settings)."""
+    column: str = "teacher"
+    """Column of the rows that names the teacher."""
+
+    top_k = None
+    lacks: ClassVar[Mapping[str, str]] = {
+        "writes": "is several, which are not sampled from here: sample them beforehand (stepkd label)",
+    }
+
+    teacher: ClassVar[tuple[str, str]] = ("routed", "RoutedTeacher")
+
+    def __post_init__(self) -> None:
+        if not self.teachers:
+            raise ConfigError("teacher.teachers is empty: give each value of the column a teacher")
+        for name, each in self.teachers.items():
+            if not isinstance(each, Local | Cached | Served):
+                raise ConfigError(
+                    f"teacher.teachers.{name} is {type(each).__name__}: rows are routed to the teachers Local, Cached "
+                    "and Served"
+                )
+
+    def require(self, needs: Needs) -> None:
+        """Refuse what one of them cannot do; see :meth:`TeacherConfig.require`."""
+        super().require(needs)
+        for each in self.teachers.values():
+            each.require(needs)

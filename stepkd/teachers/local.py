@@ -5,16 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
 from stepkd.data.collate import Batch, collate
-from stepkd.data.completion import Completion, Ids
-from stepkd.data.encode import Encoder
-from stepkd.data.templates import PromptTemplate, get_template, template_name
+from stepkd.data.completion import Completion
+from stepkd.data.templates import PromptTemplate, template_name
 from stepkd.errors import ConfigError, ModelError
 from stepkd.models.checkpoint import load_trained, weights_fingerprint
 from stepkd.models.machine import device_room
@@ -23,7 +21,6 @@ from stepkd.models.sharding import shard
 from stepkd.models.source import trained_template
 from stepkd.sampling.annotate import check_same_vocabulary
 from stepkd.sampling.transformers_engine import TransformersEngine
-from stepkd.steps.segment import get_segmenter
 from stepkd.teachers.config import Local
 from stepkd.teachers.signals import HiddenSignals, Signals, Teacher
 
@@ -39,7 +36,6 @@ class LocalTeacher(Teacher):
 
     spec: Local
     _policy: Policy | None = field(default=None, init=False)
-    _encoder: Encoder | None = field(default=None, init=False)
     _is_sharded: bool = field(default=False, init=False)
 
     @property
@@ -53,6 +49,11 @@ class LocalTeacher(Teacher):
     def shares_prompts(self) -> bool:
         """See :class:`~stepkd.teachers.signals.Teacher`."""
         return self.policy.shares_prompts
+
+    @property
+    def needs_all_ranks(self) -> bool:
+        """See :class:`~stepkd.teachers.signals.Teacher`."""
+        return self._is_sharded
 
     def bind(self, tokenizer: Any, vocab_size: int | None = None) -> None:
         """Load the model (once) and compare vocabularies; see :class:`~stepkd.teachers.signals.Teacher`.
@@ -74,25 +75,12 @@ class LocalTeacher(Teacher):
                 "under one tokenizer: one of them was not resized to it; resize its embeddings and save it again"
             )
         policy.requires_grad_(False).eval()
-        if spec.template is not None:
-            longest = policy.max_length or 2**31
-            template = get_template(spec.template)
-            self._encoder = Encoder(policy.tokenizer, template, get_segmenter("whole"), max_length=longest)
         self._policy, self.max_length = policy, policy.max_length
+        self._read_under(spec.template, policy.tokenizer)
 
     def identity(self) -> str:
         """Fingerprint of its weights."""
         return weights_fingerprint(self.policy)
-
-    def prompts(self, examples: Sequence[Completion]) -> list[Ids]:
-        """Prompt ids of the examples, under its own template when it has one.
-
-        Raises:
-            DataError: a prompt that does not fit into its context.
-        """
-        if self._encoder is None:
-            return [example.prompt_ids for example in examples]
-        return [np.asarray(self._encoder.prompt_ids(example.row)) for example in examples]
 
     @torch.no_grad()
     def signals(self, batch: Batch, *, temperature: float) -> Signals:
@@ -103,19 +91,16 @@ class LocalTeacher(Teacher):
         """
         policy = self.policy
         self.place(batch.input_ids_BT.device)
-        own = batch if self._encoder is None else self._reread(batch)
+        own = batch
+        if self.spec.template is not None:  # targets keep their order
+            pad_id = int(policy.tokenizer.pad_token_id or 0)
+            own = collate(self.reread(batch.examples), pad_id, share=self.shares_prompts)
         check_context(self, own.examples)
         own = own.to(policy.device)
         # As a forward pass of the model, which gathers embeddings and head.
         hidden_BTH = policy(policy.hidden, own.input_ids_BT, own.attention_mask_BT, own.shared_BT)
         hidden_NH = hidden_BTH.flatten(0, 1)[own.needed_N]
         return HiddenSignals(policy.head, hidden_NH, temperature, self.spec.top_k)
-
-    def _reread(self, batch: Batch) -> Batch:
-        """The same completions behind the teacher's own prompts; targets keep their order."""
-        prompts = self.prompts(batch.examples)
-        examples = [replace(each, prompt_ids=prompt) for each, prompt in zip(batch.examples, prompts, strict=True)]
-        return collate(examples, int(self.policy.tokenizer.pad_token_id or 0), share=self.shares_prompts)
 
     def shard(self, mesh: Any) -> None:
         """See :class:`~stepkd.teachers.signals.Teacher`."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from stepkd.data.collate import Batch
 from stepkd.errors import ConfigError, ModelError
@@ -20,6 +21,9 @@ from stepkd.teachers.cache import CachedSignals
 from stepkd.teachers.config import Served
 from stepkd.teachers.local import check_context
 from stepkd.teachers.signals import Signals, Teacher
+
+LEAST_TAIL = 1e-7
+"""Smallest mass of all tokens but the k most likely that is told from none: a server gives float32 logarithms."""
 
 
 @dataclass(eq=False)
@@ -51,6 +55,7 @@ class ServerTeacher(Teacher):
             ) from error
         check_same_vocabulary(tokenizer, own)
         self.max_length = self.client.max_length - 1  # it writes a token behind what it scores
+        self._read_under(self.spec.template, own)
 
     def identity(self) -> str:
         """The model that the server names; its weights cannot be seen from here."""
@@ -61,20 +66,28 @@ class ServerTeacher(Teacher):
         """See :class:`~stepkd.teachers.signals.Teacher`.
 
         Raises:
-            ConfigError: a prompt and completion that are longer than its context.
+            ConfigError: a prompt and completion that are longer than its context, or another temperature than 1.
             ModelError: the server scored other tokens than it was asked for.
             MachineError: it went away.
         """
-        device = batch.targets_N.device
-        asked = [example for example in batch.examples if len(example.token_ids)]
-        check_context(self, asked)
-        if not asked:
-            empty = torch.zeros(0, self.spec.top_k.k, device=device)
-            return CachedSignals(empty.long(), empty, empty[:, 0], self.spec.top_k.tail)
+        assert self.spec.top_k is not None
+        own_N, ids_Nk, logps_Nk = self._scores(batch, temperature, self.spec.top_k.k)
+        # The others' mass is at least that of a target that is not among the k, and no less than float32 can tell.
+        is_other_N = (ids_Nk != batch.targets_N.unsqueeze(-1)).all(-1)
+        least_N = (own_N.exp() * is_other_N).clamp_min(LEAST_TAIL)
+        tail_N = torch.maximum(1.0 - logps_Nk.exp().sum(-1), least_N).log()
+        return CachedSignals(ids_Nk, logps_Nk.float(), tail_N.float(), self.spec.top_k.tail)
+
+    def target_logps(self, batch: Batch, *, temperature: float, chunk_size: int = 0) -> Tensor:
+        """Of every target alone, which is all that the server is asked for; raises what :meth:`signals` does."""
+        return self._scores(batch, temperature, 0)[0]
+
+    def _scores(self, batch: Batch, temperature: float, top_k: int) -> list[Tensor]:
+        """Log-probability of every target, and ids and log-probabilities of the most likely tokens there."""
+        if temperature != 1:
+            raise ConfigError(f"temperature {temperature:g}, and the teacher Served {self.spec.lacks['tempered']}")
         assert self.client is not None
-        found = ServerEngine(None, self.client).score(asked, self.spec.top_k.k)
-        ids_Nk = torch.from_numpy(np.concatenate([each.ids_Tk for each in found])).to(device)
-        logps_Nk = torch.from_numpy(np.concatenate([each.logps_Tk for each in found])).to(device)
-        rest_N = 1.0 - logps_Nk.exp().sum(-1)
-        tail_N = rest_N.clamp_min(1e-12).log().float()
-        return CachedSignals(ids_Nk, logps_Nk.float(), tail_N, self.spec.top_k.tail)
+        asked = self.reread(batch.examples)
+        check_context(self, asked)
+        found = zip(*ServerEngine(None, self.client).score(asked, top_k), strict=True)
+        return [torch.from_numpy(np.concatenate(part)).to(batch.targets_N.device) for part in found]

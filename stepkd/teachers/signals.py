@@ -13,17 +13,22 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from stepkd.data.collate import Batch
 from stepkd.data.completion import Completion, Ids
-from stepkd.data.templates import PromptTemplate
-from stepkd.losses import VocabHead, tempered, top_k_buckets
+from stepkd.data.encode import Encoder
+from stepkd.data.templates import PromptTemplate, get_template
+from stepkd.errors import ConfigError
+from stepkd.losses import DEFAULT_CHUNK, VocabHead, chunked_head, target_logps, tempered, top_k_buckets
 from stepkd.models.policy import Policy
+from stepkd.steps.segment import get_segmenter
 from stepkd.teachers.config import TopK
 
 
@@ -69,11 +74,17 @@ class Teacher(ABC):
 
     max_length: int | None = None
     """Its context in tokens, once it is bound; None: as long as the student's."""
+    _encoder: Encoder | None = None
 
     @property
     def shares_prompts(self) -> bool:
         """Whether rows of one prompt cost it that prompt once, as they cost the student; once it is bound."""
         return True
+
+    @property
+    def needs_all_ranks(self) -> bool:
+        """Whether all ranks make its pass together, as those of a sharded model do."""
+        return False
 
     @abstractmethod
     def bind(self, tokenizer: Any, vocab_size: int | None = None) -> None:
@@ -107,17 +118,59 @@ class Teacher(ABC):
             Signals whose tensors may be on a device of its own.
         """
 
+    def target_logps(self, batch: Batch, *, temperature: float, chunk_size: int = DEFAULT_CHUNK) -> Tensor:
+        """Its log-probability of every target alone, without gradients, for a loss that reads no more of it.
+
+        Args:
+            batch, temperature: as for :meth:`signals`.
+            chunk_size: positions whose logits exist at once.
+
+        Returns:
+            (N,) log-probabilities in nats, float32 or float64, on the batch's device.
+
+        Raises:
+            ConfigError: signals that are not hidden states, from a teacher that does not define this.
+        """
+        signals = self.signals(batch, temperature=temperature)
+        if not isinstance(signals, HiddenSignals):
+            raise ConfigError(f"{type(self).__name__} says nothing of single tokens: it has to define target_logps()")
+
+        def of_targets(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
+            return target_logps(tempered(logits_CV, temperature), targets_C)
+
+        hidden_NH, targets_N = signals.hidden_NH, batch.targets_N
+        with torch.no_grad():
+            logps_N = chunked_head(
+                of_targets, signals.head, hidden_NH, targets_N.to(hidden_NH.device), chunk_size=chunk_size
+            )
+        return logps_N.to(targets_N.device)
+
     def prompts(self, examples: Sequence[Completion]) -> list[Ids]:
-        """Prompt ids under which it reads the examples' completions: the student's own here; a teacher with a
-        template of its own gives others.
+        """Prompt ids under which it reads the examples' completions: under its own template where it has one.
 
         Args:
             examples: completions of the student.
 
         Returns:
             int64 ids for each example, in order.
+
+        Raises:
+            DataError: a prompt that does not fit into its context.
         """
-        return [example.prompt_ids for example in examples]
+        if self._encoder is None:
+            return [example.prompt_ids for example in examples]
+        return [np.asarray(self._encoder.prompt_ids(example.row)) for example in examples]
+
+    def reread(self, examples: Sequence[Completion]) -> list[Completion]:
+        """The examples' completions behind the prompts under which it reads them."""
+        prompts = self.prompts(examples)
+        return [replace(each, prompt_ids=prompt) for each, prompt in zip(examples, prompts, strict=True)]
+
+    def _read_under(self, template: str | Path | PromptTemplate | None, tokenizer: Any) -> None:
+        """Give it a prompt template of its own, which its own tokenizer's chat template writes; None: it has none."""
+        if template is not None:
+            longest = self.max_length or 2**31
+            self._encoder = Encoder(tokenizer, get_template(template), get_segmenter("whole"), max_length=longest)
 
     # ---- what a teacher does in the course of a run; most have nothing to do -----------------------------------------
 

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ import pytest
 import torch
 from engine_contract import SAMPLES, SCORES, every_version_is_sampled_from, flat, move, prompts
 
+from stepkd.data.collate import collate
 from stepkd.data.completion import Completion
+from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ModelError
 from stepkd.models.policy import Policy
 from stepkd.models.spec import LoRAConfig, PolicyConfig
@@ -29,6 +32,7 @@ from stepkd.sampling.client import Client
 from stepkd.sampling.engine import SamplingConfig
 from stepkd.sampling.vllm import ServerEngine
 from stepkd.sampling.weights import WeightSender
+from stepkd.teachers.config import Local, Served, TopK
 from stepkd.training.fit import fit
 
 PYTHON = os.environ.get("STEPKD_VLLM", "")
@@ -168,15 +172,32 @@ def test_a_sync_that_fails_in_silence_stops_the_run(
     engine(policy_of(folders[name]), addresses[name]).update(0)
 
 
+def test_a_served_teacher_is_the_local_one(folders: dict[str, Path], addresses: dict[str, str]) -> None:
+    """Its tokens' log-probabilities alone and its most likely ones, also behind a prompt of its own."""
+    policy = policy_of(folders["tied"])
+    drawn = [replace(each, row={"prompt": "1+2="}) for each in draw(engine(policy, addresses["tied"]))]
+    batch = collate(drawn, 0)
+    student_NV = torch.randn(len(batch.targets_N), policy.vocab_size).log_softmax(-1)
+    for template in (None, PromptTemplate(system="You add numbers.")):
+        common: dict[str, Any] = {"template": template, "top_k": TopK(10)}
+        found = []
+        for spec in (Local(str(folders["tied"]), **common), Served(addresses["tied"], **common)):
+            teacher = spec.build()
+            teacher.bind(policy.tokenizer)
+            signals = teacher.signals(batch, temperature=1.0)
+            both = signals.compare(student_NV, *signals.tensors)
+            found.append((teacher.target_logps(batch, temperature=1.0), *map(torch.exp, both[:2]), both[2]))
+        for ours, theirs in zip(*found, strict=True):
+            assert torch.allclose(ours.double(), theirs.double(), atol=1e-4)
+
+
 @pytest.mark.parametrize("method", ["kdrl", "gkd"])
 def test_training_samples_from_its_own_weights(
     method: str, folders: dict[str, Path], addresses: dict[str, str], tmp_path: Path
 ) -> None:
-    """Three versions; the check of every step is in the run itself. GKD's teacher is the other server."""
+    """Three versions; the check of every step is in the run itself. The teacher is the other server."""
     engine_of = {"class_path": "VLLMServer", "init_args": {"urls": addresses["untied"]}}
-    teacher = {"class_path": "Local", "init_args": {"path": str(folders["tied"])}}
-    if method == "gkd":
-        teacher = {"class_path": "Served", "init_args": {"urls": addresses["tied"], "top_k": {"k": 10}}}
+    teacher = {"class_path": "Served", "init_args": {"urls": addresses["tied"], "top_k": {"k": 10}}}
     settings: dict[str, Any] = {
         "trainer.max_steps": 3,
         "trainer.val_check_interval": 3,

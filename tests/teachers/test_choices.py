@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import yaml
 
+from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError
 from stepkd.modules.gkd_settings import JSD, Beside, SkewReverseKL
 from stepkd.sampling.config import Transformers, VLLMServer
-from stepkd.teachers.config import Local, SelfAverage, Served, TopK
+from stepkd.teachers.config import Local, Routed, SelfAverage, Served, TopK
 from stepkd.teachers.own import AverageTeacher
+from stepkd.teachers.routed import RoutedTeacher
 from stepkd.teachers.server import ServerTeacher
 from stepkd.training.fit import check_fit
 
@@ -65,3 +67,16 @@ def test_a_mistake_is_told_of_the_chosen_class_alone(words: list[str], message: 
     with pytest.raises(ConfigError, match=message) as caught:
         parsed(*words)
     assert "Local" not in str(caught.value)
+
+
+def test_a_map_of_teachers_is_read_by_the_column_that_routes() -> None:
+    text = (
+        "{teacher: {class_path: Routed, init_args: {column: kind, teachers: {math: {class_path: Local, "
+        "init_args: {path: x, top_k: {k: 4}}}, code: {class_path: Served, "
+        "init_args: {urls: 'http://y', template: {system: Add.}}}}}}}"
+    )
+    module = parsed(settings={"model": {"init_args": yaml.safe_load(text)}})
+    served = Served("http://y", template=PromptTemplate(system="Add."))
+    assert module.arguments["teacher"] == Routed({"math": Local("x", top_k=TopK(4)), "code": served}, "kind")
+    assert isinstance(module.teacher, RoutedTeacher)
+    assert list(module.teacher.teachers) == ["code", "math"]
