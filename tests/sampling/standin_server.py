@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import time
 from typing import Any
 
 from vllm_standin import StandIn
@@ -25,4 +26,5 @@ def end(*_: Any) -> None:
 
 
 signal.signal(signal.SIGTERM, end)
-signal.pause()
+while True:  # not signal.pause: another thread may be given the signal
+    time.sleep(0.1)
