@@ -207,17 +207,21 @@ def test_an_overlay_of_an_engine_is_for_jobs_too(path: Path) -> None:
 
 
 def test_an_overlay_of_an_engine_follows_settings_of_its_job_and_fits_no_other_command(tmp_path: Path) -> None:
+    from stepkd.cli.compare import CompareConfig
     from stepkd.cli.parser import parse
-    from stepkd.evaluation.config import EvaluateConfig, EvaluatePRMConfig
+    from stepkd.evaluation.config import EvaluateConfig, ScoreConfig
+    from stepkd.sampling.config import VLLMServer
+    from stepkd.scorers.load import Judge
 
     (tmp_path / "mine.yaml").write_text("model: tiny-0.1m\nout: x\nengine:\n  class_path: VLLM\n")
     words = ["--config", str(tmp_path / "mine.yaml"), "--config=engine/transformers"]
     found = parse(EvaluateConfig, words, command="evaluate")
     assert (found.model, type(found.engine).__name__) == ("tiny-0.1m", "Transformers")
+    words = "--config engine/vllm_server --scorer Judge --scorer.path m --scorer.engine.urls http://a:1 --completions c"
+    scorer = parse(ScoreConfig, [*words.split(), "--out", "x"], command="score").scorer
+    assert scorer == Judge("m", engine=VLLMServer(("http://a:1",)))
     with pytest.raises(ConfigError, match="'model' is not a setting"):
-        parse(
-            EvaluatePRMConfig, ["--scorer", "checker", "--config", "engine/vllm", "--out", "x"], command="evaluate-prm"
-        )
+        parse(CompareConfig, ["a", "b", "--config", "engine/vllm"], command="compare")
 
 
 def test_a_student_for_several_devices_brings_its_strategy() -> None:

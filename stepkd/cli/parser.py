@@ -66,23 +66,30 @@ def parse(kind: type, words: Sequence[str], *, command: str, description: str = 
 
 
 def _with_overlays(kind: type, words: Sequence[str]) -> list[str]:
-    """Words with overlays of engines, which are written for trainings, as settings of a command that has an ``engine``.
+    """Words with overlays of engines, which are written for trainings, as the engine of a command, or of its scorer.
 
     Raises:
         ConfigError: a file that holds no settings, or a training's.
     """
-    found, known = list(words), get_type_hints(kind)
-    for i, (before, word) in enumerate(pairwise(["", *words])):
-        start, file = ("--config=", word[9:]) if word.startswith("--config=") else ("", word)
-        if not (start or before == "--config") or not Path(file).is_file():
+    found, known = list[str](), get_type_hints(kind)
+    place = "--engine" if "engine" in known else "--scorer.engine"
+    for before, word in pairwise(["", *words]):
+        found.append(word)
+        file = word.removeprefix("--config=")
+        if (before != "--config" and file == word) or not Path(file).is_file():
             continue
         raw = mapping(read_yaml(Path(file), "settings"), file)
         if isinstance(raw.get("model"), dict) and isinstance(raw.get("data"), dict):
             use = "give it as --recipe" if "recipe" in known else "run it with `stepkd fit`"
             raise ConfigError(f"{file} is a training recipe: {use}; --config takes settings of this command")
         match raw:
-            case {"model": {"init_args": {"engine": engine, **others}}} if "engine" in known and not others:
-                found[i] = f"{start}{json.dumps({'engine': engine})}"
+            case {"model": {"init_args": {"engine": engine, **others}}} if not others and {"engine", "scorer"} & {
+                *known
+            }:
+                found[-2 if file == word else -1 :] = [place, json.dumps(engine)]
+    if "--scorer.engine" in found and "--scorer" in found:  # whose class must be known before its settings
+        at = found.index("--scorer")
+        found = [*found[at : at + 2], *found[:at], *found[at + 2 :]]
     return found
 
 
