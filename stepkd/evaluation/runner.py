@@ -49,7 +49,8 @@ def evaluate(config: EvaluateConfig, *, policy: Policy | None = None, options: J
 
     Args:
         config: what to evaluate, and where to write.
-        policy: an already loaded model to use in place of loading ``config.model``.
+        policy: an already loaded model to use in place of loading ``config.model``; an engine elsewhere is given its
+            weights.
         options: which rank this is, and whether to overwrite an earlier evaluation in the folder, once everything else
             has been found to be in order.
 
@@ -71,16 +72,18 @@ def evaluate(config: EvaluateConfig, *, policy: Policy | None = None, options: J
     data = benchmark_data(benchmark, config.data, config.limit)
     rows = load_rows(data, contract=PROBLEM)
     check_unique_ids(rows, path=config.data)
+    is_given, weights = policy is not None, config.engine.holds_weights
     if policy is None:
         dtype = settled_dtype(config.dtype, config.model, config.engine, device, job, "dtype")
-        weights = config.engine.holds_weights
         policy = load_trained(config.model, dtype=dtype, attention=config.attention, weights=weights)
-    if config.engine.holds_weights:
+    if weights or is_given:
         policy.to(device)
     asked = {name: value for name in ("style", "system", "few_shot") if (value := getattr(config, name)) is not None}
     template = replace(template_for(config.model, benchmark.template, given), **asked)
     prompts = encode_prompts(policy, template, rows)
     engine = config.engine.build(policy, sampling)
+    if is_given:
+        engine.update(0)
     revision = None if policy.spec is None else policy.spec.revision
     settings = job.begin(
         _data_settings(benchmark, data, rows)

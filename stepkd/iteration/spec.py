@@ -155,17 +155,13 @@ class IterateConfig:
     the problems; prompt, grading and precision are those of ``label``. Null draws none."""
     launcher: str | None = None
     """Command before ``-m stepkd`` that starts labelling and training on several GPUs, for instance 'accelerate launch
-    --multi_gpu'; null runs them in this process."""
+    --multi_gpu'; null runs them in this process. Labelling through VLLMServer is always this process's, which gives the
+    servers every model's weights."""
     seed: int = 0
     """Seed of sampling and training in every iteration, 0 or more."""
 
     def __post_init__(self) -> None:
         check_bounds("", self, iterations="[1, inf)", problems_per_iteration="[1, inf)", seed="[0, inf)")
-        if not self.label.engine.holds_weights:
-            raise ConfigError(
-                f"label.engine={type(self.label.engine).__name__}: a server keeps its model, and every iteration "
-                "samples from another one: take Transformers"
-            )
         if self.label.dtype == "auto":
             raise ConfigError(
                 "label.dtype=auto: every job would measure its own, and models would be compared in two types"
@@ -267,6 +263,9 @@ class IterateConfig:
         plain = as_yaml(self)
         for name in ("iterations", "launcher", "out", "overwrite"):
             plain.pop(name, None)
+        plain["label"]["engine"] = {
+            type(self.label.engine).__name__: self.label.engine.at_once
+        }  # wherever its servers are
         plain["train"] = {
             "recipes": {name: read_yaml(find_recipe(name), "recipe") for name in self.train.recipes},
             "overrides": _read(nested(self.train.overrides)),

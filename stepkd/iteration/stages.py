@@ -28,8 +28,10 @@ from stepkd.labels.convert import Demonstrations
 from stepkd.labels.labellers import Outcome
 from stepkd.labels.monte_carlo import MonteCarlo
 from stepkd.labels.settings import PAIR_JOBS, Existing, LabelConfig, OwnSteps, PairJobConfig
+from stepkd.models.policy import Policy
 from stepkd.runs.files import write_file, write_jsonl
 from stepkd.runs.job import RESULTS_NAME, SUMMARY_NAME, Job, JobOptions, read_settings
+from stepkd.sampling.config import VLLMServer
 from stepkd.yaml_files import as_yaml, find_recipe, nested, yaml_text
 
 TRAIN_SETTINGS_NAME = "settings.yaml"
@@ -100,8 +102,8 @@ class Iteration:
                 facts = work()
             except DataError as error:
                 raise DataError(f"iteration {self.k}, {stage}: {error}") from error
-            if torch.cuda.is_available():  # memory for the next stage, or its processes
-                gc.collect()
+            gc.collect()  # memory for the next stage, or its processes
+            if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             return facts
 
@@ -166,19 +168,20 @@ def evaluate_model(it: Iteration) -> None:
 
 
 def _run_job(it: Iteration, job: LabelConfig | PairJobConfig) -> dict[str, Any]:
-    """Run a labelling or pair job to its end, under the launcher where one is given; its summary."""
+    """Run a labelling or pair job to its end, under the launcher where one is given and no server is given weights; its
+    summary."""
     from stepkd.labels.job import run_label_job, run_pair_job
 
-    out = Path(job.out)
-    if it.spec.launcher is not None:
+    out, policy = Path(job.out), _given(job)
+    if it.spec.launcher is not None and policy is None:
         file = out.with_name(f"{out.name}.yaml")
         write_file(file, yaml_text(as_yaml(job)).encode())
         command = next((["pairs", name] for name, kind in PAIR_JOBS.items() if type(job) is kind), ["label"])
         _launch(it, [*command, "--config", str(file)])
     elif isinstance(job, LabelConfig):
-        run_label_job(job, options=JobOptions(report=_quarters(it)))
+        run_label_job(job, policy=policy, options=JobOptions(report=_quarters(it)))
     else:
-        run_pair_job(job, options=JobOptions(report=_quarters(it)))
+        run_pair_job(job, policy=policy, options=JobOptions(report=_quarters(it)))
     if not (out / SUMMARY_NAME).is_file():
         raise StepkdError(
             f"iteration {it.k}: the job in {out} ended without {SUMMARY_NAME}: its launcher must return when the work "
@@ -186,6 +189,26 @@ def _run_job(it: Iteration, job: LabelConfig | PairJobConfig) -> dict[str, Any]:
         )
     summary: dict[str, Any] = json.loads((out / SUMMARY_NAME).read_bytes())
     return {name: value for name, value in summary.items() if name != "by_position"}
+
+
+def _given(job: LabelConfig | PairJobConfig) -> Policy | None:
+    """The job's model, whose weights servers are given for it; None: the job loads it, or has an engine load it.
+
+    Raises:
+        ConfigError: an adapter, which a server would put on the weights of whichever iteration it got last.
+    """
+    if not isinstance(job.engine, VLLMServer):
+        return None
+    from stepkd.models.checkpoint import load_trained
+
+    model = str(job.solutions.model if isinstance(job, LabelConfig) else job.model)
+    policy = load_trained(model, dtype=job.dtype)
+    if policy.has_adapter:
+        raise ConfigError(
+            f"{model} is an adapter, and between iterations servers hold the weights of another model than its base: "
+            f"begin with what `stepkd export {model} --to FOLDER` writes"
+        )
+    return policy
 
 
 def _launch(it: Iteration, words: Sequence[str]) -> None:
@@ -310,7 +333,8 @@ def _greedy(it: Iteration, drawn: LabelConfig, folder: Path) -> dict[str, Any]:
             dtype=drawn.dtype,
             device=drawn.device,
             engine=drawn.engine,
-        )
+        ),
+        policy=_given(drawn),
     )
     return {"pass@1": summary["metrics"]["pass@1"]}
 

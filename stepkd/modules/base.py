@@ -15,6 +15,7 @@ from functools import cached_property, wraps
 from typing import Any, TypeVar, cast
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from stepkd.data.batching import StepBatch
@@ -35,6 +36,8 @@ from stepkd.modules.validation import SampledAccuracy
 from stepkd.randomness import stream_key
 from stepkd.runs.process import STOP_REQUEST, Preempted
 from stepkd.safe import refuse_credentials
+from stepkd.sampling.config import IN_PROCESS, EngineConfig, Transformers
+from stepkd.sampling.engine import Engine, SamplingConfig
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -83,6 +86,8 @@ class StepModule(PolicyModule):
     """Whether ``stepkd evaluate`` can read the rows that it is validated on."""
     labels_give_accuracy = False
     """Whether validation gives ``val/accuracy`` without sampling anything."""
+    engine: EngineConfig = IN_PROCESS
+    """Where training samples."""
 
     automatic_optimization = False
     loss_scales: Mapping[str, float] = {}
@@ -429,6 +434,29 @@ class StepModule(PolicyModule):
         """What samples and grades validation and prediction."""
         return SampledAccuracy(self.model, self.validation_spec, self.seed)
 
+    @cached_property
+    @telling
+    def sampling_engine(self) -> Engine:
+        """What training samples with; a request to stop ends its completions, but not those of validation."""
+        breaks_off = lambda: bool(STOP_REQUEST) and self.trainer.training  # noqa: E731
+        return self.engine.build(self.model, SamplingConfig(), breaks_off)
+
+    @property
+    def validation_engine(self) -> Engine:
+        """What validation samples with: the engine of training, where that is not this process, with these weights."""
+        return self.sampling_engine if self._validates_elsewhere else self.sampled_accuracy.engine
+
+    @property
+    def _validates_elsewhere(self) -> bool:
+        # Beside a training a step's number does not say whose weights they are.
+        is_elsewhere = not isinstance(self.engine, Transformers) and self.trainer.state.fn == TrainerFn.FITTING
+        return is_elsewhere and self.samples_in_validation
+
+    @property
+    def samples_in_validation(self) -> bool:
+        """Whether validation samples from the policy."""
+        return self.validation_spec.sampling is not None
+
     def prepare_evaluation(self, batch: StepBatch) -> list[Batch]:
         """What validation measures the loss on; every rank calls it for every batch.
 
@@ -441,8 +469,11 @@ class StepModule(PolicyModule):
         return self.prepare_examples([example for example in batch.examples if len(example.token_ids)])
 
     def on_validation_epoch_start(self) -> None:
-        """Fresh sums."""
+        """Fresh sums; all ranks give the weights to an engine that samples elsewhere, whatever their share."""
         self._sums = defaultdict(float)
+        if self._validates_elsewhere:
+            with self.gathered():
+                self.sampling_engine.update(self.global_step)
 
     on_test_epoch_start = on_validation_epoch_start
 
@@ -457,7 +488,7 @@ class StepModule(PolicyModule):
                     accumulate(self._sums, self.loss_terms(micro_batch.to(self.device)), float)
                     self.phases.advance()
             if self.validation_spec.sampling is not None and batch.examples:
-                for name, number in self.sampled_accuracy(batch, self.phases).items():
+                for name, number in self.sampled_accuracy(batch, self.phases, self.validation_engine).items():
                     self._sums[f"sampled/{name}"] += number
             for name, (part, whole) in (self.measured(batch) if batch.examples else {}).items():
                 self._sums[f"metric/{name}"] += part
@@ -512,5 +543,5 @@ class StepModule(PolicyModule):
         """Release worker processes."""
         if (made := vars(self).pop("sampled_accuracy", None)) is not None:
             made.close()
-        for name in ("sampler", "_fidelity"):
-            vars(self).pop(name, None)  # they grade by its workers
+        for name in ("sampler", "_fidelity", "sampling_engine"):
+            vars(self).pop(name, None)  # they grade by its workers, or hold weights

@@ -26,7 +26,6 @@ from stepkd.losses import chunked_head, entropy, forward_kl, reverse_kl, tempere
 from stepkd.models.policy import Policy
 from stepkd.modules.components import ForwardPass
 from stepkd.sampling.engine import Engine, SamplingConfig
-from stepkd.sampling.transformers_engine import TransformersEngine
 from stepkd.steps.segment import get_segmenter
 from stepkd.teachers.config import Needs
 from stepkd.teachers.local import LocalTeacher
@@ -89,7 +88,7 @@ class Fidelity:
             examples: problems, with or without solutions.
             indices: number of each in the data set; keys its sample.
         """
-        drawn = self._sample(TransformersEngine(self.student), [e.prompt_ids for e in examples], indices, "fidelity")
+        drawn = self._sample(self.module.validation_engine, [e.prompt_ids for e in examples], indices, "fidelity")
         own = (self.student.tokenizer, get_segmenter("whole"))
         samples = [with_completion(each, drawn.token_ids, *own) for each, drawn in zip(examples, drawn, strict=True)]
         values_NM = self._at_tokens(_likeness, samples)
@@ -140,7 +139,7 @@ class Fidelity:
             theirs = answers(teacher.engine(self.student.device), prompts, new)
             self._answers |= {indices[i]: answer for i, answer in zip(new, theirs, strict=True)}
         prompts = [example.prompt_ids for example in examples]
-        own = answers(TransformersEngine(self.student), prompts, range(len(examples)))
+        own = answers(self.module.validation_engine, prompts, range(len(examples)))
         pairs = [(mine, self._answers[index]) for mine, index in zip(own, indices, strict=True)]
         votes = vote_keys([[mine[1], theirs[1]] for mine, theirs in pairs], self.grader)
         counts = Counter(

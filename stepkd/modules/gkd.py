@@ -256,7 +256,7 @@ class GKDModule(DistillationModule):
             if source == "teacher":
                 engine: Engine = cast(LocalTeacher, self.teacher).engine(self.device, STOP_REQUEST.__bool__)
             else:
-                engine = self._engine
+                engine = self.sampling_engine
                 engine.update(self.global_step)
             drawn = engine.generate(
                 prompts,
@@ -274,14 +274,14 @@ class GKDModule(DistillationModule):
 
     @cached_property
     @telling
-    def _engine(self) -> Engine:
-        return self.engine.build(self.model, self.sampling, STOP_REQUEST.__bool__)
-
-    @cached_property
-    @telling
     def _scorer(self) -> StepScorer:
         assert self.focus_spec is not None
         return load_step_scorer(self.focus_spec.scorer, "focus.scorer", device=str(self.device))
+
+    @property
+    def samples_in_validation(self) -> bool:
+        """See :class:`~stepkd.modules.base.StepModule`; fidelity samples, too."""
+        return super().samples_in_validation or self.fidelity_spec is not None
 
     def measured(self, batch: StepBatch) -> Sums:
         """Fidelity, where it is asked for."""

@@ -155,7 +155,7 @@ class KDRLModule(DistillationModule):
     def sampler(self) -> GroupSampler:
         """Samples and grades."""
         rewards = Rewards(self.reward_specs, self.sampled_accuracy.grader)
-        return GroupSampler(self.rollout_spec, self.engine, self.model, rewards, self.phases, self.seed)
+        return GroupSampler(self.rollout_spec, self.sampling_engine, self.model, rewards, self.phases, self.seed)
 
     @cached_property
     @telling

@@ -26,9 +26,8 @@ from stepkd.modules.kdrl_settings import RolloutConfig, SampleLogConfig
 from stepkd.modules.rewards import Rewards
 from stepkd.modules.step_scores import without_blank_end
 from stepkd.runs.logger import append, open_to_append
-from stepkd.runs.process import STOP_REQUEST
 from stepkd.runs.progress import PhaseTracker
-from stepkd.sampling.config import EngineConfig
+from stepkd.sampling.engine import Engine
 from stepkd.steps.segment import get_segmenter, segment, step_ends
 from stepkd.steps.text import text_from_ids
 
@@ -84,7 +83,7 @@ class GroupSampler:
     """Draws groups from a policy and grades them."""
 
     spec: RolloutConfig
-    engine: EngineConfig
+    engine: Engine
     policy: Policy
     rewards: Rewards
     phases: PhaseTracker
@@ -94,7 +93,6 @@ class GroupSampler:
 
     def __post_init__(self) -> None:
         self.sampling = replace(self.spec.sampling, seed=self.seed)
-        self._engine = self.engine.build(self.policy, self.sampling, STOP_REQUEST.__bool__)
         self._segmenter = get_segmenter(self.spec.segmenter)
 
     def __call__(self, batch: StepBatch, step: int, epoch: int) -> list[Rollout]:
@@ -107,7 +105,7 @@ class GroupSampler:
         Raises:
             TrainingError: a reward function that fails.
         """
-        self._engine.update(step)
+        self.engine.update(step)
         groups: dict[int, list[Rollout]] = {}
         waiting = list(range(len(batch.examples)))
         for attempt in range(self.spec.dynamic_sampling + 1):
@@ -121,7 +119,7 @@ class GroupSampler:
     def _draw(self, batch: StepBatch, numbers: Sequence[int], step: int, purpose: str) -> list[list[Rollout]]:
         examples, size = [batch.examples[i] for i in numbers], self.sampling.n
         with self.phases.phase("rollout", total=len(examples) * size):
-            drawn = self._engine.generate(
+            drawn = self.engine.generate(
                 [example.prompt_ids for example in examples],
                 self.sampling,
                 purpose=purpose,

@@ -13,7 +13,7 @@ from stepkd.grading.judge import completion_row, judge
 from stepkd.grading.pool import Grader, GradingConfig
 from stepkd.models.policy import Policy
 from stepkd.runs.progress import PhaseTracker
-from stepkd.sampling.engine import SamplingConfig
+from stepkd.sampling.engine import Engine, SamplingConfig
 from stepkd.sampling.transformers_engine import TransformersEngine
 from stepkd.steps.labels import tally
 from stepkd.steps.segment import get_segmenter, segment, step_ends
@@ -32,7 +32,7 @@ class ValidationConfig:
     """How every validation problem is sampled, n times; null, the default, measures the held-out loss alone, and
     prediction then draws one completion, greedily, of at most 256 tokens. Its seed is the run's."""
     max_rows: int = 64
-    """Completions decoded at once, at least 1; 64 of a small model fit any GPU, more are faster."""
+    """Completions decoded at once in this process, at least 1; 64 of a small model fit any GPU, more are faster."""
     grading: GradingConfig = field(default_factory=GradingConfig)
     """How final answers are found and compared."""
     segmenter: str = "newline"
@@ -54,14 +54,14 @@ class SampledAccuracy:
     def __init__(self, policy: Policy, spec: ValidationConfig, seed: int) -> None:
         self.spec = spec
         self.sampling = replace(spec.sampling or SamplingConfig(temperature=0.0, max_new_tokens=256), seed=seed)
-        self.engine = TransformersEngine(policy, max_rows=spec.max_rows)
+        self.engine: Engine = TransformersEngine(policy, max_rows=spec.max_rows)
         self.segmenter = get_segmenter(spec.segmenter)
         self.grader = Grader(spec.grading)
         self.shown: list[list[Any]] = []
 
-    def __call__(self, batch: StepBatch, phases: PhaseTracker) -> dict[str, float]:
-        """Sums over this rank's problems; see :func:`~stepkd.steps.labels.tally`."""
-        _, judged = self._judged(batch, phases, "validation")
+    def __call__(self, batch: StepBatch, phases: PhaseTracker, engine: Engine) -> dict[str, float]:
+        """Sums over this rank's problems, sampled by an engine; see :func:`~stepkd.steps.labels.tally`."""
+        _, judged = self._judged(batch, phases, "validation", engine)
         for example, (first, *_) in list(zip(batch.examples, judged, strict=True))[: MOST_SHOWN - len(self.shown)]:
             prompt = example.row["prompt"]
             asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
@@ -98,7 +98,7 @@ class SampledAccuracy:
 
     def completion_rows(self, batch: StepBatch, phases: PhaseTracker, *, model_id: str) -> list[dict[str, Any]]:
         """Sample, judge and return completion rows with their provenance."""
-        sampled, judged = self._judged(batch, phases, "predict")
+        sampled, judged = self._judged(batch, phases, "predict", self.engine)
         sampling = {k: getattr(self.sampling, k) for k in ("n", "temperature", "top_p", "top_k", "max_new_tokens")}
         rows = []
         for example, samples, records in zip(batch.examples, sampled, judged, strict=True):
@@ -119,11 +119,11 @@ class SampledAccuracy:
         return rows
 
     def _judged(
-        self, batch: StepBatch, phases: PhaseTracker, purpose: str
+        self, batch: StepBatch, phases: PhaseTracker, purpose: str, engine: Engine
     ) -> tuple[list[list[Completion]], list[list[dict[str, Any]]]]:
         prompts = [example.prompt_ids for example in batch.examples]
         with phases.phase("sampling", total=len(prompts) * self.sampling.n):
-            sampled = self.engine.generate(
+            sampled = engine.generate(
                 prompts, self.sampling, purpose=purpose, indices=batch.indices, on_progress=phases.advance
             )
         with phases.phase("grading", total=len(prompts) * self.sampling.n):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
 import signal
 import sys
@@ -21,8 +22,11 @@ from stepkd.errors import ConfigError, DataError, StepkdError
 from stepkd.iteration import loop, stages
 from stepkd.iteration.loop import run_iterations
 from stepkd.iteration.spec import IterateConfig
+from stepkd.models.policy import Policy
+from stepkd.models.spec import PolicyConfig
 from stepkd.runs.job import Job
 
+StandIn = runpy.run_path(str(Path(__file__).parents[1] / "sampling" / "vllm_standin.py"))["StandIn"]
 STAGES = ["label", "convert", "train", "export", "greedy", "samples", "measure"]
 
 
@@ -202,6 +206,36 @@ def test_more_iterations_go_on_from_the_last(
     assert [model["metrics"]["pass@1"] for model in summary["models"]] == [
         model["metrics"]["pass@1"] for model in whole[1]["models"]
     ]
+
+
+def test_servers_are_given_the_weights_of_every_round(
+    whole: tuple[Path, dict[str, Any]], settings: Path, student: Path, tmp_path: Path
+) -> None:
+    """M0's greedy solutions are those of this process; at the end the server samples from the last model, whose
+    training began with M0."""
+    server = StandIn(Policy.load(PolicyConfig(path=str(student))), str(student))
+    server.device = "cuda"  # embeddings and head share their weight
+    engine = {"class_path": "VLLMServer", "init_args": {"urls": server.address}}
+    spec, out = load_spec(settings, {"iterations": 1, "label.engine": engine}), tmp_path / "run"
+    try:
+        run_iterations(spec, out, report=silent)
+        given = [path for path, _ in server.posts].count("/collective_rpc")
+        assert given == 5, "samples and greedy solutions of M0 and M1, and labels"
+        held = dict(server.policy.model.named_parameters())
+        trained = dict(Policy.load(PolicyConfig(path=str(out / "iteration-1" / "model"))).model.named_parameters())
+        assert all(bool((held[name] == trained[name]).all()) for name in trained)
+    finally:
+        server.close()
+    found = [folder / "iteration-0" / "evaluation" / "greedy" for folder in (whole[0], out)]
+    rows = [[json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()] for folder in found]
+    assert [[each["completion"] for each in row["samples"]] for row in rows[0]] == [
+        [each["completion"] for each in row["samples"]] for row in rows[1]
+    ]
+    facts = json.loads((found[1] / "settings.json").read_text())
+    assert (facts["engine"]["name"], facts["engine"]["vllm"]) == ("VLLMServer", "0.0")
+    assert facts["model"]["weights"] == json.loads((found[0] / "settings.json").read_text())["model"]["weights"]
+    other = load_spec(settings, {"iterations": 1, "label.engine": {**engine, "init_args": {"urls": "http://b:1"}}})
+    assert other.identity() == spec.identity(), "a resumed run may have other servers"
 
 
 def test_changed_labels_are_not_trained_on(

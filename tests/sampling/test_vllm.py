@@ -27,6 +27,8 @@ from stepkd.models.policy import Policy
 from stepkd.models.spec import LoRAConfig, PolicyConfig
 from stepkd.modules.fidelity import FidelityConfig
 from stepkd.modules.gkd_settings import JSD, NKD, SourceConfig
+from stepkd.runs.logger import read_metrics
+from stepkd.runs.process import STOP_REQUEST
 from stepkd.sampling.client import Client
 from stepkd.sampling.config import VLLM, Transformers, VLLMServer
 from stepkd.sampling.engine import SamplingConfig
@@ -36,6 +38,7 @@ from stepkd.sampling.weights import WeightSender, check_mergeable, merged_weight
 from stepkd.teachers.config import Local, Served, TopK
 from stepkd.teachers.server import ServerTeacher
 from stepkd.teachers.signals import HiddenSignals
+from stepkd.training.fit import fit
 
 _FILE = Path(__file__).with_name("vllm_standin.py")
 _SPEC = importlib.util.spec_from_file_location("vllm_standin", _FILE)
@@ -595,8 +598,9 @@ def test_recipes_sample_through_it(policy: Policy, server: Any, monkeypatch: pyt
     monkeypatch.setattr(ServerEngine, "update", lambda _, version: given.append(version))
     rewards: Any = None
     spec = RolloutConfig(SamplingConfig(n=2, max_new_tokens=4))
-    groups = GroupSampler(spec, VLLMServer(server.address), policy, rewards, PhaseTracker(), 0)
-    assert isinstance(groups._engine, ServerEngine)
+    groups = GroupSampler(
+        spec, VLLMServer(server.address).build(policy, spec.sampling), policy, rewards, PhaseTracker(), 0
+    )
     nothing: Any = SimpleNamespace(examples=(), indices=())
     assert groups(nothing, 3, 0) == groups(nothing, 4, 0) == []
     assert given == [3, 4]
@@ -606,9 +610,50 @@ def test_recipes_sample_through_it(policy: Policy, server: Any, monkeypatch: pyt
     monkeypatch.setattr(GKDModule, "global_step", 5)
     module.teacher.bind(policy.tokenizer)
     assert module.sample(nothing, "student") == []
-    assert isinstance(module._engine, ServerEngine)
+    assert isinstance(module.sampling_engine, ServerEngine)
+    assert module.sampling_engine.breaks_off is not None
+    monkeypatch.setattr(STOP_REQUEST, "name", "SIGTERM")
+    for training in (True, False):  # what is learnt from is cut off, what is measured is not
+        monkeypatch.setattr(GKDModule, "trainer", SimpleNamespace(training=training))
+        assert module.sampling_engine.breaks_off() == training
+    monkeypatch.undo()
+    monkeypatch.setattr(ServerEngine, "update", lambda _, version: given.append(version))
+    monkeypatch.setattr(GKDModule, "global_step", 5)
     assert module.sample(nothing, "teacher") == []
     assert given == [3, 4, 5], "the teacher samples itself"
+
+
+def test_validation_samples_from_the_weights_of_its_step(policy: Policy, server: Any, tmp_path: Path) -> None:
+    """A training that does not sample itself gives its server every version that is validated; greedy answers are those
+    of this process."""
+    assert policy.spec is not None
+    server.device = "cuda"
+    settings: dict[str, Any] = {
+        "trainer": {"max_steps": 2, "val_check_interval": 1, "enable_progress_bar": False},
+        "model.init_args.policy.path": policy.spec.path,
+        "model.init_args.teacher": {"class_path": "Local", "init_args": {"path": policy.spec.path}},
+        "model.init_args.source.lmbda": 0.0,
+        "model.init_args.optimizer.lr": 0.01,
+        "model.init_args.validation.sampling": {"temperature": 0, "max_new_tokens": 8},
+        "model.init_args.fidelity": {"answers": False, "sampling": {"max_new_tokens": 8}},
+        "data.init_args.train.options.n": 16,
+        "data.init_args.validation.options.n": 4,
+        "data.init_args.global_batch_size": 8,
+    }
+    there = {"model.init_args.engine": {"class_path": "VLLMServer", "init_args": {"urls": server.address}}}
+    found = {}
+    for name, engine in (("here", {}), ("there", there)):
+        fit(["tiny/gkd"], settings | engine, out=tmp_path / name)
+        rows = [row for row in read_metrics(tmp_path / name) if "val/loss" in row]
+        found[name] = [{k: v for k, v in row.items() if k[:4] == "val/" and "fidelity" not in k} for row in rows]
+    assert len(found["there"]) == 2
+    assert "val/accuracy" in found["there"][0]
+    for a, b in zip(found["here"], found["there"], strict=True):
+        assert b == pytest.approx(a, abs=1e-4)
+    sent = [i for i, (path, _) in enumerate(server.posts) if path == "/collective_rpc"]
+    asked = [i for i, (path, _) in enumerate(server.posts) if path == "/v1/completions"]
+    between = [sum(a < i < b for i in asked) for a, b in zip(sent, [*sent[1:], len(server.posts)], strict=True)]
+    assert between == [8, 8], "four greedy answers and four samples of every version"
 
 
 @pytest.mark.parametrize(
