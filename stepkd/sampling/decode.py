@@ -28,7 +28,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from stepkd.data.completion import Completion, Ids
 from stepkd.errors import ConfigError, ModelError
 from stepkd.models.head import backbone_of, positions_from_mask
-from stepkd.models.packed import is_worth_it, unpadded_hidden
+from stepkd.models.packed import is_worth_it, packed_weights, unpadded_hidden
 from stepkd.models.policy import Policy
 from stepkd.randomness import generator
 from stepkd.sampling.draw import Draw, draw
@@ -287,6 +287,18 @@ class Decoder:
             spec: how to draw.
             on_progress: called with the number of rows just finished.
         """
+        with packed_weights(self.policy.causal_lm, len(rows), max(row.limit for row in rows)):
+            self._decode(rows, cache, hidden_BH, mask_BT, spec, on_progress)
+
+    def _decode(
+        self,
+        rows: list[Row],
+        cache: Any,
+        hidden_BH: Tensor,
+        mask_BT: Tensor,
+        spec: SamplingConfig,
+        on_progress: Progress | None,
+    ) -> None:
         head, device, eos = self.policy.head, mask_BT.device, self.policy.eos_ids
         whole = make_room(cache, self.policy.can_unpad and device.type == "cpu")
         uniforms = {id(row): self._uniforms(row, spec) for row in rows}

@@ -12,6 +12,8 @@ import torch
 
 from stepkd.data.completion import Completion
 from stepkd.errors import ConfigError, DataError, ModelError
+from stepkd.models import packed
+from stepkd.models.machine import fast_bfloat16
 from stepkd.models.policy import Policy
 from stepkd.models.spec import build_tiny, tiny_tokenizer
 from stepkd.sampling.decode import Decoder
@@ -370,6 +372,25 @@ def test_dropout_and_gradient_checkpointing_are_off_while_sampling() -> None:
         expected
     )  # a new adapter changes nothing
     assert all(p.grad is None for p in adapted.parameters())
+
+
+@pytest.mark.skipif(not (fast_bfloat16() and torch.backends.mkldnn.is_available()), reason="no bfloat16 kernels here")
+@pytest.mark.parametrize("tokens", [14, 20])
+def test_weights_laid_out_for_the_cpu_draw_the_same_samples(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = tiny_policy("bfloat16")
+    prompts = [policy.tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
+    spec, calls = SamplingConfig(n=3, max_new_tokens=tokens, seed=4), []
+    own = packed._packed_linear
+    monkeypatch.setattr(packed, "_packed_linear", lambda *given: calls.append(1) or own(*given))
+    found = TransformersEngine(policy).generate(prompts, spec)
+    assert bool(calls) == (tokens >= packed.PACKED_FROM)  # not for a few tokens
+    assert not any("forward" in vars(module) for module in policy.modules())  # training never meets them
+    monkeypatch.setattr(packed, "PACKED_FROM", 10**9)
+    expected = TransformersEngine(policy).generate(prompts, spec)
+    assert ids(found) == ids(expected)
+    assert [each.logprobs.tolist() for row in found for each in row] == [
+        each.logprobs.tolist() for row in expected for each in row
+    ]
 
 
 def test_bfloat16_flips_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
