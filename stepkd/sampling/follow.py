@@ -38,9 +38,14 @@ class Reading(NamedTuple):
 
     nats: float
     """Mean difference, in nats a token."""
-    share: float
-    """The same over the mean probability of the tokens that were not drawn. A rounded logit moves a token's
-    log-probability about in proportion to that, so batches of which the policy is more or less sure compare."""
+    doubt: float
+    """Mean probability of the tokens that were not drawn, at least :data:`LEAST_DOUBT`."""
+
+    @property
+    def share(self) -> float:
+        """``nats`` over ``doubt``: a rounded logit moves a token's log-probability about in proportion to the latter,
+        so that batches of which the policy is more or less sure compare."""
+        return self.nats / self.doubt
 
 
 def reading(a_N: Numbers, b_N: Numbers, drawn_N: Numbers) -> Reading:
@@ -50,8 +55,7 @@ def reading(a_N: Numbers, b_N: Numbers, drawn_N: Numbers) -> Reading:
         a_N, b_N: both computations, by token.
         drawn_N: log-probabilities with which the tokens were drawn.
     """
-    nats = float(np.abs(a_N - b_N).mean())
-    return Reading(nats, nats / max(float(1 - np.exp(drawn_N).mean()), LEAST_DOUBT))
+    return Reading(float(np.abs(a_N - b_N).mean()), max(float(1 - np.exp(drawn_N).mean()), LEAST_DOUBT))
 
 
 @dataclass
@@ -143,7 +147,7 @@ class FollowCheck:
         gap = reading(own_N, drawn_N, drawn_N)
         moved = None
         if where not in self._of:
-            noise = gap.share * max(1.0, LEAST_NOISE / max(gap.nats, 1e-12))
+            noise = max(gap.nats, LEAST_NOISE) / gap.doubt
             self._of[where] = Follower(resumed.get("noise", noise), resumed.get("before", noise))
             self._check_first(gap.nats, which)
         if where in self._last:
@@ -151,12 +155,11 @@ class FollowCheck:
             now_N = sampled_logps(policy, samples, how.temperature)
             moved = reading(now_N, then_N, np.concatenate([each.logprobs for each in samples]))
         follower = self._of[where]
-        before, follows = follower.before, follower.follows(gap.share, moved and moved.share)
-        if follows:
+        if follower.follows(gap.share, moved and moved.share):
             self._last[where] = some, spec, own_N
         if follower.strayed >= PATIENCE:
             since = f"; the trainer's moved by {moved.nats:.2g} since it last did" if moved else ""
-            times = gap.share / (before + follower.noise)
+            times = gap.share / (follower.before + follower.noise)
             self._stop(which, gap.nats, f"{times:.2g} times what rounding explains{since}")
 
     def _check_first(self, nats: float, which: str) -> None:

@@ -151,27 +151,30 @@ def samples_say_what_they_were_drawn_from(engine: Engine, policy: Policy) -> Non
     for temperature in (1.0, 0.7):
         spec = SamplingConfig(n=3, max_new_tokens=12, temperature=temperature)
         drawn = flat(engine.generate(prompts(policy), spec))
-        assert gap(policy, drawn, temperature) < TOLERANCE
+        found = gap(policy, drawn, temperature)
+        assert found < TOLERANCE, f"{found} nats"
 
 
 def every_version_is_sampled_from(engine: Engine, policy: Policy) -> None:
     """The policy moves, and the same version is sent once."""
     spec = SamplingConfig(n=3, max_new_tokens=12, temperature=0.7)
-    for version in range(1, 4):
+    for version in (1, 2):
         engine.update(version)
         drawn = flat(engine.generate(prompts(policy), spec, step=version))
-        assert gap(policy, drawn, 0.7) < TOLERANCE
+        found = gap(policy, drawn, 0.7)
+        assert found < TOLERANCE, f"{found} nats"
         move(policy, version)
         assert gap(policy, drawn, 0.7) > 0.1
     sent: list[int] = []
     vars(engine)["_send"] = sent.append
-    engine.update(3)
+    engine.update(2)
     assert not sent
-    engine.update(4)
-    assert sent == [4]
+    engine.update(3)
+    assert sent == [3]
     del vars(engine)["_send"]
-    engine.update(5)
-    assert gap(policy, flat(engine.generate(prompts(policy), spec)), 0.7) < TOLERANCE
+    engine.update(4)
+    found = gap(policy, flat(engine.generate(prompts(policy), spec)), 0.7)
+    assert found < TOLERANCE, f"{found} nats"
 
 
 SAMPLES = [

@@ -49,19 +49,6 @@ def ids(results: list[list[Completion]]) -> list[list[tuple[int, ...]]]:
     return [[tuple(continuation.token_ids.tolist()) for continuation in row] for row in results]
 
 
-def test_shape_of_the_answer(policy: Policy, prompts: list[list[int]]) -> None:
-    results = TransformersEngine(policy).generate(prompts, SPEC)
-    assert [[(r.prompt_ids.tolist(), r.sample) for r in row] for row in results] == [
-        [(list(prompt), j) for j in range(3)] for prompt in prompts
-    ]
-    for continuation in (r for row in results for r in row):
-        assert len(continuation.token_ids) == len(continuation.logprobs) == len(continuation.raw_logprobs) <= 14
-        assert continuation.text == policy.tokenizer.decode(continuation.token_ids, skip_special_tokens=True)
-        assert all(0 <= token < policy.vocab_size for token in continuation.token_ids)
-    assert len({r.key for row in results for r in row}) == 15  # every sample has its own noise
-    assert TransformersEngine(policy).generate([], SPEC) == []
-
-
 @pytest.mark.parametrize("temperature", [0, 1.0])
 @pytest.mark.parametrize("max_rows", [1, 2, 3, 7, 64])
 def test_batch_size_does_not_matter(

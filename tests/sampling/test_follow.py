@@ -28,9 +28,13 @@ ROUNDING = {"float32": 1e-6, "bfloat16": 0.08}
 def test_distances_are_by_what_the_policy_leaves_open() -> None:
     """0.2 nats on tokens of probability 1/2, and 0.1 on tokens of 3/4, are the same share of the rest."""
     half, most = np.log([0.5, 0.5]), np.log([0.75, 0.75])
-    assert reading(half + 0.2, half, half) == pytest.approx((0.2, 0.4))
-    assert reading(most - 0.1, most, most) == pytest.approx((0.1, 0.4))
-    assert reading(np.array([0.001]), np.zeros(1), np.zeros(1)) == pytest.approx((0.001, 0.1))
+    found = [
+        reading(half + 0.2, half, half),
+        reading(most - 0.1, most, most),
+        reading(half[:1] - 1, half[:1] - 2, np.zeros(1)),
+    ]
+    assert [each.nats for each in found] == pytest.approx([0.2, 0.1, 1.0])
+    assert [each.share for each in found] == pytest.approx([0.4, 0.4, 100.0])
 
 
 @pytest.mark.parametrize(
@@ -159,6 +163,15 @@ def test_a_part_of_the_weights_that_stays_old_is_found() -> None:
 
     with pytest.raises(ModelError, match="does not sample from the weights"):
         train()
+
+
+def test_an_engine_that_was_equal_at_first_has_the_noise_of_float32() -> None:
+    policy = Table()
+    check = check_of(policy, dtype="torch.float32")
+    for version in range(5):
+        check({"": draw(policy.copy(), 2e-5 * min(version, 1), version)}, SPEC, f"version {version}")
+        policy.move(0.1)
+    assert (check._of[""].strayed, policy.engine_noise["noise"]) == (0, pytest.approx(1e-4, rel=0.2))
 
 
 def test_one_of_several_addresses_is_named() -> None:
