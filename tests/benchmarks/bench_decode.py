@@ -41,6 +41,7 @@ NEW_IN_BRANCHES = 32
 def main() -> None:
     """Let the sides take turns and print the table."""
     given = arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # a server that was started here goes, too
     sides = [(side, int(size) if size else None) for side, _, size in (each.partition("@") for each in given.sides)]
     jobs: list[tuple[str, int, int]] = [("completions", number, given.new_tokens) for number in given.prompts]
     jobs += [("branches", given.monte_carlo, NEW_IN_BRANCHES)] if given.monte_carlo else []
