@@ -35,14 +35,13 @@ SYNONYMS = {
 }
 """Other programs' names of settings -> ours."""
 
-
 _read = get_loader("yaml")
 
 
 def read_value(text: str) -> Any:
-    """A value, which jsonargparse reads again where a file has it as text: of one line, only ``null`` means null, and
-    ``None``, into which jsonargparse turns the null of a part (``--model.policy.dtype null``).
+    """A value, which jsonargparse reads again where a file has it as text.
 
+    Of one line only ``null`` means null, and ``None``, which jsonargparse makes of it in ``--model.policy.dtype null``;
     YAML takes a tilde (a step marker) and what begins with ``#`` (a marker, a prompt's heading) for null, too.
     """
     value = None if text == "None" else _read(text)

@@ -62,8 +62,7 @@ def evaluate(config: EvaluateConfig, *, policy: Policy | None = None, options: J
         ConfigError: the folder holds another evaluation, or settings contradict each other.
         DataError, ModelError: the data or the model cannot be used.
     """
-    benchmark = get_benchmark(config.benchmark)
-    sampling = config.drawn
+    benchmark, sampling = get_benchmark(config.benchmark), config.drawn
     given = None if config.template is None else get_template(config.template)
     grader = Grader(config.grading, extractors=benchmark.extractors)
     device = pick_device(config.device)
@@ -84,12 +83,10 @@ def evaluate(config: EvaluateConfig, *, policy: Policy | None = None, options: J
     engine = config.engine.build(policy, sampling)
     if is_given:
         engine.update(0)
-    revision = None if policy.spec is None else policy.spec.revision
     settings = job.begin(
         _data_settings(benchmark, data, rows)
-        | _model_settings(policy, template)
+        | _model_settings(config.model, policy, template)
         | {
-            "model": {"name": config.model, "revision": revision, "weights": weights_fingerprint(policy)},
             "sampling": {name: value for name, value in asdict(sampling).items() if name != "seed"},
             "seed": sampling.seed,
             "engine": {"name": type(config.engine).__name__} | engine.facts(),
@@ -161,8 +158,10 @@ def _data_settings(benchmark: Benchmark, data: DataConfig, rows: Sequence[Mappin
     }
 
 
-def _model_settings(policy: Policy, template: PromptTemplate) -> dict[str, Any]:
+def _model_settings(name: str, policy: Policy, template: PromptTemplate) -> dict[str, Any]:
+    revision = None if policy.spec is None else policy.spec.revision
     return {
+        "model": {"name": name, "revision": revision, "weights": weights_fingerprint(policy)},
         "prompt": template.prompt_id(policy.tokenizer),
         "template": asdict(template),
         "tokenizer": tokenizer_fingerprint(policy.tokenizer),
