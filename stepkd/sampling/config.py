@@ -72,9 +72,12 @@ class VLLMServer(EngineConfig):
     """Addresses, ``http://host:port``, one or several of the same model, asked in turn. A key is read from the
     environment variable VLLM_API_KEY."""
     requests: int = 64
-    """Most prompts that are asked for at the same time, over all addresses, >= 1; a server batches them."""
+    """Most prompts that are asked for at the same time, over all addresses, >= 1; a server batches them. Samples of one
+    prompt are requests of their own, of which up to 256 are then under way."""
     timeout_s: float = 600.0
-    """Seconds that are waited for an answer, and for a server that is loading its model or was restarted, > 0."""
+    """Seconds that are waited for an answer of up to 8,192 tokens (in proportion longer for more), and for a server
+    that is loading its model or was restarted, > 0; ten minutes load most models. Ranks of one run wait half an hour
+    for each other: keep it below that."""
     weights: str | None = None
     """Folder that this process and the servers see under the same path, where weights are handed over in training; null
     takes this machine's folder for temporary files, which servers on the same machine see."""

@@ -11,7 +11,7 @@ import logging
 import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,9 @@ from stepkd.sampling.follow import FollowCheck
 from stepkd.sampling.weights import WeightSender
 
 logger = logging.getLogger(__name__)
+AT_ONCE = 256
+"""Samples under way at the same time that several of one prompt may make of ``requests`` prompts: as many as a server
+decodes at once where it was not told otherwise."""
 
 
 def to_completion(
@@ -146,11 +149,13 @@ class ServerEngine(Engine):
     weights: str | None = field(default=None, kw_only=True)
     """Folder that both sides see, for the policy's weights; None: this machine's folder for temporary files."""
     breaks_off: Callable[[], bool] | None = field(default=None, kw_only=True)
-    """Asked before every prompt; once it says yes, prompts not asked yet get one token of nothing more."""
+    """Asked while it samples; once it says yes, nobody waits for servers: samples not there yet are an end token each,
+    and weights are not sent."""
 
     def __post_init__(self) -> None:
         self._sender: WeightSender | None = None
         self._watch = FollowCheck(self)
+        self._gives_up = False
         if self.policy is not None and self.policy.device.type == "meta":  # a job, which is of what the server serves
             self._check_model()
 
@@ -198,8 +203,10 @@ class ServerEngine(Engine):
             body = {"model": self.client.name, "prompt": ids, "max_tokens": 1, "temperature": 0}
             said: Any = [None] * len(ids)
             if len(completion.token_ids):
-                answer = self.client.ask("/v1/completions", {**body, "prompt_logprobs": top_k})
-                said = answer["choices"][0].get("prompt_logprobs") or []
+                body |= {"prompt_logprobs": top_k}
+                said = self.client.ask(
+                    "/v1/completions", body, read=lambda it: it["choices"][0]["prompt_logprobs"] or []
+                )
             rows = [{int(i): (one["rank"], one["logprob"]) for i, one in (row or {}).items()} for row in said]
             return to_scores(completion, top_k, rows, f"the vLLM server at {self.client.urls[0]}")
 
@@ -212,57 +219,79 @@ class ServerEngine(Engine):
         body |= {"logprob_token_ids": list(token_ids), "return_tokens_as_token_ids": True}
 
         def ask(prompt: Sequence[int]) -> list[float]:
-            (choice,) = self.client.ask("/v1/completions", {**body, "prompt": list(prompt)})["choices"]
-            said = choice["logprobs"]["top_logprobs"][0]
+            said = self.client.ask(
+                "/v1/completions",
+                {**body, "prompt": list(prompt)},
+                read=lambda answer: dict(answer["choices"][0]["logprobs"]["top_logprobs"][0]),
+            )
             return [said.get(f"token_id:{token}", np.nan) for token in token_ids]
 
         return among(list(self.client.map(ask, prompts)), token_ids)
 
+    def _stops(self) -> bool:
+        self._gives_up = self._gives_up or (self.breaks_off is not None and self.breaks_off())
+        return self._gives_up
+
     def _send(self, version: int) -> None:
-        is_first = not dist.is_initialized() or dist.get_rank() == 0
         if self._sender is None:
             self._sender = WeightSender(self.policy, self.client, self.weights)
         said: list[Any] = [None]
-        if is_first:
+        if not dist.is_initialized() or dist.get_rank() == 0:
             try:
-                said = [self._sender.send(version)]
+                said = [None if self._stops() else self._sender.send(version)]
             except StepkdError as error:
-                said = [error]
+                said = [None if self._stops() else error]  # the server got the same warning and went first
             except Exception as error:  # other ranks wait for what is said here
                 said = [ModelError(f"the weights were not sent: {type(error).__name__}: {error}")]
         if dist.is_initialized():
             dist.broadcast_object_list(said)
         if isinstance(said[0], StepkdError):
             raise said[0]
-        self._sender.adopt(said[0])
+        if said[0] is None:
+            self._gives_up = True
+        else:
+            self._sender.adopt(*said[0])
 
     def _draw(
         self, wanted: Sequence[Wanted], spec: SamplingConfig, on_progress: Progress | None
     ) -> list[list[Completion]]:
-        self._check_server(spec)
+        if not self._stops():
+            self._check_server(spec)
 
-        def ask(number: int) -> tuple[str, list[Completion]]:
-            prompt, limit, key = wanted[number]
-            limit = 1 if self.breaks_off is not None and self.breaks_off() else limit
-            row = self._ask(number, prompt, spec, limit, stream_key(spec.seed, str(key[0]), *key[1:]) % 2**31)
-            return getattr(self.client.last, "url", ""), row
+        def ask(place: tuple[int, int]) -> tuple[str, Completion]:
+            if not self._stops():
+                try:
+                    drawn = self._ask(place, wanted[place[0]], spec)
+                    return self.client.last.url, drawn
+                except MachineError:
+                    if not self._stops():
+                        raise
+            # The step is given up, and the one before it saved.
+            prompt, limit, _ = wanted[place[0]]
+            return "", to_completion(self, spec, place, prompt, [min(self.policy.eos_ids)], [0.0], limit)
 
-        found: list[list[Completion]] = []
+        # Each sample by itself: as long as its own tokens take, and lost alone.
+        places = [(number, sample) for number in range(len(wanted)) for sample in range(spec.different)]
+        most = max(self.client.requests, min(self.client.requests * spec.different, AT_ONCE))
+        found: list[list[Completion]] = [[] for _ in wanted]
         by_address: dict[str, list[Completion]] = defaultdict(list)
-        for where, row in self.client.map(ask, range(len(wanted))):
-            found.append(row)
-            by_address[where] += row
+        answers = self.client.map(ask, places, most=most, until=self._stops)
+        for (number, _), (where, drawn) in zip(places, answers, strict=True):
+            copies = range(drawn.sample, spec.n, spec.different)
+            found[number] += [replace(drawn, sample=sample) for sample in copies]
+            by_address[where].append(drawn)
             if on_progress is not None:
-                on_progress(spec.n)
-        if self._version is not None and not (self.breaks_off is not None and self.breaks_off()):
+                on_progress(len(copies))
+        if self._version is not None and not self._stops():
             self._watch(by_address, spec, f"version {self._version} ({self.client.name})")
         return found
 
-    def _ask(self, number: int, prompt: list[int], spec: SamplingConfig, limit: int, key: int) -> list[Completion]:
+    def _ask(self, place: tuple[int, int], wanted: Wanted, spec: SamplingConfig) -> Completion:
+        prompt, limit, key = wanted
         body = {
             "model": self.client.name,
             "prompt": prompt,
-            "n": spec.different,
+            "n": 1,
             "temperature": spec.temperature,
             "top_p": spec.top_p,
             "top_k": spec.top_k,
@@ -274,36 +303,28 @@ class ServerEngine(Engine):
             "skip_special_tokens": False,
             "stop_token_ids": sorted(self.policy.eos_ids),
             # Greedy is greedy without one, and a CPU's engine dies of a seed where it splits prompts.
-            "seed": key if spec.temperature else None,
+            "seed": (stream_key(spec.seed, str(key[0]), *key[1:]) + place[1]) % 2**31 if spec.temperature else None,
             "stop": list(spec.stop),
             "include_stop_str_in_output": True,
         }
-        try:
-            answer = self.client.ask("/v1/completions", body)
-        except MachineError:
-            if self.breaks_off is None or not self.breaks_off():
-                raise
-            # The server got the same warning and went first: the step is given up, and the one before it saved.
-            end = min(self.policy.eos_ids)
-            return [to_completion(self, spec, (number, j), prompt, [end], [0.0], limit) for j in range(spec.n)]
-        choices = sorted(answer["choices"], key=lambda each: int(each["index"]))
-        if len(choices) != spec.different or any(each.get("prompt_token_ids") != prompt for each in choices):
-            raise ModelError(
-                f"the vLLM server at {self.client.urls[0]} answered prompt {number} with {len(choices)} completions in "
-                f"place of {spec.different}, or with those of another prompt: does it hold the policy's model, and is "
-                "it vLLM?"
-            )
-        return [
-            to_completion(self, spec, (number, j), prompt, each["token_ids"], each["logprobs"]["token_logprobs"], limit)
-            for j, each in enumerate(choices * (spec.n // spec.different))
-        ]
+
+        def read(answer: Any) -> tuple[list[int], list[float]]:
+            if len(answer["choices"]) != 1:
+                raise ValueError(f"{len(answer['choices'])} choices in place of one")
+            each = answer["choices"][0]
+            if each["prompt_token_ids"] != prompt:
+                raise ValueError("choices of another prompt")
+            return each["token_ids"], each["logprobs"]["token_logprobs"]
+
+        ids, logprobs = self.client.ask("/v1/completions", body, tokens=limit, read=read)
+        return to_completion(self, spec, place, prompt, ids, logprobs, limit)
 
     def _check_server(self, spec: SamplingConfig) -> None:
         """At another temperature than 1 the server must give log-probabilities of what it samples from."""
         if _is_plain(spec):
             return
         info = self.client.info
-        mode = info["model_config"]["logprobs_mode"] if info else "log-probabilities of an unknown kind"
+        mode = info.get("model_config", {}).get("logprobs_mode", "log-probabilities of an unknown kind")
         if mode != "processed_logprobs":
             raise ConfigError(
                 f"the vLLM server at {self.client.urls[0]} gives {mode}, and at temperature {spec.temperature:g} those "

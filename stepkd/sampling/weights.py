@@ -7,21 +7,24 @@ Every version has a folder of its own, and every adapter a name of its own, so t
 from __future__ import annotations
 
 import copy
+import os
 import shutil
+import socket
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError
 
+import psutil  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 
-from stepkd.errors import ConfigError, ModelError, disk_error
+from stepkd.errors import ConfigError, disk_error
 from stepkd.models.policy import Policy
-from stepkd.sampling.client import START, Client
+from stepkd.sampling.client import NO_ANSWER, START, Client, Refused
 
 
 class WeightSender:
@@ -42,39 +45,50 @@ class WeightSender:
         self.version: Path | None = None
         """Folder of the version that servers have, whose name is the adapter's."""
         self._as_adapter = is_plain_lora(policy.model)
-        self._run = uuid.uuid4().hex[:8]
-        try:
-            self._folder = tempfile.TemporaryDirectory(prefix="stepkd-weights-", dir=folder)
-            Path(self._folder.name).chmod(0o755)  # a server may be another user's
-        except OSError as error:
-            raise ConfigError(f"engine.weights={folder}: cannot write there ({error})") from error
-        client.restore = lambda url: None if self.version is None else self._load(url, client.once)
-        self._check_tied()
+        self._run, self._place = uuid.uuid4().hex[:8], folder
+        client.restore = lambda url: None if self.version is None else self._load(url)
 
-    def send(self, version: int) -> Path:
-        """Write a version and have every server load it.
+    @cached_property
+    def _folder(self) -> tempfile.TemporaryDirectory[str]:
+        """Of all versions; what processes of this machine left there that were killed goes."""
+        begins = f"stepkd-weights-{socket.gethostname()}-"
+        try:
+            for left in Path(self._place or tempfile.gettempdir()).glob(f"{begins}*"):
+                pid = left.name.removeprefix(begins).partition("-")[0]
+                if pid.isdigit() and not psutil.pid_exists(int(pid)):
+                    shutil.rmtree(left, ignore_errors=True)
+            made = tempfile.TemporaryDirectory(prefix=f"{begins}{os.getpid()}-", dir=self._place)
+            Path(made.name).chmod(0o755)  # a server may be another user's
+        except OSError as error:
+            raise ConfigError(f"engine.weights={self._place}: cannot write there ({error})") from error
+        return made
+
+    def send(self, version: int) -> tuple[Path, list[str]]:
+        """Write a version and have every server load it; one that is away loads it when it comes back.
 
         Returns:
-            Its folder, for :meth:`adopt` on other ranks.
+            Its folder and the addresses that are away, for :meth:`adopt` on other ranks.
 
         Raises:
             ConfigError: weights that vLLM cannot take, or a server that cannot be given any.
-            MachineError: a full disk, or a server that is away.
+            MachineError: a full disk, or all servers are away.
         """
+        if self.version is None:
+            self._check_tied()
         old, self.version = self.version, self._write(f"{self._run}-{version}")
-        for url in self.client.urls:
-            self._load(url, lambda url, path, body: self.client.ask(path, body, at=url))
-        self.adopt(self.version)
+        self.client.renew()
+        self.adopt(self.version, [])
         if old is not None:
             shutil.rmtree(old, ignore_errors=True)
-            for url in self.client.urls if self._as_adapter else ():
-                with suppress(ConfigError):  # a server that was restarted has not got it
-                    self.client.ask("/v1/unload_lora_adapter", {"lora_name": old.name}, at=url)
-        return self.version
+            for url in set(self.client.urls).difference(self.client.away) if self._as_adapter else ():
+                with suppress(Refused, *NO_ANSWER):  # a server that was restarted has not got it
+                    self.client.once(url, "/v1/unload_lora_adapter", {"lora_name": old.name})
+        return self.version, list(self.client.away)
 
-    def adopt(self, version: Path) -> None:
-        """Ask for a version that the servers have."""
+    def adopt(self, version: Path, away: Sequence[str]) -> None:
+        """Ask for a version that the servers have, save those that are away."""
         self.version = version
+        self.client.leave(away)
         if self._as_adapter:
             self.client.name = version.name
 
@@ -93,30 +107,30 @@ class WeightSender:
             raise disk_error(error, folder) or error from None
         return folder
 
-    def _load(self, url: str, post: Callable[[str, str, Any], Any]) -> None:
+    def _load(self, url: str) -> None:
         """Have one server load the version."""
         assert self.version is not None
         try:
             if self._as_adapter:
                 # Not "in place": vLLM would then read the folder again for every request.
-                post(url, "/v1/load_lora_adapter", {"lora_name": self.version.name, "lora_path": str(self.version)})
+                adapter = {"lora_name": self.version.name, "lora_path": str(self.version)}
+                self.client.once(url, "/v1/load_lora_adapter", adapter)
                 return
-            post(url, "/pause?mode=wait", {})
+            self.client.once(url, "/pause?mode=wait", {})
             try:
                 weights = {"method": "reload_weights", "kwargs": {"weights_path": str(self.version)}}
-                post(url, "/collective_rpc", weights)
-                post(url, "/reset_prefix_cache", {})
+                self.client.once(url, "/collective_rpc", weights)
+                self.client.once(url, "/reset_prefix_cache", {})
             finally:
-                post(url, "/resume", {})
-        except HTTPError as error:
-            if error.code != 400 or not self._as_adapter:  # one that did not go after all says that it has it
-                raise
-        except (ConfigError, ModelError) as error:
+                self.client.once(url, "/resume", {})
+        except Refused as error:
             if "already been loaded" in str(error):  # and only its answer was lost
                 return
+            if error.is_busy:
+                raise
             raise ConfigError(
-                f"the weights in {self.version} did not reach the server: {error}. Does it see that folder "
-                f"(engine.weights is for one that both see)? It is to be started with {START}"
+                f"the weights in {self.version} did not reach the vLLM server at {url} ({error}). Does it see that "
+                f"folder (engine.weights is for one that both see)? It is to be started with {START}"
             ) from error
 
     def _check_tied(self) -> None:

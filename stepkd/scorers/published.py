@@ -120,7 +120,8 @@ class ServedPRM(PRMScorer):
         """Chance that each scored step is correct; the server says it at every marker, also at those in a prompt."""
         ids, marker = item.head + item.ids, self.encoder.marker_id
         marks = [place for place, token in enumerate(ids) if token == marker]
-        found = self.client.ask("/pooling", {"model": self.client.name, "input": ids})["data"][0]["data"]
+        body = {"model": self.client.name, "input": ids}
+        found = self.client.ask("/pooling", body, read=lambda answer: answer["data"][0]["data"])
         if len(found) != len(marks) or any(len(each) != 2 for each in found):
             raise ModelError(
                 f"the vLLM server at {self.client.urls[0]} gives {len(found)} scores for {len(marks)} step markers of "

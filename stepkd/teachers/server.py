@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,18 +11,20 @@ import torch
 from torch import Tensor
 
 from stepkd.data.collate import Batch
-from stepkd.errors import ConfigError, ModelError
+from stepkd.errors import ConfigError, MachineError, ModelError
 from stepkd.models.load import load_tokenizer
 from stepkd.models.spec import PolicyConfig
 from stepkd.runs.process import STOP_REQUEST
 from stepkd.sampling.annotate import check_same_vocabulary
 from stepkd.sampling.client import Client
+from stepkd.sampling.engine import Scores
 from stepkd.sampling.vllm import ServerEngine
 from stepkd.teachers.cache import CachedSignals
 from stepkd.teachers.config import Served
 from stepkd.teachers.local import check_context
 from stepkd.teachers.signals import Signals, Teacher
 
+logger = logging.getLogger(__name__)
 LEAST_TAIL = 1e-7
 """Smallest mass of all tokens but the k most likely that is told from none: a server gives float32 logarithms."""
 
@@ -54,7 +57,8 @@ class ServerTeacher(Teacher):
                 f"loaded from {name!r} ({error}): name its folder or hub id in teacher.tokenizer"
             ) from error
         check_same_vocabulary(tokenizer, own)
-        self.max_length = self.client.max_length - 1  # it writes a token behind what it scores
+        context = self.client.max_length
+        self.max_length = context - 1 if context else None  # it writes a token behind what it scores
         self._read_under(self.spec.template, own)
 
     def identity(self) -> str:
@@ -68,7 +72,7 @@ class ServerTeacher(Teacher):
         Raises:
             ConfigError: a prompt and completion that are longer than its context, or another temperature than 1.
             ModelError: the server scored other tokens than it was asked for.
-            MachineError: it went away.
+            MachineError: it went away; where that is with a request to stop, a training step gets NaN.
         """
         assert self.spec.top_k is not None
         own_N, ids_Nk, logps_Nk = self._scores(batch, temperature, self.spec.top_k.k)
@@ -89,5 +93,13 @@ class ServerTeacher(Teacher):
         assert self.client is not None
         asked = self.reread(batch.examples)
         check_context(self, asked)
-        found = zip(*ServerEngine(None, self.client).score(asked, top_k), strict=True)
+        try:
+            scores = ServerEngine(None, self.client).score(asked, top_k)
+        except MachineError as error:
+            if not (STOP_REQUEST and torch.is_grad_enabled()):
+                raise
+            logger.warning("%s: the step is given up", error)  # by all ranks together, as its loss is no number
+            unknown = [np.full((len(each.token_ids), 1 + top_k), np.nan) for each in asked]
+            scores = [Scores(each[:, 0], np.zeros(each[:, 1:].shape, np.int64), each[:, 1:]) for each in unknown]
+        found = zip(*scores, strict=True)
         return [torch.from_numpy(np.concatenate(part)).to(batch.targets_N.device) for part in found]

@@ -149,17 +149,17 @@ def test_a_sync_that_fails_in_silence_stops_the_run(
     ours.update(0)
     draw(ours)
     move(policy, 1)
-    ask = Client.ask
+    once = Client.once
     if sabotage == "stale cache":  # pausing empties it, too
         left_out: tuple[str, ...] = ("/reset_prefix_cache", "/pause", "/resume")
     else:
-        left_out = {"skipped": ("/collective_rpc",), "old adapter": ("/v1/",)}.get(sabotage, ())
+        left_out = {"skipped": ("/collective_rpc",), "old adapter": ("/v1/load", "/v1/unload")}.get(sabotage, ())
 
-    def partly(self: Client, path: str, body: Any = None, *, at: str | None = None) -> Any:
-        return {} if at and path.startswith(left_out) else ask(self, path, body, at=at)
+    def partly(self: Client, url: str, path: str, *arguments: Any, **named: Any) -> Any:
+        return {} if path.startswith(left_out) else once(self, url, path, *arguments, **named)
 
     if left_out:
-        monkeypatch.setattr(Client, "ask", partly)
+        monkeypatch.setattr(Client, "once", partly)
     if sabotage == "old adapter":
         monkeypatch.setattr(WeightSender, "adopt", lambda *_: None)
     ours.update(1)

@@ -1,9 +1,13 @@
-"""A stand-in for a vLLM server: its own endpoints, a tiny model behind them, and what goes wrong with servers."""
+"""A stand-in for a vLLM server: its own endpoints, a tiny model behind them, and what goes wrong with servers.
+
+``python vllm_standin.py FOLDER PORT FILE`` serves the model of a folder and notes prompts and seeds in a file.
+"""
 
 from __future__ import annotations
 
 import copy
 import json
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -38,9 +42,19 @@ class StandIn:
         self.requests: list[dict[str, Any]] = []
         self.posts: list[tuple[str, Any]] = []
         """All that was posted, paths with their bodies."""
+        self.gets: list[str] = []
         self.keys: list[str | None] = []
         self.faults: list[str] = []
-        """Of the next completions: refuse (503), fail (500), drop, half, slow."""
+        """Of the next completions: refuse (503), busy (429), fail (500), drop, half, words (no JSON), slow (2 s), hang
+        (until it is closed)."""
+        self.hangs = False
+        """Whether nothing is answered any more, until it is closed."""
+        self.gone = False
+        """Whether every connection ends without an answer."""
+        self.paused = False
+        self.models: Any = None
+        """What it says that it serves, in place of vLLM's answer."""
+        self.closed = threading.Event()
         self.deaf = False
         """Whether it says yes to weights and keeps the old ones."""
         self.by_path: dict[str, Policy] | None = None
@@ -48,6 +62,8 @@ class StandIn:
         self.stale = False
         """Whether prompts that it has seen are answered from the weights of then until its cache is reset."""
         self.spoil: Any = lambda answer: answer
+        self.heard: Any = lambda body: None
+        """Called with what is asked of completions."""
         self._seen: dict[tuple[Any, ...], Policy] = {}
         self._lock = threading.Lock()
         outer = self
@@ -55,32 +71,43 @@ class StandIn:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 outer.keys.append(self.headers.get("Authorization"))
+                outer.gets.append(self.path)
                 answers: dict[str, Any] = {
-                    "/v1/models": {"data": [{"id": outer.name, "max_model_len": outer.context, "parent": None}]},
+                    "/v1/models": outer.models
+                    or {"data": [{"id": outer.name, "max_model_len": outer.context, "parent": None}]},
                     "/version": {"version": "0.0"},
                     "/health": "",
                     "/server_info": {"vllm_config": {**outer.config, "device_config": {"device": outer.device}}},
+                    "/is_paused": {"is_paused": outer.paused},
                 }
-                self.reply(answers[self.path.partition("?")[0]])
+                if outer.hangs:
+                    outer.closed.wait()
+                if outer.gone:
+                    self.close_connection = True
+                else:
+                    self.reply(answers[self.path.partition("?")[0]])
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"{}")
                 with outer._lock:
                     outer.posts.append((self.path, body))
                     fault = outer.faults.pop(0) if outer.faults and self.path == "/v1/completions" else ""
-                    if fault == "slow":
-                        time.sleep(2)
-                    if fault in ("refuse", "fail"):
-                        self.reply({"error": {"message": "not now"}}, 503 if fault == "refuse" else 500)
-                        return
-                    if fault == "drop":
-                        self.close_connection = True
-                        return
-                    status, answer = outer.answer(self.path, body)
-                self.reply(answer, status, half=fault == "half")
+                if fault == "slow":
+                    time.sleep(2)
+                if fault == "hang" or outer.hangs:
+                    outer.closed.wait()
+                if fault in STATUS:
+                    self.reply({"error": {"message": "not now"}}, STATUS[fault])
+                elif fault != "drop" and not outer.gone and not outer.closed.is_set():
+                    with outer._lock:
+                        status, answer = outer.answer(self.path, body)
+                    self.reply(answer, status, half=fault == "half", spoilt=fault == "words")
+                else:
+                    self.close_connection = True
 
-            def reply(self, answer: Any, status: int = 200, *, half: bool = False) -> None:
+            def reply(self, answer: Any, status: int = 200, *, half: bool = False, spoilt: bool = False) -> None:
                 data = answer.encode() if isinstance(answer, str) else json.dumps(answer).encode()
+                data = b"<html>" if spoilt else data
                 self.send_response(status)
                 self.send_header("Content-Type", "text/plain" if isinstance(answer, str) else "application/json")
                 self.send_header("Content-Length", str(len(data)))
@@ -97,7 +124,9 @@ class StandIn:
     def answer(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         """Status and answer to what is posted."""
         path = path.partition("?")[0]
-        if path == "/v1/load_lora_adapter":
+        if path in ("/pause", "/resume"):
+            self.paused = path == "/pause"
+        elif path == "/v1/load_lora_adapter":
             if body["lora_name"] in self.adapters:
                 return 400, {"error": {"message": f"The lora adapter '{body['lora_name']}' has already been loaded."}}
             if not self.deaf:
@@ -114,6 +143,7 @@ class StandIn:
             if body["model"] != self.name and body["model"] not in self.adapters:
                 return 404, {"error": {"message": f"The model `{body['model']}` does not exist."}}
             self.requests.append(body)
+            self.heard(body)
             policy = self.adapters.get(body["model"], self.policy)
             if self.stale:
                 policy = self._seen.setdefault((body["model"], *body["prompt"]), policy)
@@ -126,6 +156,10 @@ class StandIn:
 
     def read(self, path: str) -> Policy:
         """Weights or an adapter from a folder."""
+        with _READS:
+            return self._read(path)
+
+    def _read(self, path: str) -> Policy:
         if self.by_path is not None and path in self.by_path:
             return self.by_path[path]
         if not (Path(path) / "adapter_config.json").is_file():
@@ -197,5 +231,25 @@ class StandIn:
 
     def close(self) -> None:
         """Stop serving."""
+        self.closed.set()
         self.server.shutdown()
         self.server.server_close()
+
+
+_READS = threading.Lock()
+"""transformers loads one model at a time."""
+STATUS = {"refuse": 503, "busy": 429, "fail": 500}
+"""Of faults that say so."""
+
+
+def serve(folder: str, port: str, file: str) -> None:
+    """Until the process ends."""
+    torch.set_num_threads(1)
+    served = StandIn(Policy.load(PolicyConfig(path=folder)), folder, port=int(port))
+    with open(file, "a", encoding="utf-8") as stream:
+        served.heard = lambda body: print(json.dumps([body["prompt"], body["seed"]]), file=stream, flush=True)
+        served.closed.wait()
+
+
+if __name__ == "__main__":
+    serve(*sys.argv[1:])
