@@ -34,7 +34,7 @@ from stepkd.modules.policy_module import PolicyModule
 from stepkd.modules.step_metrics import Throughput, accumulate, means, require_counts, require_finite
 from stepkd.modules.validation import SampledAccuracy
 from stepkd.randomness import stream_key
-from stepkd.runs.process import STOP_REQUEST, Preempted
+from stepkd.runs.process import STOP_REQUEST
 from stepkd.safe import refuse_credentials
 from stepkd.sampling.config import IN_PROCESS, EngineConfig, Transformers
 from stepkd.sampling.engine import Engine, SamplingConfig
@@ -357,7 +357,7 @@ class StepModule(PolicyModule):
         torch.manual_seed(stream_key(self.seed, "dropout", self.global_step, self.global_rank) % 2**63)
         counts = all_reduce({**self.count_all(micro_batches), "": float(bool(STOP_REQUEST))}, self.device)
         if counts.pop("") and begins:  # later steps of a batch are taken: a batch is done whole or not at all
-            raise _preempted()
+            raise STOP_REQUEST.preempted()
         self._skipped = 0 if any(counts.values()) else self._skipped + 1
         if self._skipped:
             if self.skip_empty_steps and self._skipped < MOST_SKIPPED:  # a run that has nothing else would never end
@@ -380,12 +380,7 @@ class StepModule(PolicyModule):
                     accumulate(sums, terms)
                 self.phases.advance()
         norm = self._clip()
-        try:
-            require_finite(losses, norm, padded, step=self.global_step, device=self.device)
-        except TrainingError:  # on all ranks; a served teacher that got the same warning and went first says NaN, too
-            if begins and all_reduce({"": float(bool(STOP_REQUEST))}, self.device)[""]:
-                raise _preempted() from None
-            raise
+        require_finite(losses, norm, padded, step=self.global_step, device=self.device, begins=begins)
         lr = float(optimizer.param_groups[0]["lr"])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -550,7 +545,3 @@ class StepModule(PolicyModule):
             made.close()
         for name in ("sampler", "_fidelity", "sampling_engine"):
             vars(self).pop(name, None)  # they grade by its workers, or hold weights
-
-
-def _preempted() -> Preempted:
-    return Preempted(f"asked to stop by {STOP_REQUEST.name or 'a signal to another rank'}")

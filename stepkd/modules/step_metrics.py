@@ -15,6 +15,7 @@ from stepkd.errors import TrainingError
 from stepkd.losses import LossTerms
 from stepkd.models.machine import memory_peak
 from stepkd.modules.distributed import all_reduce, union
+from stepkd.runs.process import STOP_REQUEST
 
 _SHOWN = 16
 """Rows that a message names at most."""
@@ -75,7 +76,9 @@ def require_counts(counts: Mapping[str, float], *, step: int, batches: int) -> N
         )
 
 
-def require_finite(losses: list[Tensor], norm: float, micro: list[Batch], *, step: int, device: torch.device) -> None:
+def require_finite(
+    losses: list[Tensor], norm: float, micro: list[Batch], *, step: int, device: torch.device, begins: bool = False
+) -> None:
     """Check the losses of all micro-batches and the gradient norm, between the backward passes and the optimiser step.
 
     Args:
@@ -84,15 +87,21 @@ def require_finite(losses: list[Tensor], norm: float, micro: list[Batch], *, ste
         micro: the micro-batches.
         step: optimiser steps taken so far, for the message.
         device: of the collective.
+        begins: whether a request to stop may still give this step up.
 
     Raises:
+        Preempted: on all ranks; a rank was asked to stop, and so perhaps was its served teacher, which then says NaN.
         TrainingError: on all ranks alike, naming the rows of the offending micro-batches, whichever rank had them.
     """
     finite = torch.isfinite(torch.stack(losses)).tolist()
     bad = [name for ok, batch in zip(finite, micro, strict=True) if not ok for name in batch.ids]
     norm_is_bad = norm != norm or norm == float("inf")
-    if not all_reduce({"bad": float(bool(bad) or norm_is_bad)}, device, op="max")["bad"]:
+    asked = float(begins and bool(STOP_REQUEST))
+    found = all_reduce({"bad": float(bool(bad) or norm_is_bad), "asked": asked}, device, op="max")
+    if not found["bad"]:
         return
+    if found["asked"]:
+        raise STOP_REQUEST.preempted()
     if bad := union(bad):
         more = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
         what = f"the loss is not finite in a micro-batch with rows {', '.join(bad[:_SHOWN])}{more}"

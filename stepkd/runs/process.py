@@ -53,6 +53,10 @@ class StopRequest:
 
         return restore
 
+    def preempted(self) -> Preempted:
+        """What every rank raises where one was asked to."""
+        return Preempted(f"asked to stop by {self.name or 'a signal to another rank'}")
+
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         if self.name is None:
             self.name = signal.Signals(signum).name

@@ -289,7 +289,7 @@ class Client:
                 ) from error
             if failures > len(self.urls) and waited > min(_DIES_S, self.timeout_s):
                 raise ModelError(
-                    f"the vLLM server at {url} fails ({problem}): its log says why. It is to be started with {START}"
+                    f"the vLLM server at {place} fails ({problem}): its log says why. It is to be started with {START}"
                 ) from error
             if waited > self.timeout_s and (at is not None or not {*self.urls} - tried - {*self.away}):
                 raise MachineError(

@@ -91,7 +91,7 @@ def test_requests_say_what_a_server_would_take_from_elsewhere(policy: Policy, se
     ours = engine(policy, server)
     found = ours.generate(prompts(policy), SamplingConfig(n=2, max_new_tokens=50, stop=("1",)))
     assert all(each.length <= 20 for row in found for each in row)
-    assert len({body["seed"] for body in server.requests}) == 3
+    assert len({body["seed"] for body in server.requests}) == 6
     expected = {"repetition_penalty": 1.0, "min_p": 0.0, "include_stop_str_in_output": True}
     expected |= {"stop_token_ids": sorted(policy.eos_ids)}
     assert all(expected.items() <= body.items() for body in server.requests)

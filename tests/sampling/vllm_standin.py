@@ -22,6 +22,12 @@ from stepkd.sampling.engine import SamplingConfig
 from stepkd.sampling.transformers_engine import TransformersEngine
 
 
+class Listener(ThreadingHTTPServer):
+    """With room for as many connections at a time as vLLM's has."""
+
+    request_queue_size = 2048
+
+
 class StandIn:
     """Serves a policy under an address of its own.
 
@@ -117,7 +123,7 @@ class StandIn:
             def log_message(self, *_: Any) -> None:
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self.server = Listener(("127.0.0.1", port), Handler)
         self.address = f"http://127.0.0.1:{self.server.server_address[1]}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
