@@ -357,9 +357,9 @@ def problem_with(needs: Needs, choices: Mapping[str, Collection[str]] = MappingP
                         column=names[0],
                     )
             for name, known in choices.items():
-                if (value := row.get(name)) not in known:
+                if (value := row.get(name)) not in list(known):  # a list is in no mapping
                     raise _invalid(
-                        f"column {name!r} must name one of {', '.join(sorted(known))} in every row, found "
+                        f"must name one of {', '.join(sorted(known))} in every row, found "
                         f"{shown(value) if name in row else 'no such column'}. The row has {_listed(row)}",
                         column=name,
                     )

@@ -68,8 +68,9 @@ class Signals(Protocol):
 class Teacher(ABC):
     """Scores what a student wrote. It is no part of the student, neither of its state nor of its strategy.
 
-    A teacher of one's own defines :meth:`bind`, :meth:`identity` and :meth:`signals`; the methods after them are told
-    what happens in a run, and most teachers leave them alone.
+    A teacher of one's own defines :meth:`bind`, :meth:`identity` and :meth:`signals`, and :meth:`target_logps` where
+    its signals are no :class:`HiddenSignals`; the methods after them are told what happens in a run, and most teachers
+    leave them alone.
     """
 
     max_length: int | None = None

@@ -143,6 +143,7 @@ def test_a_rank_may_have_no_row_of_a_teacher(strategy: str, tmp_path: Path, dist
         ),
         (["math", None], r"line 2, column 'teacher': .* found no such column\. The row has 'prompt'"),
         (["code", 3], r"line 2, column 'teacher': .* found int 3"),
+        (["code", ["code"]], r"line 2, column 'teacher': .* found list \['code'\]"),
     ],
 )
 def test_a_row_that_names_no_teacher_is_told_with_its_place(values: list[Any], message: str, tmp_path: Path) -> None:
