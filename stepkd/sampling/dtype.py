@@ -20,6 +20,9 @@ from stepkd.sampling.transformers_engine import TransformersEngine
 
 logger = logging.getLogger(__name__)
 
+DTYPES = ("bfloat16", "float32")
+"""What is measured on a CPU."""
+
 
 def settled_dtype(
     wanted: str | None, model: str, engine: EngineConfig, device: torch.device, job: Job, name: str
@@ -58,17 +61,19 @@ def measured_dtype(load: Callable[..., Policy], device: torch.device, rows: int)
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
     if not fast_bfloat16():
         return "float32"
-    seconds = {}
-    for dtype in ("bfloat16", "float32"):
-        policy = load(dtype=dtype).to(device)
-        engine, spec = TransformersEngine(policy), SamplingConfig(n=min(rows, 32), max_new_tokens=4)
-        for _ in range(2):  # the first one warms up
-            start = time.perf_counter()
-            drawn = engine.generate([[0] * 8], spec, purpose="measure")[0]
-            seconds[dtype] = (time.perf_counter() - start) / sum(len(each.token_ids) for each in drawn)
+    seconds = {dtype: _seconds_per_token(load(dtype=dtype).to(device), min(rows, 32)) for dtype in DTYPES}
     dtype = faster_dtype(seconds)
     logger.info("dtype auto: %s (%s)", dtype, ", ".join(f"{name} {1 / s:.0f} tokens/s" for name, s in seconds.items()))
     return dtype
+
+
+def _seconds_per_token(policy: Policy, rows: int) -> float:
+    engine, spec = TransformersEngine(policy), SamplingConfig(n=rows, max_new_tokens=4)
+    for _ in range(2):  # the first one warms up
+        start = time.perf_counter()
+        (drawn,) = engine.generate([[0] * 8], spec, purpose="measure")
+        seconds = time.perf_counter() - start
+    return seconds / sum(len(each.token_ids) for each in drawn)
 
 
 def faster_dtype(seconds: Mapping[str, float]) -> str:

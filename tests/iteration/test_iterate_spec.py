@@ -138,6 +138,7 @@ def test_identity_leaves_out_what_may_change(small: Any, write: Any) -> None:
         ({"temperature": 1}, "did you mean --evaluation.sampling.temperature or --label.s"),
         ({"evaluation.problms": "x"}, "did you mean --evaluation.problems"),
         ({"train.recipe": []}, "'recipe' is not a setting of train; did you mean --train.recipes"),
+        ({"label.dtype": "auto"}, "label.dtype=auto: every job would measure its own"),
         ({"label.labeller": "TaskCheker"}, "no class 'TaskCheker'; did you mean 'TaskChecker'"),
         ({"label.sampling.n": "many"}, "sampling.n: expected int, got 'many'"),
         ({"label.solutions": "Existing"}, "'solutions' is not a setting of label"),
