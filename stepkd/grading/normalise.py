@@ -40,7 +40,7 @@ _GROUPS = re.compile(r"(?<=[0-9])(?:\{,\}|,\\!|\\[,;:!]) ?(?=[0-9]{3}(?![0-9]))"
 _BLANK_GROUPS = re.compile(r"[-+]?[0-9]{1,3}(?: [0-9]{3})+(?:\.[0-9]*)?")
 _NO_SPACE = re.compile(r"(\\\\)|\\!|\\(?:displaystyle|textstyle)(?![a-z])|\\(?:left|right)\s*(?:\.(?![0-9])|(?![a-z]))")
 _SPACE = re.compile(r"(\\\\)|\\[,;: ]|~|\\(?:qquad|quad|thinspace)(?![a-z])")
-_ESCAPED_SIGN = re.compile(r"\\([$%#&])")
+_ESCAPED_SIGN = re.compile(r"\\([$%#&])|^\\(?=[0-9])")  # a model that writes \15 for \$15
 _WHOLE_COMMAND = re.compile(
     r"\\(?:boxed|fbox|text|mbox|textbf|mathbf|mathrm|textrm|boldsymbol|bm|textit|mathit)\s*\{(.*)\}", re.DOTALL
 )

@@ -1,20 +1,23 @@
-"""Verdicts of lm-evaluation-harness on the completions of ``stepkd evaluate``, and its own run on the same prompts.
+"""Verdicts of stepkd's grader and of lm-evaluation-harness on the same completions, problem by problem.
 
-Run, where ``lm_eval`` 0.4.13 with math-verify is installed (and vLLM for ``--generate``; stepkd need not be):
-``python tests/benchmarks/lm_eval_parity.py runs/parity-gsm8k --generate pretrained=MODEL,dtype=bfloat16``.
+Run, where stepkd, ``lm_eval`` 0.4.13 and math-verify are installed (and vLLM for ``--generate``):
 
-The folder's problems become a local task of lm-eval (nothing is downloaded): the exact prompts, the answers, and the
-filters and metrics of its own gsm8k, or of its minerva_math500 and hendrycks_math500. It is run once with a model that
-gives the completions of the folder, so that both harnesses judge the same texts, and with ``--generate`` once more with
-its vLLM model, greedy, up to the same number of tokens. Prints the accuracies with Wilson's 95% interval and every
-problem on which the verdicts differ; asserts nothing.
+``python tests/benchmarks/lm_eval_parity.py runs/gsm8k [--generate pretrained=MODEL,dtype=bfloat16]``: completions of
+``stepkd evaluate``, finished or not, one a problem; with ``--generate`` lm-eval also samples itself, greedy, from the
+same prompts, up to the same number of tokens, by its vLLM model.
+
+``python tests/benchmarks/lm_eval_parity.py processbench/math.jsonl --benchmark math500 --problems math500/test.jsonl``:
+ProcessBench's solutions, written by twelve models, of the problems that the second file has.
+
+Completions become a local task of lm-eval (nothing is downloaded) with the filters and metrics of its own gsm8k or
+minerva_math500 (its metric math_verify; the other one asks for another wording of the answer). Prints accuracies with
+Wilson's 95% interval and every completion on which the verdicts differ; asserts nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -24,22 +27,27 @@ import yaml
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
+from stepkd.data.config import DataConfig
+from stepkd.data.load import load_rows
+from stepkd.data.sources import get_benchmark
+from stepkd.grading.pool import Grader
+from stepkd.runs.job import read_results, read_settings
+from stepkd.statistics import wilson_interval
+
 JUDGES = {
     "gsm8k": {"gsm8k/gsm8k.yaml": {"strict-match": "exact_match", "flexible-extract": "exact_match"}},
-    "math500": {
-        "minerva_math/minerva_math500.yaml": {"none": "math_verify"},
-        "hendrycks_math/hendrycks_math500.yaml": {"none": "exact_match"},
-    },
+    "math500": {"minerva_math/minerva_math500.yaml": {"none": "math_verify"}},
 }
 """Benchmark -> task of lm-eval that judges it -> its filter -> its metric."""
+Row = dict[str, Any]
 
 
 class Given(LM):
     """A model that gives completions at hand, by prompt."""
 
-    def __init__(self, texts: dict[str, str]) -> None:
+    def __init__(self, rows: list[Row]) -> None:
         super().__init__()
-        self.texts = texts
+        self.texts = {row["prompt"]: row["completion"] for row in rows}
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         return [self.texts[request.args[0]] for request in requests]
@@ -50,7 +58,37 @@ class Given(LM):
     loglikelihood_rolling = loglikelihood
 
 
-def write_task(folder: Path, judge: str, rows: list[dict[str, Any]], tokens: int) -> str:
+def sampled(folder: Path) -> list[Row]:
+    """The completions of an evaluation, with its verdicts."""
+    rows = read_results(folder)
+    return [{**row["samples"][0], **{name: row[name] for name in ("id", "prompt", "answer")}} for row in rows]
+
+
+def published(solutions: Path, problems: Path, benchmark: str) -> list[Row]:
+    """ProcessBench's solutions of problems whose answer is known, with the verdicts of stepkd's grader."""
+    known = {
+        plain(row["prompt"]): row for row in load_rows(DataConfig(source=benchmark, path=str(problems), split="test"))
+    }
+    rows = []
+    for line in solutions.read_text("utf-8").splitlines():
+        found = json.loads(line)
+        if row := known.get(plain(found["problem"])):
+            text = "\n\n".join(found["steps"])
+            rows.append({"id": found["id"], "answer": row["answer"], "completion": text, "finish": "stop"})
+            rows[-1]["prompt"] = f"{found['id']}: {found['problem']}"
+    with Grader(extractors=get_benchmark(benchmark).extractors) as grader:
+        grades = grader.grade([row["completion"] for row in rows], [row["answer"] for row in rows])
+    return [
+        row | {"verdict": str(grade.verdict), "extracted": grade.extracted}
+        for row, grade in zip(rows, grades, strict=True)
+    ]
+
+
+def plain(text: str) -> str:
+    return "".join(text.split())
+
+
+def write_task(folder: Path, judge: str, rows: list[Row], tokens: int) -> str:
     """Write lm-eval's task with these problems in place of its own; its name is returned."""
     docs = [
         {"prompt": row["prompt"], "answer": f"#### {row['answer']}", "problem": row["prompt"], "number": number}
@@ -85,47 +123,47 @@ def verdicts(model: Any, name: str, folder: Path, metrics: dict[str, str], **set
     )
     samples = sorted(found["samples"][name], key=lambda sample: sample["doc"]["number"])
     return {
-        which: [(bool(s[metric]), s["filtered_resps"][0]) for s in samples if s["filter"] == which]
+        which: [(bool(s[metric]), str(s["filtered_resps"][0])) for s in samples if s["filter"] == which]
         for which, metric in metrics.items()
     }
 
 
 def share(correct: list[bool]) -> str:
-    """Share in percent with Wilson's 95% interval."""
-    n, p, z = len(correct), sum(correct) / len(correct), 1.959964
-    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    low, high = (100 * (centre + side * half) / (1 + z * z / n) for side in (-1, 1))
-    return f"{sum(correct)} of {n}, {100 * p:.1f} ({low:.1f} to {high:.1f})"
+    return f"{sum(correct)} of {len(correct)} correct, {wilson_interval(sum(correct), len(correct))}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder of stepkd evaluate, one sample a problem")
+    parser.add_argument("completions", type=Path, help="folder of stepkd evaluate, or a file of ProcessBench")
+    parser.add_argument("--benchmark", help="of a file: gsm8k or math500")
+    parser.add_argument("--problems", type=Path, help="of a file: the benchmark's, with answers")
     parser.add_argument("--generate", help="model_args of lm-eval's vllm model, which then samples too")
     given = parser.parse_args()
-    settings = json.loads((given.run / "settings.json").read_text("utf-8"))
-    rows = [json.loads(line) for line in (given.run / "results.jsonl").read_text("utf-8").splitlines()]
-    own = [row["samples"][0] for row in rows]
-    ours = [sample["verdict"] == "correct" for sample in own]
+    if given.completions.is_dir():
+        settings = read_settings(given.completions)
+        rows, benchmark = sampled(given.completions), settings["benchmark"]["name"]
+        tokens = settings["sampling"]["max_new_tokens"]
+    else:
+        rows, benchmark, tokens = published(given.completions, given.problems, given.benchmark), given.benchmark, 0
+    ours = [row["verdict"] == "correct" for row in rows]
     print(f"stepkd: {share(ours)}")
-    tokens = settings["sampling"]["max_new_tokens"]
     with tempfile.TemporaryDirectory() as place:
-        for judge, metrics in JUDGES[settings["benchmark"]["name"]].items():
+        for judge, metrics in JUDGES[benchmark].items():
             name = write_task(Path(place), judge, rows, tokens)
-            texts = {row["prompt"]: sample["completion"] for row, sample in zip(rows, own, strict=True)}
-            for which, theirs in verdicts(Given(texts), name, Path(place), metrics).items():
-                print(f"lm-eval {name}, {which}, on stepkd's completions: {share([right for right, _ in theirs])}")
-                for row, sample, right, (other, answer) in zip(rows, own, ours, theirs, strict=True):
-                    if right != other:
-                        print(
-                            f"  {row['id']}: stepkd {sample['verdict']} ({sample['extracted']!r}), lm-eval "
-                            f"{'correct' if other else 'incorrect'} ({answer[-200:]!r}), reference {row['answer']!r}, "
-                            f"finish {sample['finish']}"
-                        )
+            for which, theirs in verdicts(Given(rows), name, Path(place), metrics).items():
+                apart = [each for each in zip(rows, ours, theirs, strict=True) if each[1] != each[2][0]]
+                correct = share([right for right, _ in theirs])
+                print(f"lm-eval {name}, {which}, same completions: {correct}, {len(apart)} verdicts differ")
+                for row, _, (right, answer) in apart:
+                    print(
+                        f"  {row['id']}: stepkd {row['verdict']} {row['extracted']!r}, lm-eval "
+                        f"{'correct' if right else 'incorrect'} {answer[-120:]!r}, reference {row['answer']!r}, "
+                        f"finish {row['finish']}"
+                    )
             if given.generate:
-                sampled = verdicts("vllm", name, Path(place), metrics, model_args=given.generate, batch_size="auto")
-                for which, theirs in sampled.items():
-                    print(f"lm-eval {name}, {which}, its own run: {share([right for right, _ in theirs])}")
+                own = verdicts("vllm", name, Path(place), metrics, model_args=given.generate, batch_size="auto")
+                for which, theirs in own.items():
+                    print(f"lm-eval {name}, {which}, its own completions: {share([right for right, _ in theirs])}")
 
 
 if __name__ == "__main__":
