@@ -71,18 +71,14 @@ def evaluate(config: EvaluateConfig, *, policy: Policy | None = None, options: J
     data = benchmark_data(benchmark, config.data, config.limit)
     rows = load_rows(data, contract=PROBLEM)
     check_unique_ids(rows, path=config.data)
-    is_given, weights = policy is not None, config.engine.holds_weights
     if policy is None:
         dtype = settled_dtype(config.dtype, config.model, config.engine, device, job, "dtype")
+        weights = config.engine.holds_weights
         policy = load_trained(config.model, dtype=dtype, attention=config.attention, weights=weights)
-    if weights or is_given:
-        policy.to(device)
     asked = {name: value for name in ("style", "system", "few_shot") if (value := getattr(config, name)) is not None}
     template = replace(template_for(config.model, benchmark.template, given), **asked)
     prompts = encode_prompts(policy, template, rows)
-    engine = config.engine.build(policy, sampling)
-    if is_given:
-        engine.update(0)
+    engine = config.engine.for_job(policy, sampling, device)
     settings = job.begin(
         _data_settings(benchmark, data, rows)
         | _model_settings(config.model, policy, template)

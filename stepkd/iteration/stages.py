@@ -102,6 +102,7 @@ class Iteration:
                 facts = work()
             except DataError as error:
                 raise DataError(f"iteration {self.k}, {stage}: {error}") from error
+            gc.unfreeze()  # vLLM freezes what it made
             gc.collect()  # memory for the next stage, or its processes
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()

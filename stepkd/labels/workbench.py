@@ -73,7 +73,6 @@ class Workbench:
         """What the data's prompts, answers and longest completion are like where the settings do not say."""
         self.model = model or _named_model(self.rows)
         template = None if config.template is None else get_template(config.template)
-        self._is_given = policy is not None
         self.dtype: str | None = config.dtype
         if policy is None:
             self.dtype = settled_dtype(config.dtype, self.model, config.engine, self.device, job, "model.dtype")
@@ -86,13 +85,8 @@ class Workbench:
         self._engine: dict[str, Any] = {"name": type(config.engine).__name__}
 
     def engine(self, sampling: SamplingConfig) -> Engine:
-        """What samples from the policy, which is put where it samples; a given one's weights go to another engine."""
-        if self.config.engine.holds_weights or self._is_given:
-            self.policy.to(self.device)
-        engine = self.config.engine.build(self.policy, sampling)
-        if self._is_given:
-            engine.update(0)
-            self.policy.causal_lm.config.get_text_config().max_position_embeddings = engine.max_length
+        """What samples from the policy; see :meth:`~stepkd.sampling.config.EngineConfig.for_job`."""
+        engine = self.config.engine.for_job(self.policy, sampling, self.device)
         self._engine |= engine.facts()
         return engine
 

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import cached_property, wraps
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from stepkd.data.batching import StepBatch
@@ -36,28 +34,11 @@ from stepkd.modules.validation import SampledAccuracy
 from stepkd.randomness import stream_key
 from stepkd.runs.process import STOP_REQUEST
 from stepkd.safe import refuse_credentials
-from stepkd.sampling.config import IN_PROCESS, EngineConfig, Transformers
-from stepkd.sampling.engine import Engine, SamplingConfig
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 MOST_SKIPPED = 100
 """Batches in a row that may be skipped for want of items."""
-
-
-def telling(make: Callable[[Any], T]) -> Callable[[Any], T]:
-    """For what a module makes when it is first asked for it: where that raises AttributeError, ``torch.nn.Module``
-    would say that the module lacks the property, and the cause would be lost; so it becomes a RuntimeError from it."""
-
-    @wraps(make)
-    def made(module: Any) -> T:
-        try:
-            return make(module)
-        except AttributeError as error:
-            raise RuntimeError(f"{type(module).__name__}.{make.__name__} cannot be made: {error}") from error
-
-    return made
 
 
 class StepModule(PolicyModule):
@@ -86,8 +67,6 @@ class StepModule(PolicyModule):
     """Whether ``stepkd evaluate`` can read the rows that it is validated on."""
     labels_give_accuracy = False
     """Whether validation gives ``val/accuracy`` without sampling anything."""
-    engine: EngineConfig = IN_PROCESS
-    """Where training samples."""
 
     automatic_optimization = False
     loss_scales: Mapping[str, float] = {}
@@ -427,35 +406,6 @@ class StepModule(PolicyModule):
         self.model.eval()
         with self.gathered():
             yield
-
-    @cached_property
-    @telling
-    def sampled_accuracy(self) -> SampledAccuracy:
-        """What samples and grades validation and prediction."""
-        return SampledAccuracy(self.model, self.validation_spec, self.seed)
-
-    @cached_property
-    @telling
-    def sampling_engine(self) -> Engine:
-        """What training samples with; a request to stop ends its completions, but not those of validation."""
-        breaks_off = lambda: bool(STOP_REQUEST) and self.trainer.training  # noqa: E731
-        return self.engine.build(self.model, SamplingConfig(), breaks_off)
-
-    @property
-    def validation_engine(self) -> Engine:
-        """What validation samples with: the engine of training, where that is not this process, with these weights."""
-        return self.sampling_engine if self._validates_elsewhere else self.sampled_accuracy.engine
-
-    @property
-    def _validates_elsewhere(self) -> bool:
-        # Beside a training a step's number does not say whose weights they are.
-        is_elsewhere = not isinstance(self.engine, Transformers) and self.trainer.state.fn == TrainerFn.FITTING
-        return is_elsewhere and self.samples_in_validation
-
-    @property
-    def samples_in_validation(self) -> bool:
-        """Whether validation samples from the policy."""
-        return self.validation_spec.sampling is not None
 
     def prepare_evaluation(self, batch: StepBatch) -> list[Batch]:
         """What validation measures the loss on; every rank calls it for every batch.

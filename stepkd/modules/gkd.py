@@ -28,11 +28,12 @@ from stepkd.errors import ConfigError, check_choice
 from stepkd.losses import LossTerms, fused_sum, segment_sum, target_logps, tempered
 from stepkd.models.spec import PolicyConfig
 from stepkd.modules import gkd_settings as settings
-from stepkd.modules.base import StepModule, telling
+from stepkd.modules.base import StepModule
 from stepkd.modules.components import Component, ForwardPass
 from stepkd.modules.distillation import DistillationModule
 from stepkd.modules.fidelity import Fidelity, FidelityConfig, Sums, with_calibration
 from stepkd.modules.gkd_settings import JSD, CrossEntropyConfig, DivergenceConfig, SourceConfig
+from stepkd.modules.policy_module import telling
 from stepkd.modules.step_scores import FocusConfig, focused, load_step_scorer
 from stepkd.randomness import generator
 from stepkd.runs.process import STOP_REQUEST

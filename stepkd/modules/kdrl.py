@@ -28,7 +28,6 @@ from stepkd.data.collate import Batch
 from stepkd.errors import ConfigError
 from stepkd.losses import chunked_head, group_advantages, step_advantages, target_logps, tempered, token_normalisation
 from stepkd.models.spec import PolicyConfig
-from stepkd.modules.base import telling
 from stepkd.modules.components import ForwardPass
 from stepkd.modules.distillation import DistillationModule
 from stepkd.modules.kdrl_objective import KDRLObjective, rollouts_of
@@ -44,6 +43,7 @@ from stepkd.modules.kdrl_settings import (
     StepCreditConfig,
     Switch,
 )
+from stepkd.modules.policy_module import telling
 from stepkd.modules.rewards import RewardConfig, Rewards
 from stepkd.modules.rollouts import GroupSampler, Rollout, SampleLog
 from stepkd.modules.step_scores import load_step_scorer, step_scores

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict
-from typing import Any, cast
+from functools import cached_property, wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.parsing import collect_init_args
 
 from stepkd.data.batching import Position
@@ -27,15 +30,33 @@ from stepkd.models.source import trained_template
 from stepkd.models.spec import PolicyConfig
 from stepkd.modules.distributed import check_strategy, clip_in_engine
 from stepkd.modules.optim import OptimizerConfig
-from stepkd.modules.validation import ValidationConfig
+from stepkd.modules.validation import SampledAccuracy, ValidationConfig
 from stepkd.runs.job import flat
+from stepkd.runs.process import STOP_REQUEST
 from stepkd.runs.progress import PhaseTracker
 from stepkd.runs.rundir import check_changes, short_name
+from stepkd.sampling.config import IN_PROCESS, EngineConfig, Transformers
+from stepkd.sampling.engine import Engine, SamplingConfig
 from stepkd.yaml_files import as_yaml
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 CHECKPOINT_FORMAT = 2
+
+
+def telling(make: Callable[[Any], T]) -> Callable[[Any], T]:
+    """For what a module makes when it is first asked for it: where that raises AttributeError, ``torch.nn.Module``
+    would say that the module lacks the property, and the cause would be lost; so it becomes a RuntimeError from it."""
+
+    @wraps(make)
+    def made(module: Any) -> T:
+        try:
+            return make(module)
+        except AttributeError as error:
+            raise RuntimeError(f"{type(module).__name__}.{make.__name__} cannot be made: {error}") from error
+
+    return made
 
 
 class PolicyModule(LightningModule):
@@ -61,6 +82,9 @@ class PolicyModule(LightningModule):
     """Settings that decide what a run learns and may differ all the same from those of the run that is resumed."""
     checkpoint: str | None = None
     """The checkpoint that the command line starts from."""
+
+    engine: EngineConfig = IN_PROCESS
+    """Where training samples."""
 
     strict_loading = False  # checkpoints hold trainable weights only; on_load_checkpoint checks their names itself
 
@@ -130,6 +154,37 @@ class PolicyModule(LightningModule):
         if self.policy is None:
             raise RuntimeError("the policy is loaded by configure_model(): call it first when using a module by hand")
         return self.policy
+
+    # ---- what samples ------------------------------------------------------------------------------------------------
+
+    @cached_property
+    @telling
+    def sampled_accuracy(self) -> SampledAccuracy:
+        """What samples and grades validation and prediction."""
+        return SampledAccuracy(self.model, self.validation_spec, self.seed)
+
+    @cached_property
+    @telling
+    def sampling_engine(self) -> Engine:
+        """What training samples with; a request to stop ends its completions, but not those of validation."""
+        breaks_off = lambda: bool(STOP_REQUEST) and self.trainer.training  # noqa: E731
+        return self.engine.build(self.model, SamplingConfig(), breaks_off)
+
+    @property
+    def validation_engine(self) -> Engine:
+        """What validation samples with: the engine of training, where that is not this process, with these weights."""
+        return self.sampling_engine if self._validates_elsewhere else self.sampled_accuracy.engine
+
+    @property
+    def _validates_elsewhere(self) -> bool:
+        # Beside a training a step's number does not say whose weights they are.
+        is_elsewhere = not isinstance(self.engine, Transformers) and self.trainer.state.fn == TrainerFn.FITTING
+        return is_elsewhere and self.samples_in_validation
+
+    @property
+    def samples_in_validation(self) -> bool:
+        """Whether validation samples from the policy."""
+        return self.validation_spec.sampling is not None
 
     @property
     def datamodule(self) -> Any:

@@ -25,8 +25,9 @@ from stepkd.errors import ConfigError, check_bounds
 from stepkd.losses import LossTerms, cross_entropy, pqm, step_cross_entropy, step_weights
 from stepkd.models.spec import LabelTokens, PolicyConfig, StepHeadConfig
 from stepkd.models.step_head import StepHeadIds, resolve_ids
-from stepkd.modules.base import StepModule, telling
+from stepkd.modules.base import StepModule
 from stepkd.modules.components import Component, ForwardPass
+from stepkd.modules.policy_module import telling
 
 logger = logging.getLogger(__name__)
 

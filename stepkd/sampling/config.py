@@ -35,6 +35,21 @@ class EngineConfig(ABC):
             ConfigError: what it needs is not there.
         """
 
+    def for_job(self, policy: Any, sampling: SamplingConfig, device: Any) -> Engine:
+        """The engine of a job; a model that is in this process is put on a device, and given to an engine elsewhere.
+
+        Args:
+            policy, sampling: as for :meth:`build`.
+            device: where the model computes.
+        """
+        if policy.device.type == "meta":
+            return self.build(policy, sampling)
+        engine = self.build(policy.to(device), sampling)
+        engine.update(0)
+        if engine.max_length != policy.max_length:  # of a server
+            policy.causal_lm.config.get_text_config().max_position_embeddings = engine.max_length
+        return engine
+
 
 @dataclass(frozen=True)
 class Transformers(EngineConfig):

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_contract import SAMPLES, SCORES, every_version_is_sampled_from, flat, move, prompts
+from engine_contract import LONG, SAMPLES, SCORES, every_version_is_sampled_from, flat, move, prompts
 
 from stepkd.data.collate import collate
 from stepkd.data.completion import Completion
@@ -29,9 +30,12 @@ from stepkd.models.policy import Policy
 from stepkd.models.spec import LoRAConfig, PolicyConfig
 from stepkd.runs.logger import read_metrics
 from stepkd.sampling.client import Client
+from stepkd.sampling.config import VLLMServer
 from stepkd.sampling.engine import SamplingConfig
 from stepkd.sampling.vllm import ServerEngine
 from stepkd.sampling.weights import WeightSender
+from stepkd.scorers.load import Judge, load_scorer
+from stepkd.scorers.scorer import Solutions
 from stepkd.teachers.config import Local, Served, TopK
 from stepkd.training.fit import fit
 
@@ -127,6 +131,28 @@ def test_servers_keep_to_the_contract(name: str, folders: dict[str, Path], addre
     # Not with adapters: vLLM fails there at the scores of several texts.
     for rule in [*SAMPLES, *(SCORES if name == "tied" else [])]:
         rule(ours, policy)
+
+
+@pytest.mark.parametrize("name", ["untied", "tied"])
+def test_a_judge_on_a_server_says_what_it_says_here(
+    name: str, folders: dict[str, Path], addresses: dict[str, str]
+) -> None:
+    """Verdicts on solutions of several blocks of the prefix cache, which reads the most of them once."""
+
+    def hits() -> float:
+        with urllib.request.urlopen(f"{addresses[name]}/metrics") as answer:
+            lines = answer.read().decode().splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:prefix_cache_hits_total"))
+
+    steps = [f"{LONG}{number}" for number in range(2)]
+    solutions = [Solutions({"id": name, "prompt": "1+2=?"}, [steps, ["3", *steps[:1]]])]
+    asked = Judge(str(folders[name]), answers=("1", "2"))
+    here = load_scorer(asked, device="cpu").score(solutions)
+    before = hits()
+    there = load_scorer(replace(asked, engine=VLLMServer(addresses[name]))).score(solutions)
+    for a, b in zip(here[0], there[0], strict=True):
+        assert b == pytest.approx(a, abs=1e-4)
+    assert hits() - before >= 128
 
 
 @pytest.mark.parametrize("lora", [True, False])
