@@ -144,14 +144,21 @@ def variables(given: argparse.Namespace) -> dict[str, str]:
     }
 
 
+def preloaded(python: str) -> dict[str, str]:
+    """What vLLM's guide for CPUs loads first, as far as it is here: Intel's OpenMP, of vLLM's environment, and tcmalloc."""
+    found = [Path(python).parent.parent / "lib/libiomp5.so", *Path("/usr/lib").glob("*/libtcmalloc_minimal.so.4")]
+    return {"LD_PRELOAD": ":".join(str(each.absolute()) for each in found if each.is_file())}
+
+
 def started(side: str, given: argparse.Namespace, out: Path) -> Any:
     """A side's process, ready."""
     python = {"vllm": given.vllm_python, "lm": given.lm_eval_python}.get(side.split("-")[0]) or sys.executable
     checkout = given.against if side == "old" else str(HERE)
+    own = {"PYTHONPATH": checkout, **(preloaded(python) if side.endswith("vllm") else {})}
     command = [python, str(Path(__file__).with_name("decode_sides.py")), side, json.dumps(vars(given))]
     with (out / f"{side}.log").open("w") as log:
         process = subprocess.Popen(
-            command, env={**variables(given), "PYTHONPATH": checkout}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            command, env={**variables(given), **own}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=log, text=True,
         )  # fmt: skip
     if process.stdout is None or process.stdout.readline() != "ready\n":
@@ -178,7 +185,7 @@ def served(given: argparse.Namespace, out: Path) -> Iterator[str]:
     words += ["--logprobs-mode", "processed_logprobs", "--max-model-len", "1024", "--enforce-eager"]
     words += ["--no-enable-chunked-prefill"]  # its CPU engine dies of a seed where it splits a prompt
     environment = {key: value for key, value in variables(given).items() if key != "PYTHONPATH"}
-    environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
+    environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", **preloaded(given.vllm_python)}
     command = [given.vllm_python, "-m", "vllm.entrypoints.openai.api_server", *words]
     with (out / "server.log").open("w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=out, start_new_session=True)
