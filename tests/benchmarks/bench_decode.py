@@ -145,7 +145,7 @@ def variables(given: argparse.Namespace) -> dict[str, str]:
 
 
 def preloaded(python: str) -> dict[str, str]:
-    """What vLLM's guide for CPUs loads first, as far as it is here: Intel's OpenMP, of vLLM's environment, and tcmalloc."""
+    """What vLLM's guide for CPUs loads first, as far as it is here: Intel's OpenMP of its environment, tcmalloc."""
     found = [Path(python).parent.parent / "lib/libiomp5.so", *Path("/usr/lib").glob("*/libtcmalloc_minimal.so.4")]
     return {"LD_PRELOAD": ":".join(str(each.absolute()) for each in found if each.is_file())}
 
