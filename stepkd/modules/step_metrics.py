@@ -11,7 +11,7 @@ from lightning.fabric.utilities.throughput import get_available_flops
 from torch import Tensor, nn
 
 from stepkd.data.collate import Batch
-from stepkd.errors import TrainingError
+from stepkd.errors import MachineError, TrainingError
 from stepkd.losses import LossTerms
 from stepkd.models.machine import memory_peak
 from stepkd.modules.distributed import all_reduce, union
@@ -87,21 +87,27 @@ def require_finite(
         micro: the micro-batches.
         step: optimiser steps taken so far, for the message.
         device: of the collective.
-        begins: whether a request to stop may still give this step up.
+        begins: whether it is the first step of its batch, which a request to stop may still give up.
 
     Raises:
         Preempted: on all ranks; a rank was asked to stop, and so perhaps was its served teacher, which then says NaN.
+        MachineError: the same in a later step of a batch.
         TrainingError: on all ranks alike, naming the rows of the offending micro-batches, whichever rank had them.
     """
     finite = torch.isfinite(torch.stack(losses)).tolist()
     bad = [name for ok, batch in zip(finite, micro, strict=True) if not ok for name in batch.ids]
     norm_is_bad = norm != norm or norm == float("inf")
-    asked = float(begins and bool(STOP_REQUEST))
-    found = all_reduce({"bad": float(bool(bad) or norm_is_bad), "asked": asked}, device, op="max")
+    own = {"bad": float(bool(bad) or norm_is_bad), "asked": float(bool(STOP_REQUEST))}
+    found = all_reduce(own, device, op="max")
     if not found["bad"]:
         return
     if found["asked"]:
-        raise STOP_REQUEST.preempted()
+        if begins:
+            raise STOP_REQUEST.preempted()
+        raise MachineError(
+            f"step {step}: asked to stop, and the loss is not finite in the middle of a batch, as where a served "
+            "teacher went first; --resume continues from last.ckpt"
+        )
     if bad := union(bad):
         more = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
         what = f"the loss is not finite in a micro-batch with rows {', '.join(bad[:_SHOWN])}{more}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,13 +16,15 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from stepkd.data.batching import BatchPlan, Position, StepLoader
 from stepkd.data.config import DataConfig
 from stepkd.data.datamodule import StepData
-from stepkd.errors import ConfigError, ModelError, StepkdError, TrainingError
+from stepkd.errors import ConfigError, MachineError, ModelError, StepkdError, TrainingError
 from stepkd.losses import LossTerms
 from stepkd.models.checkpoint import export_model, load_trained
 from stepkd.models.spec import LoRAConfig, PolicyConfig, build_tiny
 from stepkd.modules.optim import OptimizerConfig
 from stepkd.modules.sft import SFTModule
+from stepkd.modules.step_metrics import require_finite
 from stepkd.modules.validation import ValidationConfig
+from stepkd.runs.process import STOP_REQUEST, Preempted
 from stepkd.sampling.engine import SamplingConfig
 
 STEADY = OptimizerConfig(lr=1e-3, schedule="constant", warmup=0)
@@ -42,6 +45,17 @@ class Poisoned(SFTModule):
         if self.poison in micro_batch.ids and self.global_step >= 2:
             terms.sums["ce"] = terms.sums["ce"] * float("nan")
         return terms
+
+
+def test_a_non_finite_loss_after_a_request_to_stop_blames_no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A served teacher may have gone first; in the middle of a batch there is nothing to save."""
+    monkeypatch.setattr(STOP_REQUEST, "name", "SIGTERM")
+    micro: list[Any] = [SimpleNamespace(ids=["a"])]
+    given: dict[str, Any] = {"step": 3, "device": torch.device("cpu")}
+    with pytest.raises(Preempted, match="SIGTERM"):
+        require_finite([torch.tensor(torch.nan)], 1.0, micro, begins=True, **given)
+    with pytest.raises(MachineError, match=r"step 3: asked to stop, .* middle of a batch"):
+        require_finite([torch.tensor(torch.nan)], 1.0, micro, begins=False, **given)
 
 
 def test_a_non_finite_loss_stops_and_names_the_rows(examples: Any, trainer: Any, tmp_path: Path) -> None:
@@ -241,7 +255,7 @@ def weights_of(module: Any) -> dict[str, torch.Tensor]:
 SMALL_STEPS = OptimizerConfig(lr=2e-6, schedule="constant", warmup=0)
 
 
-def test_auto_trains_all_weights_of_a_bfloat16_checkpoint_in_float32(
+def test_null_trains_all_weights_of_a_bfloat16_checkpoint_in_float32(
     examples: Any, trainer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for part in build_tiny("tiny-0.1m", seed=0, dtype="bfloat16"):
