@@ -210,7 +210,7 @@ def test_an_overlay_of_an_engine_follows_settings_of_its_job_and_fits_no_other_c
     from stepkd.cli.compare import CompareConfig
     from stepkd.cli.parser import parse
     from stepkd.evaluation.config import EvaluateConfig, ScoreConfig
-    from stepkd.sampling.config import VLLMServer
+    from stepkd.sampling.config import VLLM, VLLMServer
     from stepkd.scorers.load import Judge
 
     (tmp_path / "mine.yaml").write_text("model: tiny-0.1m\nout: x\nengine:\n  class_path: VLLM\n")
@@ -220,6 +220,25 @@ def test_an_overlay_of_an_engine_follows_settings_of_its_job_and_fits_no_other_c
     words = "--config engine/vllm_server --scorer Judge --scorer.path m --scorer.engine.urls http://a:1 --completions c"
     scorer = parse(ScoreConfig, [*words.split(), "--out", "x"], command="score").scorer
     assert scorer == Judge("m", engine=VLLMServer(("http://a:1",)))
+    scored = "scorer: {class_path: Judge, init_args: {path: a}}\ncompletions: c\nout: x\n"
+    (tmp_path / "scored.yaml").write_text(scored)
+    served = VLLMServer(("http://localhost:8000",))
+    for words, expected in (
+        (
+            "--config engine/vllm_server --scorer=Judge --scorer.path m --completions c --out x",
+            Judge("m", engine=served),
+        ),
+        (f"--config engine/vllm_server --config {tmp_path}/scored.yaml", Judge("a", engine=served)),
+        (f"--config {tmp_path}/scored.yaml --config engine/vllm_server", Judge("a", engine=served)),
+        (
+            f"--config {tmp_path}/scored.yaml --scorer Judge --scorer.path m --scorer.engine VLLM",
+            Judge("m", engine=VLLM()),
+        ),
+    ):
+        assert parse(ScoreConfig, words.split(), command="score").scorer == expected
+    (tmp_path / "more.yaml").write_text("model: {init_args: {engine: {class_path: VLLM}}}\ntrainer: {max_steps: 3}\n")
+    with pytest.raises(ConfigError, match="model has no settings of its own"):
+        parse(EvaluateConfig, ["--config", str(tmp_path / "more.yaml"), "--out", "x"], command="evaluate")
     with pytest.raises(ConfigError, match="'model' is not a setting"):
         parse(CompareConfig, ["a", "b", "--config", "engine/vllm"], command="compare")
 

@@ -71,26 +71,27 @@ def _with_overlays(kind: type, words: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: a file that holds no settings, or a training's.
     """
-    found, known = list[str](), get_type_hints(kind)
+    found, waits, known = list[str](), list[str](), get_type_hints(kind)
     place = "--engine" if "engine" in known else "--scorer.engine"
+    is_known = place == "--engine"  # a scorer's class must be, before its settings
     for before, word in pairwise(["", *words]):
         found.append(word)
+        is_known |= before == "--scorer" or word.startswith("--scorer=")
         file = word.removeprefix("--config=")
-        if (before != "--config" and file == word) or not Path(file).is_file():
-            continue
-        raw = mapping(read_yaml(Path(file), "settings"), file)
-        if isinstance(raw.get("model"), dict) and isinstance(raw.get("data"), dict):
-            use = "give it as --recipe" if "recipe" in known else "run it with `stepkd fit`"
-            raise ConfigError(f"{file} is a training recipe: {use}; --config takes settings of this command")
-        match raw:
-            case {"model": {"init_args": {"engine": engine, **others}}} if not others and {"engine", "scorer"} & {
-                *known
-            }:
-                found[-2 if file == word else -1 :] = [place, json.dumps(engine)]
-    if "--scorer.engine" in found and "--scorer" in found:  # whose class must be known before its settings
-        at = found.index("--scorer")
-        found = [*found[at : at + 2], *found[:at], *found[at + 2 :]]
-    return found
+        if (before == "--config" or file != word) and Path(file).is_file():
+            raw = mapping(read_yaml(Path(file), "settings"), file)
+            if isinstance(raw.get("model"), dict) and isinstance(raw.get("data"), dict):
+                use = "give it as --recipe" if "recipe" in known else "run it with `stepkd fit`"
+                raise ConfigError(f"{file} is a training recipe: {use}; --config takes settings of this command")
+            is_known |= "scorer" in raw
+            match raw:
+                case {"model": {"init_args": {"engine": engine}}} if {"engine", "scorer"} & {*known}:
+                    if raw == {"model": {"init_args": {"engine": engine}}}:
+                        del found[-2 if file == word else -1 :]
+                        waits = [place, json.dumps(engine)]
+        if is_known:
+            found, waits = found + waits, []
+    return found + waits
 
 
 class _Help(DefaultHelpFormatter, RawDescriptionHelpFormatter):
