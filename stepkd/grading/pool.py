@@ -45,7 +45,7 @@ _START_LIMIT_S = 120.0
 _START_ATTEMPTS = 3
 _MIN_MEMORY_MB = 192  # of math-verify alone
 _WALL_FACTOR = 30.0
-"""Wall-clock seconds per second of CPU time before a worker counts as stuck, unless it waits for a processor."""
+"""Wall-clock seconds per second of CPU time before a worker counts as stuck, unless it waits for a CPU."""
 _WATCH_S = 0.5
 """How often it is looked for workers that are stuck, or have ended without closing their pipe."""
 _BOOT = (
@@ -186,7 +186,7 @@ class _Worker:
             self.pipe.send(item.request)
 
     def is_starved(self) -> bool:
-        """Whether it could work and gets no processor, as on a busy machine, which is no answer's fault."""
+        """Whether it could work and gets no CPU, as on a busy machine, which is no answer's fault."""
         with contextlib.suppress(psutil.Error):
             return bool(psutil.Process(self.process.pid).status() == psutil.STATUS_RUNNING)
         return False
@@ -351,7 +351,9 @@ class Grader:
                     with contextlib.suppress(EOFError, OSError):
                         reply = worker.pipe.recv()
                 # Its end may not close the pipe: another process, forked when it started, may hold the other side.
-                elif worker.process.poll() is None and (time.monotonic() < worker.limit or worker.is_starved()):
+                elif worker.process.poll() is None and (
+                    time.monotonic() < worker.limit or (worker.ready and worker.is_starved())
+                ):
                     continue
                 item, worker.item = worker.item, None
                 if item is None:  # the first message

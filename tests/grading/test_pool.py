@@ -137,7 +137,7 @@ def test_hostile_text_ends_in_time_and_leaves_the_pool_working(texts: dict[str, 
 
 
 def test_the_deadline_is_cpu_time_so_that_a_waiting_worker_loses_nothing() -> None:
-    """A worker that gets no processor for longer than the deadline, as on a busy machine."""
+    """A worker that gets no CPU for longer than the deadline, as on a busy machine."""
     with Grader(GradingConfig(workers=1, deadline_s=0.5)) as grader:
         assert _works(grader)
         pid = grader._pool[0].process.pid
@@ -331,7 +331,7 @@ def test_items_that_come_at_once_are_graded_as_they_are_on_a_busy_machine(items:
     assert not failed
 
 
-def test_a_worker_that_gets_no_processor_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_gets_no_cpu_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "_WALL_FACTOR", 0.0)
     monkeypatch.setattr(pool, "_WATCH_S", 0.001)
     monkeypatch.setattr(pool._Worker, "is_starved", lambda _: True)
@@ -339,6 +339,14 @@ def test_a_worker_that_gets_no_processor_is_waited_for(monkeypatch: pytest.Monke
         grades = grader.grade([f"\\boxed{{\\frac{{{k}}}{{{2 * k}}}+x}}" for k in range(1, 5)], ["x+0.5"] * 4)
         assert [each.verdict for each in grades] == [Verdict.CORRECT] * 4
         assert len(grader._pool) == 1
+
+
+def test_a_worker_that_spins_while_it_starts_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "_START_LIMIT_S", 0.0)
+    monkeypatch.setattr(pool, "_WATCH_S", 0.001)
+    monkeypatch.setattr(pool._Worker, "is_starved", lambda _: True)
+    with Grader(GradingConfig(workers=1)) as grader, pytest.raises(StepkdError, match="was not ready after"):
+        grader.grade_one(HALF, "0.5")
 
 
 def test_starved_is_what_could_run_and_not_what_waits_or_stands_still() -> None:
