@@ -6,7 +6,7 @@ import hashlib
 import logging
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -136,8 +136,8 @@ class StepData(LightningDataModule):
     def _load(self, name: str, spec: DataConfig) -> list[Completion]:
         encoder = self._encoder(name)
         contracts = encoder.contracts
-        choices: Any = getattr(self._module, "choices", lambda split: {})(name)
-        rows = self._rows(name, spec, None if contracts is not None else problem_with(self._needs(name), choices))
+        wanted = None if contracts is not None else problem_with(self._needs(name), self._choices(name))
+        rows = self._rows(name, spec, wanted)
         if contracts and (found := detect_contract(rows[0])) not in contracts:
             raise DataError(
                 f"{type(self._module).__name__} learns from rows of the kinds {', '.join(c.name for c in contracts)}, "
@@ -177,6 +177,9 @@ class StepData(LightningDataModule):
 
     def _needs(self, name: str) -> Needs:
         return getattr(self._module, "reads", lambda split: {})(name)
+
+    def _choices(self, name: str) -> Mapping[str, Collection[str]]:
+        return getattr(self._module, "choices", lambda split: {})(name)
 
     def _rows(self, name: str, spec: DataConfig, contract: Contract | None = None) -> list[Row]:
         """The rows of a split; what is wrong with them, or left out of a file of one's own, is told with its name."""
@@ -241,8 +244,10 @@ class StepData(LightningDataModule):
             return None
         plan = (self.global_batch_size, self.shuffle, self.seed)
         digest = hashlib.sha256(repr((*plan, self.keep_prompts_together)).encode())
+        choices = list(self._choices("train"))
         for example in self.examples["train"]:
             digest.update(repr((example.id, getattr(example, "visits", None))).encode())
+            digest.update(repr([example.row.get(name) for name in choices]).encode() if choices else b"")
             for each in example.completions:
                 ids = (each.prompt_ids.tolist(), each.token_ids.tolist(), each.step_ends.tolist())
                 digest.update(repr((*ids, each.outcome, each.targets, each.read_at)).encode())

@@ -29,6 +29,7 @@ from stepkd.sampling.engine import Engine, SamplingConfig
 from stepkd.steps.segment import get_segmenter
 from stepkd.teachers.config import Needs
 from stepkd.teachers.local import LocalTeacher
+from stepkd.teachers.routed import NOTHING
 from stepkd.teachers.signals import Compared, Signals, Teacher
 
 Sums = dict[str, tuple[float, float]]
@@ -158,7 +159,9 @@ def _likeness(logits_CV: Tensor, targets_C: Tensor, compared: Compared) -> list[
 def _confidence(logits_CV: Tensor, targets_C: Tensor, compared: Compared) -> list[Tensor]:
     """Of student and teacher: the probability of the most likely token, and whether it is the target."""
     _, teacher, argmax_C = compared
-    theirs_C = teacher.amax(-1) if teacher.shape == logits_CV.shape else teacher[:, 0]
+    theirs_C = teacher[:, 0]
+    if teacher.shape == logits_CV.shape:  # of rows of the most likely tokens alone, the first is it
+        theirs_C = torch.where(teacher[:, -1] == NOTHING, theirs_C, teacher.amax(-1))
     own = [logits_CV.log_softmax(-1).amax(-1).exp(), logits_CV.argmax(-1) == targets_C]
     return [*own, theirs_C.exp(), argmax_C == targets_C]
 

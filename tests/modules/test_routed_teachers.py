@@ -19,6 +19,7 @@ from stepkd.data.datamodule import StepData
 from stepkd.errors import ConfigError, DataError
 from stepkd.models.policy import Policy
 from stepkd.models.spec import PolicyConfig, tiny_tokenizer
+from stepkd.modules.fidelity import _confidence
 from stepkd.modules.gkd import GKDModule
 from stepkd.modules.gkd_settings import JSD, NKD, SourceConfig
 from stepkd.modules.kdrl import KDRLModule
@@ -27,6 +28,8 @@ from stepkd.sampling.engine import SamplingConfig
 from stepkd.teachers.cache import write_cache
 from stepkd.teachers.config import Cached, Local, Routed, SelfBase, Served, TopK
 from stepkd.teachers.local import LocalTeacher
+from stepkd.teachers.routed import NOTHING
+from stepkd.teachers.signals import Compared
 
 TESTS = Path(__file__).parents[1]
 WORKER = TESTS / "modules/routed_worker.py"
@@ -119,6 +122,28 @@ def test_one_teacher_under_two_names_is_that_teacher(kd: Any, rows: list[Any], d
     routed = kdrl.run(rows[:3], teacher=Routed({"math": WIDE, "code": replace(WIDE)}), **settings)
     assert distance(routed.gradients[0], alone.gradients[0]) < 1e-9
     assert routed.logged[0]["kl_to_teacher"] == pytest.approx(alone.logged[0]["kl_to_teacher"], rel=1e-6)
+
+
+def test_confidence_is_the_most_likely_tokens_and_no_tails() -> None:
+    whole, few = torch.tensor([0.1, 0.2, 0.6, 0.1]).log(), torch.tensor([0.3, 0.7]).log()
+    both = torch.stack([whole, torch.cat([few, torch.full((2,), NOTHING)])])
+    argmax = torch.tensor([2, 3])
+    found = _confidence(torch.zeros(2, 4), argmax, Compared(both, both, argmax))
+    assert found[2].tolist() == pytest.approx([0.6, 0.3])
+
+
+def test_a_run_is_not_resumed_with_rows_of_other_teachers(tmp_path: Path) -> None:
+    prints = []
+    for names in (["math", "code"], ["code", "code"]):
+        rows = [{"prompt": f"{i}+1=\n", "answer": "1", "teacher": name} for i, name in enumerate(names)]
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        teacher = Routed({"math": Local("tiny-0.1m"), "code": Local("tiny-0.1m")})
+        module = GKDModule(PolicyConfig(path="tiny-0.1m"), teacher, source=SourceConfig(lmbda=1.0))
+        data = StepData(train=str(tmp_path / "rows.jsonl"), template="task")
+        data.trainer = SimpleNamespace(lightning_module=module, global_rank=0, world_size=1)  # type: ignore[assignment]
+        data.setup("fit")
+        prints.append(data.fingerprint())
+    assert prints[0] != prints[1]
 
 
 @pytest.mark.slow
