@@ -78,7 +78,7 @@ def evaluate(config: EvaluateConfig, *, policy: Policy | None = None, options: J
     asked = {name: value for name in ("style", "system", "few_shot") if (value := getattr(config, name)) is not None}
     template = replace(template_for(config.model, benchmark.template, given), **asked)
     prompts = encode_prompts(policy, template, rows)
-    engine = config.engine.for_job(policy, sampling, device)
+    engine = config.engine.for_job(policy, device)
     settings = job.begin(
         _data_settings(benchmark, data, rows)
         | _model_settings(config.model, policy, template)

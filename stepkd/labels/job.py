@@ -42,7 +42,7 @@ from stepkd.models.checkpoint import load_trained, weights_fingerprint
 from stepkd.models.policy import Policy
 from stepkd.runs.files import write_json
 from stepkd.runs.job import ALONE, SUMMARY_NAME, Job, JobOptions, finished_rows, numbered
-from stepkd.sampling.engine import Engine, SamplingConfig
+from stepkd.sampling.engine import Engine
 from stepkd.steps.confidence import SegmentThreshold, fit_threshold
 from stepkd.steps.labels import verdicts
 from stepkd.steps.segment import Segmenter, get_segmenter, segmenter_settings
@@ -123,7 +123,7 @@ class Labelling:
             bench.check_prompt()
         teacher = None if steps.teacher is None else load_trained(steps.teacher, dtype=bench.dtype).to(bench.device)
         if engine is None and (continues or drawn is not None):  # else only the policy's tokenizer is used
-            engine = bench.engine(SamplingConfig() if drawn is None else drawn.sampling)
+            engine = bench.engine()
         self.labeller = labeller or config.labeller.build(bench, engine)
         sampling = None if drawn is None else bench.limited(drawn.sampling)
         self.source: SampledSolutions | ExistingSolutions

@@ -165,7 +165,7 @@ class StepPairBuilder:
             if isinstance(found, int):
                 segmenter_of(row)
         bench.check_prompt()
-        self.engine, self.policy = engine or bench.engine(config.sampling), bench.policy
+        self.engine, self.policy = engine or bench.engine(), bench.policy
         self.check = None
         if config.check is not None:
             scorer = load_scorer(config.check, device=config.device, max_rows=config.engine.at_once)

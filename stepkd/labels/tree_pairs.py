@@ -52,7 +52,7 @@ class TreePairBuilder:
             config, config.problems, config.model, needs, problems=True, job=job, policy=policy
         )
         self.generator = SampledSteps(
-            engine or bench.engine(config.sampling),
+            engine or bench.engine(),
             bench.policy,
             bench.limited(config.sampling),
             segmenter=config.segmenter,

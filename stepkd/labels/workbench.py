@@ -84,9 +84,9 @@ class Workbench:
         """Judges final answers; closed at the job's end."""
         self._engine: dict[str, Any] = {"name": type(config.engine).__name__}
 
-    def engine(self, sampling: SamplingConfig) -> Engine:
+    def engine(self) -> Engine:
         """What samples from the policy; see :meth:`~stepkd.sampling.config.EngineConfig.for_job`."""
-        engine = self.config.engine.for_job(self.policy, sampling, self.device)
+        engine = self.config.engine.for_job(self.policy, self.device)
         self._engine |= engine.facts()
         return engine
 

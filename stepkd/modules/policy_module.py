@@ -36,7 +36,7 @@ from stepkd.runs.process import STOP_REQUEST
 from stepkd.runs.progress import PhaseTracker
 from stepkd.runs.rundir import check_changes, short_name
 from stepkd.sampling.config import IN_PROCESS, EngineConfig, Transformers
-from stepkd.sampling.engine import Engine, SamplingConfig
+from stepkd.sampling.engine import Engine
 from stepkd.yaml_files import as_yaml
 
 logger = logging.getLogger(__name__)
@@ -168,7 +168,7 @@ class PolicyModule(LightningModule):
     def sampling_engine(self) -> Engine:
         """What training samples with; a request to stop ends its completions, but not those of validation."""
         breaks_off = lambda: bool(STOP_REQUEST) and self.trainer.training  # noqa: E731
-        return self.engine.build(self.model, SamplingConfig(), breaks_off)
+        return self.engine.build(self.model, breaks_off)
 
     @property
     def validation_engine(self) -> Engine:

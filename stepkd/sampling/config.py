@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from stepkd.errors import ConfigError, check_bounds
-from stepkd.sampling.engine import Engine, SamplingConfig
+from stepkd.sampling.engine import Engine
 
 
 class EngineConfig(ABC):
@@ -23,28 +23,27 @@ class EngineConfig(ABC):
         """Completions that are sampled at the same time; in a job the size of a unit of work, which a kill can lose."""
 
     @abstractmethod
-    def build(self, policy: Any, sampling: SamplingConfig, breaks_off: Callable[[], bool] | None = None) -> Engine:
+    def build(self, policy: Any, breaks_off: Callable[[], bool] | None = None) -> Engine:
         """The engine.
 
         Args:
             policy: the :class:`~stepkd.models.policy.Policy` that is sampled from.
-            sampling: how it will be asked to draw.
             breaks_off: asked while it samples; once it says yes, completions end where they are. None: never.
 
         Raises:
             ConfigError: what it needs is not there.
         """
 
-    def for_job(self, policy: Any, sampling: SamplingConfig, device: Any) -> Engine:
+    def for_job(self, policy: Any, device: Any) -> Engine:
         """The engine of a job; a model that is in this process is put on a device, and given to an engine elsewhere.
 
         Args:
-            policy, sampling: as for :meth:`build`.
+            policy: as for :meth:`build`.
             device: where the model computes.
         """
         if policy.device.type == "meta":
-            return self.build(policy, sampling)
-        engine = self.build(policy.to(device), sampling)
+            return self.build(policy)
+        engine = self.build(policy.to(device))
         engine.update(0)
         if engine.max_length != policy.max_length:  # of a server
             policy.causal_lm.config.get_text_config().max_position_embeddings = engine.max_length
@@ -67,7 +66,7 @@ class Transformers(EngineConfig):
         """``max_rows``."""
         return self.max_rows
 
-    def build(self, policy: Any, sampling: SamplingConfig, breaks_off: Callable[[], bool] | None = None) -> Engine:
+    def build(self, policy: Any, breaks_off: Callable[[], bool] | None = None) -> Engine:
         """See :meth:`EngineConfig.build`."""
         from stepkd.sampling.transformers_engine import TransformersEngine
 
@@ -108,7 +107,7 @@ class VLLMServer(EngineConfig):
         """``requests``."""
         return self.requests
 
-    def build(self, policy: Any, sampling: SamplingConfig, breaks_off: Callable[[], bool] | None = None) -> Engine:
+    def build(self, policy: Any, breaks_off: Callable[[], bool] | None = None) -> Engine:
         """See :meth:`EngineConfig.build`."""
         from stepkd.sampling.client import Client
         from stepkd.sampling.vllm import ServerEngine
@@ -154,7 +153,7 @@ class VLLM(EngineConfig):
         """``max_rows``."""
         return self.max_rows
 
-    def build(self, policy: Any, sampling: SamplingConfig, breaks_off: Callable[[], bool] | None = None) -> Engine:
+    def build(self, policy: Any, breaks_off: Callable[[], bool] | None = None) -> Engine:
         """See :meth:`EngineConfig.build`."""
         from stepkd.sampling.vllm_engine import VLLMEngine
 

@@ -11,7 +11,7 @@ from stepkd.data.templates import TEMPLATES, PromptTemplate
 from stepkd.errors import ConfigError, check_bounds, nearest
 from stepkd.models.spec import DType, StepHeadConfig
 from stepkd.sampling.config import EngineConfig, VLLMServer
-from stepkd.sampling.engine import Engine, SamplingConfig
+from stepkd.sampling.engine import Engine
 from stepkd.scorers.rules import Arithmetic, Checker, Gain
 from stepkd.scorers.scorer import ScorerConfig, StepScorer
 
@@ -53,7 +53,7 @@ class _Reader(ScorerConfig):
 
     def _built(self, policy: Any) -> Engine | None:
         """The engine, where one is given."""
-        return None if self.engine is None else self.engine.build(policy, SamplingConfig())
+        return None if self.engine is None else self.engine.build(policy)
 
     def build(self, *, device: str = "auto", max_rows: int = 32) -> StepScorer:
         """See :meth:`ScorerConfig.build`."""

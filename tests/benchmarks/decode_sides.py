@@ -144,8 +144,8 @@ def _endless(policy: Any) -> Any:
 def vllm(given: dict[str, Any]) -> Run:
     """vLLM in this process, through our engine."""
     outline = _outline(given)
-    settings, sampling = import_module("stepkd.sampling.config"), import_module("stepkd.sampling.engine")
-    engine = settings.VLLM().build(outline, sampling.SamplingConfig())
+    settings = import_module("stepkd.sampling.config")
+    engine = settings.VLLM().build(outline)
     parameters = functools.partial(engine._vllm.SamplingParams, ignore_eos=True)
     engine._vllm = types.SimpleNamespace(SamplingParams=parameters)
     run = through(engine, outline.tokenizer, given)
@@ -160,8 +160,8 @@ def vllm(given: dict[str, Any]) -> Run:
 def server(given: dict[str, Any], requests: int) -> Run:
     """A vLLM server, so many requests at a time, through our engine."""
     outline = _outline(given)
-    settings, sampling = import_module("stepkd.sampling.config"), import_module("stepkd.sampling.engine")
-    engine = settings.VLLMServer(urls=given["server"], requests=requests).build(outline, sampling.SamplingConfig())
+    settings = import_module("stepkd.sampling.config")
+    engine = settings.VLLMServer(urls=given["server"], requests=requests).build(outline)
     client, ask = engine.client, engine.client.ask
 
     def to_the_limit(path: str, body: Any = None, **more: Any) -> Any:

@@ -383,7 +383,7 @@ def test_what_is_missing_is_said(policy: Policy) -> None:
         Client(["http://127.0.0.1:9"], timeout_s=0.1)
     if importlib.util.find_spec("vllm") is None:
         with pytest.raises(ConfigError, match=r"pip install 'stepkd\[vllm\]'"):
-            VLLM().build(policy, SamplingConfig(), lambda: False)
+            VLLM().build(policy, lambda: False)
     with pytest.raises(ConfigError, match=r"engine.gpu_memory=2: must lie in \(0, 1\)"):
         VLLM(gpu_memory=2)
     with pytest.raises(ConfigError, match=r"engine.requests=0: must be at least 1"):
@@ -441,7 +441,7 @@ def test_the_engine_in_this_process(policy: Policy, trains: bool, monkeypatch: p
     assert policy.spec is not None
     vllm = InProcess(policy, {})
     monkeypatch.setitem(sys.modules, "vllm", vllm)
-    ours = VLLM(gpu_memory=0.4).build(policy if trains else load_trained(policy.spec.path, weights=False), SPEC)
+    ours = VLLM(gpu_memory=0.4).build(policy if trains else load_trained(policy.spec.path, weights=False))
     assert (vllm.made["gpu_memory_utilization"], vllm.made["max_model_len"]) == (0.4, policy.max_length)
     assert ("load_format" in vllm.made, "model.safetensors" in vllm.made["files"]) == (trains, not trains)
     assert {"config.json", "tokenizer.json"} <= set(vllm.made["files"])
@@ -457,7 +457,7 @@ def test_the_engine_in_this_process(policy: Policy, trains: bool, monkeypatch: p
     for row, own in zip(ours.generate(prompts(policy), greedy), expected, strict=True):
         assert [each.key for each in row] == [each.key for each in own]
     assert len(ours.generate(prompts(policy), SPEC, purpose="other")[0][0].token_ids) > 0
-    ended = VLLM().build(policy, SPEC, lambda: True).generate(prompts(policy), SPEC)
+    ended = VLLM().build(policy, lambda: True).generate(prompts(policy), SPEC)
     assert {len(each.token_ids) for row in ended for each in row} == {1}
 
 
@@ -506,10 +506,10 @@ def test_a_job_of_another_model_than_the_servers_is_refused(policy: Policy, serv
     with pytest.raises(
         ConfigError, match=r"serves '.*', and this job is of '.*other': start the server with that model"
     ):
-        VLLMServer(server.address).build(outline, SPEC)
+        VLLMServer(server.address).build(outline)
     server.context = 64
     assert policy.spec is not None
-    engine = VLLMServer(server.address).build(load_trained(policy.spec.path, weights=False), SPEC)
+    engine = VLLMServer(server.address).build(load_trained(policy.spec.path, weights=False))
     assert (engine.max_length, engine.policy.max_length) == (64, 64)
 
 
@@ -546,9 +546,7 @@ def test_recipes_sample_through_it(policy: Policy, server: Any, monkeypatch: pyt
     monkeypatch.setattr(ServerEngine, "update", lambda _, version: given.append(version))
     rewards: Any = None
     spec = RolloutConfig(SamplingConfig(n=2, max_new_tokens=4))
-    groups = GroupSampler(
-        spec, VLLMServer(server.address).build(policy, spec.sampling), policy, rewards, PhaseTracker(), 0
-    )
+    groups = GroupSampler(spec, VLLMServer(server.address).build(policy), policy, rewards, PhaseTracker(), 0)
     nothing: Any = SimpleNamespace(examples=(), indices=())
     assert groups(nothing, 3, 0) == groups(nothing, 4, 0) == []
     assert given == [3, 4]

@@ -9,7 +9,7 @@ import json
 import sys
 from typing import Any
 
-from engine_contract import DRAWN, GREEDY, SAMPLES, SCORES, every_version_is_sampled_from, move, prompts
+from engine_contract import DRAWN, SAMPLES, SCORES, every_version_is_sampled_from, move, prompts
 
 from stepkd.errors import ModelError
 from stepkd.models.checkpoint import load_trained
@@ -21,10 +21,10 @@ from stepkd.sampling.config import VLLM
 def found(folder: str) -> dict[str, Any]:
     """What is printed of the engine with the model of a folder."""
     policy = Policy.load(PolicyConfig(path=folder, dtype="float32"))
-    job = VLLM().build(load_trained(folder, dtype="float32", weights=False), GREEDY)
+    job = VLLM().build(load_trained(folder, dtype="float32", weights=False))
     for rule in [*SAMPLES, *SCORES]:
         rule(job, policy)
-    engine = VLLM().build(policy, GREEDY)
+    engine = VLLM().build(policy)
     every_version_is_sampled_from(engine, policy)
     for rule in [*SAMPLES, *SCORES]:
         rule(engine, policy)
