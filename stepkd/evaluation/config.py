@@ -28,17 +28,17 @@ Parity: TypeAlias = Literal["agree", "differ", "too few problems"]
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceConfig:
-    """A published accuracy, and what is accepted as the same."""
+    """An accuracy that was published, or measured by another harness, and what is accepted as the same."""
 
     value: float
-    """Accuracy (pass@1) that was published, in percent."""
+    """That accuracy (pass@1), in percent."""
     low: float
     """Lower end of the accepted interval, in percent; recipes give Wilson's 95% interval of the value at the number of
     problems that it was measured on."""
     high: float
     """Upper end of the accepted interval, in percent."""
     source: str
-    """Where it was published: paper, model card or file, and the table."""
+    """Where it comes from: paper, model card or file, and the table; or harness and version."""
     settings: str
     """How it was measured, as far as the source says (prompt, examples, sampling, longest completion), and what differs
     here."""

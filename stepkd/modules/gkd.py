@@ -281,7 +281,7 @@ class GKDModule(DistillationModule):
 
     @property
     def samples_in_validation(self) -> bool:
-        """See :class:`~stepkd.modules.base.StepModule`; fidelity samples, too."""
+        """See :class:`~stepkd.modules.policy_module.PolicyModule`; fidelity samples, too."""
         return super().samples_in_validation or self.fidelity_spec is not None
 
     def measured(self, batch: StepBatch) -> Sums:

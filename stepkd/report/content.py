@@ -67,12 +67,13 @@ def _differing(same: Sequence[Folder]) -> dict[str, list[Any]]:
 
 
 def _engines(folders: Sequence[Folder]) -> Iterator[dict[str, Any]]:
-    """What sampled for evaluations and labels: engine, its build, dtype, and tokens so far."""
+    """What sampled for evaluations and labels: engine, its build, dtype, and tokens (of labels once they are done)."""
     for folder in folders:
         of = folder.settings.get
         if (engine := of("engine.name")) is not None:
             build = f"vLLM {of('engine.vllm')}" if of("engine.vllm") else f"transformers {of('versions.transformers')}"
             dtype = str(of("engine.dtype") or of("dtype") or of("model.dtype")).removeprefix("torch.")
+            dtype = "–" if dtype == "None" else dtype  # a server that does not say
             drawn = sum(each.tokens or 0 for each in folder.solutions)
             if folder.kind == LABELS:  # its rows are those that were labelled, without what was drawn for it
                 parts = {"sampling": "tokens_generated", "labelling": "generated_tokens"}

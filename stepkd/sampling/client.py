@@ -294,7 +294,7 @@ class Client:
             if waited > self.timeout_s and (at is not None or not {*self.urls} - tried - {*self.away}):
                 raise MachineError(
                     f"no answer from the vLLM server at {place} within {waited:.0f} s ({problem}): look at its log; "
-                    "where it is only slow, raise timeout_s or lower requests."
+                    "where it is only slow, raise an engine's timeout_s or lower its requests."
                 ) from error
             if url is not None and not (isinstance(error, Refused) and error.status == _TOO_MANY):
                 if url not in self.away:

@@ -297,12 +297,12 @@ def compare(method: str, model: str, of: Setting, folder: Path, steps: int, thre
     ratios = [theirs / ours for ours, theirs in zip(*shown.values(), strict=True)]
     for side, (median, fastest, cpu_median, cpu_fastest, memory) in shown.items():
         print(
-            f"{method:<5}{side:<7} {median:7.3f} s a step (fastest {fastest:.3f}); processor {cpu_median:.3f} "
+            f"{method:<5}{side:<7} {median:7.3f} s a step (fastest {fastest:.3f}); CPU {cpu_median:.3f} "
             f"(fastest {cpu_fastest:.3f}); {memory:,.0f} MiB at the peak",
             flush=True,
         )
     print(
-        f"     TRL / stepkd: {ratios[0]:.2f} (fastest {ratios[1]:.2f}); processor {ratios[2]:.2f} (fastest "
+        f"     TRL / stepkd: {ratios[0]:.2f} (fastest {ratios[1]:.2f}); CPU {ratios[2]:.2f} (fastest "
         f"{ratios[3]:.2f}); memory {ratios[4]:.2f}; {steps} steps in turn",
         flush=True,
     )

@@ -152,18 +152,19 @@ def main() -> None:
             name = write_task(Path(place), judge, rows, tokens)
             for which, theirs in verdicts(Given(rows), name, Path(place), metrics).items():
                 apart = [each for each in zip(rows, ours, theirs, strict=True) if each[1] != each[2][0]]
-                correct = share([right for right, _ in theirs])
+                correct = share([is_correct for is_correct, _ in theirs])
                 print(f"lm-eval {name}, {which}, same completions: {correct}, {len(apart)} verdicts differ")
-                for row, _, (right, answer) in apart:
+                for row, _, (is_correct, answer) in apart:
                     print(
                         f"  {row['id']}: stepkd {row['verdict']} {row['extracted']!r}, lm-eval "
-                        f"{'correct' if right else 'incorrect'} {answer[-120:]!r}, reference {row['answer']!r}, "
+                        f"{'correct' if is_correct else 'incorrect'} {answer[-120:]!r}, reference {row['answer']!r}, "
                         f"finish {row['finish']}"
                     )
             if given.generate:
                 own = verdicts("vllm", name, Path(place), metrics, model_args=given.generate, batch_size="auto")
                 for which, theirs in own.items():
-                    print(f"lm-eval {name}, {which}, its own completions: {share([right for right, _ in theirs])}")
+                    correct = share([is_correct for is_correct, _ in theirs])
+                    print(f"lm-eval {name}, {which}, its own completions: {correct}")
 
 
 if __name__ == "__main__":

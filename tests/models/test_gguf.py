@@ -83,7 +83,7 @@ def test_gguf_loads(gguf_file: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("flag", "dtype"), [("amx_bf16", torch.bfloat16), ("avx2", torch.float32)])
-def test_gguf_loads_in_a_dtype_that_the_processor_is_fast_in(
+def test_gguf_loads_in_a_dtype_that_the_cpu_is_fast_in(
     flag: str, dtype: torch.dtype, gguf_file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -291,6 +291,7 @@ def test_what_sampled_stands_with_build_dtype_and_tokens(
     paths = [
         evaluation("here", **here),
         evaluation("served", engine=served, dtype="float32"),
+        evaluation("silent", engine={**served, "dtype": "None"}, dtype="float32"),
         evaluation("older"),
         labels,
     ]
@@ -305,4 +306,5 @@ def test_what_sampled_stands_with_build_dtype_and_tokens(
     tokens = sum((10, 10, 11, 11, 12, 12, 90, 13))
     assert f"here Transformers transformers 5.23.0 float32 {tokens}" in words
     assert f"served VLLMServer vLLM 0.30.0 bfloat16 {tokens}" in words
+    assert f"silent VLLMServer vLLM 0.30.0 – {tokens}" in words
     assert "labels VLLM vLLM 0.30.0 bfloat16 1,234" in words

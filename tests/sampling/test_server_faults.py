@@ -147,7 +147,7 @@ def test_a_server_that_fails_or_is_too_slow_is_named(policy: Policy, server: Any
     with pytest.raises(ModelError, match=rf"{server.address} fails \(500 at /v1/completions: not now\): its log says"):
         ours.generate(prompts(policy)[:1], SIX)
     server.faults = ["slow"] * 9
-    with pytest.raises(MachineError, match=rf"no answer from the vLLM server at {server.address} .*raise timeout_s"):
+    with pytest.raises(MachineError, match=rf"no answer from the vLLM server at {server.address} .*engine's timeout_s"):
         ours.generate(prompts(policy)[:1], SIX)
 
 
