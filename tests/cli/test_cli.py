@@ -141,7 +141,7 @@ def test_an_unknown_command_suggests_the_correct_one(capsys: pytest.CaptureFixtu
         ("--model SFTModul", "model: no class 'SFTModul'; did you mean 'SFTModule'?"),
         ("--data StepDta", "data: no class 'StepDta'; did you mean 'StepData'?"),
         ("--model.init_args.optimizer.lr fast", "model.optimizer.lr: expected float, got 'fast'"),
-        ("--model.policy.dtype float33", "model.policy.dtype: expected one of ['auto', 'float32', 'bfloat16', "),
+        ("--model.policy.dtype float33", "model.policy.dtype: expected one of ['float32', 'bfloat16', "),
         ("--model.validation 7", "model.validation: expected {sampling, "),
     ],
 )

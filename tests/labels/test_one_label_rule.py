@@ -214,7 +214,7 @@ def claims(judged: Sequence[Judged]) -> float | None:
 
 def validation(judged: Sequence[Judged]) -> float | None:
     sampled = SimpleNamespace(_judged=lambda *_: (None, [problem(judged)[0]["samples"]]), shown=[None] * MOST_SHOWN)
-    sums = SampledAccuracy.__call__(sampled, SimpleNamespace(examples=[None]), None)  # type: ignore[arg-type]
+    sums = SampledAccuracy.__call__(sampled, SimpleNamespace(examples=[None]), None, None)  # type: ignore[arg-type]
     return SampledAccuracy.rates(sums).get("correct_with_incorrect_step")
 
 

@@ -48,7 +48,7 @@ def test_dict_round_trip(spec: PolicyConfig) -> None:
     ("settings", "message"),
     [
         ({"path": ""}, r"policy\.path is empty"),
-        ({"dtype": "float8"}, r"unknown policy\.dtype 'float8': .*choose from auto, float32"),
+        ({"dtype": "float8"}, r"unknown policy\.dtype 'float8': .*choose from float32"),
         ({"quantization": "int3"}, r"unknown policy\.quantization 'int3': .*choose from none, nf4, int8"),
     ],
 )
