@@ -74,6 +74,8 @@ class Workbench:
         self.model = model or _named_model(self.rows)
         template = None if config.template is None else get_template(config.template)
         self.dtype: str | None = config.dtype
+        if policy is not None and config.dtype == "auto":
+            raise ConfigError("dtype=auto is measured for a model that the job loads, and this one was given: drop it")
         if policy is None:
             self.dtype = settled_dtype(config.dtype, self.model, config.engine, self.device, job, "model.dtype")
             policy = load_trained(self.model, dtype=self.dtype, weights=config.engine.holds_weights)

@@ -58,7 +58,7 @@ class Policy(nn.Module):
         self.spec = spec
         self.files = ""
         """Hash of the weights' files where another process holds the weights."""
-        self.engine_noise: dict[str, float] = {}
+        self.engine_noise: dict[str, Any] = {}
         """What a run has learnt of the noise of an engine elsewhere (:class:`~stepkd.sampling.follow.FollowCheck`)."""
         self.training = model.training
         self.step_head: StepHead | None = None

@@ -21,7 +21,7 @@ from stepkd.data.collate import Batch, collate, plan
 from stepkd.data.completion import Completion
 from stepkd.data.config import Rows, next_evaluation
 from stepkd.data.templates import template_name
-from stepkd.errors import ConfigError, TrainingError
+from stepkd.errors import ConfigError, MachineError, TrainingError
 from stepkd.losses import LossTerms, component_scales
 from stepkd.models.adapter import LOW_PRECISION
 from stepkd.modules.components import Component, ForwardPass, terms_of
@@ -325,8 +325,13 @@ class StepModule(PolicyModule):
     def _prepared(self, batch: StepBatch) -> Iterator[list[Batch]]:
         """What :meth:`prepare` gives, with the whole model in place until its first step, if it asks for that."""
         found = iter(self.prepare(batch))
-        with self.gathered() if self.prepares_with_model else nullcontext():
-            first = next(found, None)
+        try:
+            with self.gathered() if self.prepares_with_model else nullcontext():
+                first = next(found, None)
+        except MachineError:
+            if not STOP_REQUEST:
+                raise
+            first = []  # a server went with a request to stop, and all ranks give this step up together
         if first is not None:
             yield first
             yield from found
@@ -402,10 +407,16 @@ class StepModule(PolicyModule):
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        """Evaluation mode; ranks may do different work in it."""
+        """Evaluation mode; ranks may do different work in it. Where a server went with a request to stop, that is
+        counted for :meth:`_log_evaluation`."""
         self.model.eval()
-        with self.gathered():
-            yield
+        try:
+            with self.gathered():
+                yield
+        except MachineError:
+            if not STOP_REQUEST:
+                raise
+            self._sums["broken off"] += 1
 
     def prepare_evaluation(self, batch: StepBatch) -> list[Batch]:
         """What validation measures the loss on; every rank calls it for every batch.
@@ -422,7 +433,7 @@ class StepModule(PolicyModule):
         """Fresh sums; all ranks give the weights to an engine that samples elsewhere, whatever their share."""
         self._sums = defaultdict(float)
         if self._validates_elsewhere:
-            with self.gathered():
+            with self._evaluating():
                 self.sampling_engine.update(self.global_step)
 
     on_test_epoch_start = on_validation_epoch_start
@@ -457,6 +468,8 @@ class StepModule(PolicyModule):
     def _log_evaluation(self, prefix: str) -> None:
         # A rank without a batch has no sums, and the others' names are not known to it.
         totals = all_reduce({name: self._sums.get(name, 0.0) for name in union(self._sums)}, self.device)
+        if totals.pop("broken off", 0):  # nothing is logged, and no checkpoint is the best for it
+            raise STOP_REQUEST.preempted()
         losses, metrics = means(totals, self.loss_names, self.loss_weights)
         sampled = {
             name.removeprefix("sampled/"): total for name, total in totals.items() if name.startswith("sampled/")

@@ -24,6 +24,7 @@ from itertools import count
 from typing import Any, TypeVar
 
 from stepkd.errors import ConfigError, MachineError, ModelError
+from stepkd.runs.process import STOP_REQUEST
 
 logger = logging.getLogger(__name__)
 
@@ -73,28 +74,21 @@ class Refused(Exception):
 
 
 class Client:
-    """Servers of one model.
+    """Servers of one model. Once this process is asked to stop, one that is away is not waited for.
 
     Args:
         urls: addresses, ``http://host:port``; requests go to them in turn.
         requests: most requests under way at the same time, over all addresses.
         timeout_s: seconds that are waited for an answer, and for a server that is away to come back.
-        gives_up: asked while a server is away; once it says yes, nothing is waited for.
 
     Raises:
         ConfigError: nothing answers at an address, it refuses the key, or two of them serve different models.
         ModelError: something else than vLLM answers there.
     """
 
-    def __init__(
-        self,
-        urls: Sequence[str],
-        requests: int = 64,
-        timeout_s: float = 600.0,
-        gives_up: Callable[[], bool] | None = None,
-    ) -> None:
+    def __init__(self, urls: Sequence[str], requests: int = 64, timeout_s: float = 600.0) -> None:
         self.urls = tuple(url.rstrip("/").removesuffix("/v1") for url in urls)
-        self.requests, self.timeout_s, self.gives_up = requests, timeout_s, gives_up
+        self.requests, self.timeout_s = requests, timeout_s
         self.restore: Callable[[str], None] | None = None
         """Called with an address that was away, before anything else is asked of it."""
         self.model, self.root, self.max_length, self.version = "", "", 0, ""
@@ -110,10 +104,12 @@ class Client:
             try:
                 self._patiently(self._greet, url)
             except MachineError as error:
+                if STOP_REQUEST:
+                    raise
                 raise ConfigError(f"{error} Start one with {START}") from error
-            with suppress(Refused, AttributeError, *NO_ANSWER):
+            with suppress(Refused, KeyError, TypeError, *NO_ANSWER):  # a gateway may answer anything
                 if self.once(url, "/is_paused", timeout_s=_GREETS_S)["is_paused"]:
-                    logger.warning("%s was left paused, by a run that was killed: it works again", url)
+                    logger.warning("%s was left paused, by a run that was killed: resumed it", url)
                     self.once(url, "/resume", {})
         self.away.clear()
         self.name = self.model
@@ -230,14 +226,17 @@ class Client:
             ConfigError: one refuses, or serves another model now.
             MachineError: no address answered in time.
         """
-        due = [url for url in self.urls if self.away.get(url, (0.0,))[0] <= time.monotonic()]
+        due, were_away = [u for u in self.urls if self.away.get(u, (0.0,))[0] <= time.monotonic()], {*self.away}
         self.leave(self.urls)
 
         def look(url: str) -> None:
-            with suppress(Refused, *NO_ANSWER):
+            try:
                 self._come_back(url)
+            except (Refused, *NO_ANSWER) as error:
+                if url not in were_away:
+                    logger.warning("%s: %s; nothing is asked of it until it is back", url, error)
 
-        list(self.map(look, due, most=len(self.urls)))
+        list(self.map(look, due, most=len(self.urls), until=STOP_REQUEST.__bool__))
         self._patiently(lambda _: None)
 
     def leave(self, urls: Sequence[str]) -> None:
@@ -283,7 +282,7 @@ class Client:
             since = min(since, asked if isinstance(error, TimeoutError) else time.monotonic())
             waited = time.monotonic() - since
             place = at or ", ".join(self.urls)
-            if self._ended.is_set() or (self.gives_up is not None and self.gives_up()):
+            if self._ended.is_set() or STOP_REQUEST:
                 raise MachineError(
                     f"the vLLM server at {place} is away ({problem}), and nobody waits for it"
                 ) from error

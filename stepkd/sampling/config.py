@@ -35,7 +35,8 @@ class EngineConfig(ABC):
         """
 
     def for_job(self, policy: Any, device: Any) -> Engine:
-        """The engine of a job; a model that is in this process is put on a device, and given to an engine elsewhere.
+        """The engine of a job; a model that is in this process is put on a device, and given to an engine elsewhere;
+        its context is the engine's afterwards, also in its own settings, where that is shorter.
 
         Args:
             policy: as for :meth:`build`.
@@ -94,7 +95,8 @@ class VLLMServer(EngineConfig):
     for each other: keep it below that."""
     weights: str | None = None
     """Folder that this process and the servers see under the same path, where weights are handed over in training; null
-    takes this machine's folder for temporary files, which servers on the same machine see."""
+    takes this machine's folder for temporary files, which servers on the same machine see. What killed runs left there
+    is found by host name and process number, and deleted: containers of one host name need a folder each."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "urls", checked_urls("engine.urls", self.urls))
@@ -112,7 +114,7 @@ class VLLMServer(EngineConfig):
         from stepkd.sampling.client import Client
         from stepkd.sampling.vllm import ServerEngine
 
-        client = Client(self.urls, self.requests, self.timeout_s, breaks_off)
+        client = Client(self.urls, self.requests, self.timeout_s)
         return ServerEngine(policy, client, weights=self.weights, breaks_off=breaks_off)
 
 

@@ -12,6 +12,7 @@ import torch
 from stepkd.errors import ConfigError
 from stepkd.models.checkpoint import load_trained
 from stepkd.models.machine import fast_bfloat16
+from stepkd.models.packed import PACKED_FROM
 from stepkd.models.policy import Policy
 from stepkd.runs.job import Job
 from stepkd.sampling.config import EngineConfig, VLLMServer
@@ -68,8 +69,9 @@ def measured_dtype(load: Callable[..., Policy], device: torch.device, rows: int)
 
 
 def _seconds_per_token(policy: Policy, rows: int) -> float:
-    engine, spec = TransformersEngine(policy), SamplingConfig(n=rows, max_new_tokens=4)
-    for _ in range(2):  # the first one warms up
+    engine = TransformersEngine(policy)
+    for tokens in (4, 2 * PACKED_FROM):  # the first warm up; the others read packed weights, as in jobs
+        spec = SamplingConfig(n=rows, max_new_tokens=tokens)
         start = time.perf_counter()
         (drawn,) = engine.generate([[0] * 8], spec, purpose="measure")
         seconds = time.perf_counter() - start

@@ -194,6 +194,7 @@ class Engine(ABC):
             DataError: an empty prompt, or one that leaves no room for a single token in the model's context.
             ModelError: the model's logits are not numbers, or a server's answer is no completion.
             ConfigError: a server whose log-probabilities are not those of what it samples from.
+            MachineError: no server answers in time.
         """
         indices = range(len(prompts)) if indices is None else indices
         wanted = [
@@ -230,7 +231,7 @@ class Engine(ABC):
 
         Raises:
             DataError: a prefix that leaves no room for a single token in the model's context.
-            ModelError, ConfigError: see :meth:`generate`.
+            ModelError, ConfigError, MachineError: see :meth:`generate`.
         """
         return self._continue(branches, spec, (purpose, step), on_progress)
 
@@ -270,6 +271,7 @@ class Engine(ABC):
             DataError: a prompt without tokens, an id that the model has not, or more tokens than :attr:`scored_length`.
             ModelError: the model's logits are not numbers, or a server scored other tokens.
             ConfigError: a server that cannot score, or not so many tokens.
+            MachineError: no server answers in time.
         """
         check_scored(completions, self.policy and self.policy.vocab_size, self.scored_length)
         return self._score(completions, top_k)
@@ -293,6 +295,7 @@ class Engine(ABC):
 
         Raises:
             ModelError: a server that says nothing of these tokens.
+            MachineError: no server answers in time.
         """
 
     def facts(self) -> dict[str, Any]:
@@ -307,6 +310,7 @@ class Engine(ABC):
 
         Raises:
             ConfigError: weights that the engine cannot take.
+            MachineError: no server takes them in time.
         """
         if self._version != version:
             self._send(version)

@@ -37,7 +37,7 @@ class Reading(NamedTuple):
     """How far two computations of the same log-probabilities are apart."""
 
     nats: float
-    """Mean difference, in nats a token."""
+    """Mean difference in nats a token at temperature 1; at T rounded logits move log-probabilities by a T-th of it."""
     doubt: float
     """Mean probability of the tokens that were not drawn, at least :data:`LEAST_DOUBT`."""
 
@@ -48,14 +48,16 @@ class Reading(NamedTuple):
         return self.nats / self.doubt
 
 
-def reading(a_N: Numbers, b_N: Numbers, drawn_N: Numbers) -> Reading:
+def reading(a_N: Numbers, b_N: Numbers, drawn_N: Numbers, temperature: float = 1.0) -> Reading:
     """Compare log-probabilities.
 
     Args:
         a_N, b_N: both computations, by token.
         drawn_N: log-probabilities with which the tokens were drawn.
+        temperature: of all of them.
     """
-    return Reading(float(np.abs(a_N - b_N).mean()), max(float(1 - np.exp(drawn_N).mean()), LEAST_DOUBT))
+    nats = temperature * float(np.abs(a_N - b_N).mean())
+    return Reading(nats, max(float(1 - np.exp(drawn_N).mean()), LEAST_DOUBT))
 
 
 @dataclass
@@ -84,12 +86,12 @@ class Follower:
             True where the engine is seen to follow, False where it strays, None where the trainer has not moved far
             enough to say.
         """
-        nearer_to_old = moved is None or 2 * gap > moved
-        if gap > self.before + self.noise and (nearer_to_old or gap > GROWTH * self.noise):
+        is_nearer = moved is not None and 2 * gap <= moved  # to the new weights; not where one is no number
+        if not (gap <= self.before + self.noise or (is_nearer and gap <= GROWTH * self.noise)):
             self.strayed += 1
             return False
         self.strayed = 0
-        if moved is not None and (nearer_to_old or moved <= self.noise):
+        if moved is not None and not (is_nearer and moved > self.noise):
             return None
         self.before = gap
         return True
@@ -99,9 +101,10 @@ class Follower:
 class FollowCheck:
     """Stops a run whose engine does not follow the weights that it was given, each address for itself.
 
-    The noise is measured at the first samples of a run and kept in ``policy.engine_noise``, which checkpoints hold. An
-    engine of which :data:`PATIENCE` batches running are further from the trainer than before plus that noise, and no
-    nearer to its weights than to the old ones (or further than :data:`GROWTH` times the noise), stops the run.
+    The noise is measured at the first samples of a run and kept in ``policy.engine_noise``, which checkpoints hold, for
+    engines of the same number format. An engine of which :data:`PATIENCE` batches running are further from the trainer
+    than before plus that noise, and no nearer to its weights than to the old ones (or further than :data:`GROWTH` times
+    the noise), stops the run.
     """
 
     engine: Engine
@@ -127,16 +130,23 @@ class FollowCheck:
                 self._said = True
                 logger.warning("samples that top_p or top_k cut cannot show whether the engine follows the weights")
             return
-        drawn = {where: completions for where, completions in drawn.items() if completions}
-        resumed = {} if self._of else dict(self.engine.policy.engine_noise)
+        policy, found = self.engine.policy, dict[str, list[Completion]]()
         for where, completions in drawn.items():
-            # Not every so manieth, as requests are dealt in turn.
-            number = min(len(completions), max(WATCHED // len(drawn), AT_LEAST))
+            # Not an end token that stands for an id beyond the vocabulary: its log-probability is that one's.
+            some = [each for each in completions if each.finish == "stop" or each.token_ids[-1] not in policy.eos_ids]
+            found |= {where: some} if some else {}
+        known, said = policy.engine_noise, self.engine.facts()
+        kind = f"{said.get('dtype')} {said.get('quantization')}"
+        resumed = {} if self._of or known.get("of") != kind else dict(known)
+        for where, completions in found.items():
+            # Not every k-th one: requests go to servers in turn, and one could be left out.
+            number = min(len(completions), max(WATCHED // len(found), AT_LEAST))
             chosen = np.random.default_rng(len(completions)).choice(len(completions), number, replace=False)
             some = [completions[i] for i in sorted(chosen)]
             self._look(where, some, spec, f"{which} at {where}" if where else which, resumed)
-        for name in ("noise", "before") if self._of else ():
-            self.engine.policy.engine_noise[name] = max(getattr(each, name) for each in self._of.values())
+        if self._of:
+            most = {name: max(getattr(each, name) for each in self._of.values()) for name in ("noise", "before")}
+            known |= {"of": kind, **most}
 
     def _look(
         self, where: str, some: list[Completion], spec: SamplingConfig, which: str, resumed: Mapping[str, float]
@@ -144,7 +154,7 @@ class FollowCheck:
         policy: Policy = self.engine.policy
         drawn_N = np.concatenate([each.logprobs for each in some])
         own_N = sampled_logps(policy, some, spec.temperature)
-        gap = reading(own_N, drawn_N, drawn_N)
+        gap = reading(own_N, drawn_N, drawn_N, spec.temperature)
         moved = None
         if where not in self._of:
             noise = max(gap.nats, LEAST_NOISE) / gap.doubt
@@ -153,7 +163,7 @@ class FollowCheck:
         if where in self._last:
             samples, how, then_N = self._last[where]
             now_N = sampled_logps(policy, samples, how.temperature)
-            moved = reading(now_N, then_N, np.concatenate([each.logprobs for each in samples]))
+            moved = reading(now_N, then_N, np.concatenate([each.logprobs for each in samples]), how.temperature)
         follower = self._of[where]
         if follower.follows(gap.share, moved and moved.share):
             self._last[where] = some, spec, own_N

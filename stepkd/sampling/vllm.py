@@ -179,7 +179,7 @@ class ServerEngine(Engine):
     @property
     def scored_length(self) -> int | None:
         """One token less than the server's context: vLLM writes one behind what it scores."""
-        return (self.client.max_length or 2**31) - 1
+        return self.client.max_length - 1 if self.client.max_length else None
 
     def facts(self) -> dict[str, Any]:
         """The server's build, model, and what it says of its numbers."""

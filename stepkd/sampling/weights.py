@@ -60,7 +60,8 @@ class WeightSender:
             made = tempfile.TemporaryDirectory(prefix=f"{begins}{os.getpid()}-", dir=self._place)
             Path(made.name).chmod(0o755)  # a server may be another user's
         except OSError as error:
-            raise ConfigError(f"engine.weights={self._place}: cannot write there ({error})") from error
+            place = self._place or tempfile.gettempdir()
+            raise ConfigError(f"engine.weights={place}: cannot write there ({error})") from error
         return made
 
     def send(self, version: int) -> tuple[Path, list[str]]:
@@ -128,10 +129,11 @@ class WeightSender:
                 return
             if error.is_busy:
                 raise
-            raise ConfigError(
-                f"the weights in {self.version} did not reach the vLLM server at {url} ({error}). Does it see that "
-                f"folder (engine.weights is for one that both see)? It is to be started with {START}"
-            ) from error
+            lost = f"the weights in {self.version} did not reach the vLLM server at {url}"
+            sees = "Does it see that folder (engine.weights is for one that both see)?"
+            if error.status >= 500:  # its engine may be dying
+                raise Refused(error.status, error.path, f"{lost}. {sees} {error}") from error
+            raise ConfigError(f"{lost} ({error}). {sees} It is to be started with {START}") from error
 
     def _check_tied(self) -> None:
         """Refuse what a CPU's server gets wrong in silence: its packed copy of a tied head stays the old one."""

@@ -45,10 +45,12 @@ class _Reader(ScorerConfig):
     def __post_init__(self) -> None:
         check_bounds("scorer.", self, max_length="[2, inf)", temperature="[0.01, 100]")
         if self.engine is not None and not isinstance(self.engine, self.engines):
+            name = type(self).__name__
+            where = " or ".join([*(f"by {each.__name__}" for each in self.engines), "in this process"])
             raise ConfigError(
-                f"scorer.engine={type(self.engine).__name__}: the step head of a {type(self).__name__} is read in this "
-                "process: drop scorer.engine. Engines read for a Judge, VLLMServer also for a QwenPRM (published, "
-                "or written by stepkd export --layout qwen_prm)"
+                f"scorer.engine={type(self.engine).__name__}: the step head of a {name} is read {where}: "
+                "drop scorer.engine. Engines read for a Judge, VLLMServer also for a QwenPRM (published, or written by "
+                "stepkd export --layout qwen_prm)"
             )
 
     def _built(self, policy: Any) -> Engine | None:

@@ -47,7 +47,7 @@ class ServerTeacher(Teacher):
             ModelError: another vocabulary.
         """
         if self.client is None:
-            self.client = Client(self.spec.urls, gives_up=STOP_REQUEST.__bool__)
+            self.client = Client(self.spec.urls)
         name = self.spec.tokenizer or self.client.model
         try:
             own = load_tokenizer(PolicyConfig(path=name))
@@ -57,8 +57,7 @@ class ServerTeacher(Teacher):
                 f"loaded from {name!r} ({error}): name its folder or hub id in teacher.tokenizer"
             ) from error
         check_same_vocabulary(tokenizer, own)
-        context = self.client.max_length
-        self.max_length = context - 1 if context else None  # it writes a token behind what it scores
+        self.max_length = ServerEngine(None, self.client).scored_length
         self._read_under(self.spec.template, own)
 
     def identity(self) -> str:

@@ -18,8 +18,10 @@ from stepkd.labels.job import run_label_job
 from stepkd.labels.labellers import TaskChecker
 from stepkd.labels.settings import LabelConfig, Sampled
 from stepkd.models.checkpoint import load_trained
+from stepkd.models.packed import PACKED_FROM
 from stepkd.models.spec import PolicyConfig
 from stepkd.runs.job import Job, JobOptions, read_settings
+from stepkd.sampling import decode
 from stepkd.sampling import dtype as dtypes
 from stepkd.sampling.config import Transformers, VLLMServer
 from stepkd.sampling.dtype import faster_dtype, measured_dtype
@@ -48,7 +50,8 @@ def test_a_cpu_without_bfloat16_takes_float32(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_another_cpu_times_both(monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded, timed = [], {}
+    loaded, timed, limits = [], {}, list[int]()
+    packed = decode.packed_weights
 
     def load(*, dtype: str) -> Any:
         loaded.append(dtype)
@@ -56,9 +59,11 @@ def test_another_cpu_times_both(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(dtypes, "fast_bfloat16", lambda: True)
     monkeypatch.setattr(dtypes, "faster_dtype", lambda seconds: timed.update(seconds) or "float32")
+    monkeypatch.setattr(decode, "packed_weights", lambda *given: limits.append(given[2]) or packed(*given))
     assert measured_dtype(load, CPU, 3) == "float32"
     assert loaded == ["bfloat16", "float32"]
     assert set(timed) == {*loaded}
+    assert [limit >= PACKED_FROM for limit in limits] == [False, True] * 2, "weights are packed as in jobs, once warm"
     assert all(each > 0 for each in timed.values())
 
 
@@ -130,6 +135,8 @@ def test_a_labelling_job_keeps_what_was_measured(tmp_path: Path, taken: list[str
     run_label_job(config)
     with pytest.raises(ConfigError, match=r"model\.dtype: 'bfloat16' then, 'float32' now"):
         run_label_job(replace(config, dtype="float32"))
+    with pytest.raises(ConfigError, match="dtype=auto is measured for a model that the job loads"):
+        run_label_job(replace(config, out=str(tmp_path / "given")), policy=load_trained("tiny-0.1m"))
 
 
 def test_it_is_refused_with_the_reason_for_training_and_scores() -> None:

@@ -59,6 +59,11 @@ def test_one_batch_is_judged_by_distances(gap: float, moved: float | None, follo
     assert follower.before == (gap if follows else 0.1)
 
 
+def test_a_distance_that_is_no_number_strays() -> None:
+    assert Follower(noise=0.1, before=0.1).follows(float("nan"), 1.0) is False
+    assert Follower(noise=0.1, before=0.1).follows(0.05, float("nan")) is None
+
+
 def test_batches_that_stray_count_while_they_come_one_after_the_other() -> None:
     follower = Follower(noise=0.1, before=0.1)
     for gap in (0.9, 0.9, 0.1, 0.9, 0.9):
@@ -70,11 +75,12 @@ class Table:
     """Logits of 40 tokens in 2,000 contexts; ``sharpness`` multiplies them."""
 
     device, vocab_size = torch.device("cpu"), 40
+    eos_ids: frozenset[int] = frozenset()
 
     def __init__(self, sharpness: float = 1.0, dtype: torch.dtype = torch.float32) -> None:
         self.logits, self.direction = np.random.default_rng(0).standard_normal((2, 2000, 40))
         self.sharpness, self.dtype = sharpness, dtype
-        self.engine_noise: dict[str, float] = {}
+        self.engine_noise: dict[str, Any] = {}
 
     def parameters(self) -> Any:
         return iter([torch.zeros(1, dtype=self.dtype)])
@@ -88,12 +94,13 @@ class Table:
         return self.sharpness * self.logits
 
 
-def draw(logits: Numbers, rounding: float, step: int, n: int = 24) -> list[Completion]:
+def draw(logits: Numbers, rounding: float, step: int, n: int = 24, temperature: float = 1.0) -> list[Completion]:
     """Completions of 12 tokens, each in a context of its own."""
     noise, found = np.random.default_rng(step), []
     for number in range(n):
         contexts = noise.integers(len(logits), size=12)
-        logps_TV = log_softmax(logits[contexts] + rounding * noise.standard_normal((12, 40)), axis=-1)
+        rounded_TV = logits[contexts] + rounding * noise.standard_normal((12, 40))
+        logps_TV = log_softmax(rounded_TV / temperature, axis=-1)
         ids = (logps_TV + noise.gumbel(size=logps_TV.shape)).argmax(-1)
         found.append(Completion(contexts, ids, logprobs=logps_TV[np.arange(12), ids], id=str(number)))
     return found
@@ -101,8 +108,8 @@ def draw(logits: Numbers, rounding: float, step: int, n: int = 24) -> list[Compl
 
 @pytest.fixture(autouse=True)
 def tables(monkeypatch: pytest.MonkeyPatch) -> None:
-    def sampled_logps(policy: Table, completions: Sequence[Completion], _: float) -> Numbers:
-        own = [log_softmax(policy.copy()[each.prompt_ids], axis=-1) for each in completions]
+    def sampled_logps(policy: Table, completions: Sequence[Completion], temperature: float) -> Numbers:
+        own = [log_softmax(policy.copy()[each.prompt_ids] / temperature, axis=-1) for each in completions]
         return np.concatenate([a[np.arange(12), each.token_ids] for a, each in zip(own, completions, strict=True)])
 
     monkeypatch.setattr("stepkd.sampling.follow.sampled_logps", sampled_logps)
@@ -195,9 +202,10 @@ def test_a_resumed_run_knows_its_noise() -> None:
     check({"": draw(old, 0.02, 0)}, SPEC, "version 0")
     known = dict(policy.engine_noise)
     assert known["noise"] == known["before"] > 0
+    assert known["of"] == "torch.bfloat16 None"
     policy.move(0.1)
 
-    def resumed(known: dict[str, float]) -> dict[str, float]:
+    def resumed(known: dict[str, Any]) -> dict[str, Any]:
         policy.engine_noise = known
         again = check_of(policy, dtype="torch.bfloat16")
         for step in range(3):
@@ -205,6 +213,8 @@ def test_a_resumed_run_knows_its_noise() -> None:
         return policy.engine_noise
 
     assert resumed({})["noise"] > 2 * known["noise"]
+    other = resumed({**known, "of": "torch.float32 None"})
+    assert other["noise"] > 2 * known["noise"], "that of another number format says nothing"
     with pytest.raises(ModelError, match=r"version 1: .* times what rounding explains"):
         resumed(known)
 
@@ -243,3 +253,25 @@ def test_samples_that_are_cut_show_nothing_and_it_is_said_once(caplog: pytest.Lo
             check({"": draw(policy.copy(), 0, 0)}, SamplingConfig(top_p=0.9), "version 0")
     assert caplog.text.count("cannot show whether the engine follows") == 1
     assert not check._of
+
+
+@pytest.mark.parametrize("first", [1.0, 0.4])
+def test_temperatures_compare(first: float) -> None:
+    """The trainer stands still, as in a job: neither a lower temperature strays nor a higher one."""
+    policy = Table(dtype=torch.bfloat16)
+    check, rounding, other = check_of(policy), ROUNDING["bfloat16"], 1.4 - first
+    for step, temperature in enumerate([first, other, other, other, first]):
+        batch = draw(policy.copy(), rounding, step, temperature=temperature)
+        check({"": batch}, SamplingConfig(temperature=temperature), "version 0")
+        assert check._of[""].strayed == 0
+    noise = check._of[""].noise
+    assert noise == pytest.approx(0.8 * rounding, rel=0.3)
+
+
+def test_an_end_token_that_stands_for_an_unknown_id_is_not_compared() -> None:
+    policy = Table()
+    policy.eos_ids = frozenset({3})
+    check = check_of(policy, dtype="torch.float32")
+    stands = Completion(np.array([5]), np.array([3]), logprobs=np.array([-40.0]), finish="length")
+    check({"": [*draw(policy.copy(), 0, 0, n=3), stands], "http://a": [stands]}, SPEC, "version 0")
+    assert check._of.keys() == {""}

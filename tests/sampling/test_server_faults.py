@@ -23,6 +23,8 @@ import yaml
 from stepkd.errors import ConfigError, MachineError, ModelError
 from stepkd.models.policy import Policy
 from stepkd.models.spec import LoRAConfig, PolicyConfig
+from stepkd.modules.base import StepModule
+from stepkd.modules.gkd import GKDModule
 from stepkd.runs.logger import read_metrics
 from stepkd.runs.process import STOP_REQUEST
 from stepkd.sampling import vllm
@@ -295,6 +297,57 @@ def test_a_server_that_a_killed_run_left_paused_works_again(policy: Policy, serv
     assert not server.paused
 
 
+def failing(server: Any) -> None:
+    """Have it fail at weights, as one does whose engine is dying."""
+    answer = server.answer
+    server.answer = lambda path, body: (500, {"error": {"message": "x"}}) if "lora" in path else answer(path, body)
+
+
+def test_one_that_fails_at_weights_is_told_and_left_out(
+    policy: Policy, server: Any, other: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    ours = engine(adapted(policy), server, other)
+    failing(other)
+    ours.update(0)
+    ours.update(1)
+    assert list(ours.client.away) == [other.address]
+    assert caplog.text.count(f"{other.address}: 500 at /v1/load_lora_adapter: the weights in") == 1
+    ours.generate(prompts(policy), SIX)
+    assert (len(server.requests), len(other.requests)) == (3, 0)
+
+
+def test_a_server_that_goes_on_failing_at_weights_stops_the_run(policy: Policy, server: Any) -> None:
+    ours = engine(adapted(policy), server, timeout_s=1.5)
+    failing(server)
+    with pytest.raises(ModelError, match=r"fails \(500 at /v1/load_lora_adapter: .* Does it see that folder"):
+        ours.update(0)
+
+
+def test_a_request_to_stop_hangs_up_weights(policy: Policy, server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = engine(adapted(policy), server, timeout_s=3600.0, breaks_off=STOP_REQUEST.__bool__)
+    monkeypatch.setattr(STOP_REQUEST, "name", None)
+
+    def hang(*_: Any) -> tuple[int, str]:
+        STOP_REQUEST.name = "SIGTERM"
+        server.closed.wait()
+        return 200, ""
+
+    server.answer = hang
+    ours.update(0)
+    assert ours._gives_up
+
+
+@pytest.mark.parametrize("answer", ["words", {}, None])
+def test_a_gateway_that_answers_anything_is_not_paused(
+    answer: Any, server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    once = Client.once
+    monkeypatch.setattr(
+        Client, "once", lambda self, url, path, *a, **k: answer if "paused" in path else once(self, url, path, *a, **k)
+    )
+    Client([server.address])
+
+
 # ---- runs ----------------------------------------------------------------------------------------------------------
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -410,6 +463,58 @@ def test_a_server_that_goes_with_a_request_to_stop_costs_no_step(
     server.gone, server.heard, server.read = False, lambda _: None, read
     assert train(kind, tmp_path / "run", server, resume=True)[1:] == ("finished", 3)
     assert_alike(tmp_path / "run", whole(kind)[0])
+
+
+@pytest.mark.parametrize("phase", ["weights", "draw", "teacher"])
+def test_a_server_that_goes_in_a_validation_with_a_request_to_stop_costs_no_step(
+    phase: str, policy: Policy, server: Any, whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The validation is left out: of the engine's weights or samples, or of the teacher's part of the loss."""
+    begin = StepModule.on_validation_epoch_start
+
+    def begins(module: Any) -> None:
+        if phase != "weights":
+            begin(module)
+        if module.global_step == 2:
+            server.gone, STOP_REQUEST.name = True, "SIGTERM"
+        if phase == "weights":
+            begin(module)
+
+    monkeypatch.setattr(StepModule, "on_validation_epoch_start", begins)
+    sampling, model = None, RUNS["teacher"][1](server.address)
+    if phase != "teacher":
+        sampling = {"temperature": 0, "max_new_tokens": 8}
+        there = {"class_path": "VLLMServer", "init_args": {"urls": server.address, "timeout_s": 60}}
+        model |= {"teacher": KDRL["teacher"], "engine": there}
+    found = settings(server.name, 3, {**model, "validation": {"sampling": sampling}})
+    found["trainer"]["val_check_interval"], found["checkpoint"]["every_n_steps"] = 1, 100
+    found["data"]["init_args"]["validation"] = {"options": {"n": 4}}
+    assert fit(["tiny/gkd"], found, out=tmp_path / "run")[1:] == ("stopped", 2)
+    server.gone = False
+    monkeypatch.undo()
+    assert fit(["tiny/gkd"], found, out=tmp_path / "run", resume=True)[1:] == ("finished", 3)
+    assert len([row for row in read_metrics(tmp_path / "run") if "val/loss" in row]) == 2
+    if phase == "teacher":
+        assert_alike(tmp_path / "run", whole("teacher")[0])
+
+
+def test_a_judge_that_goes_with_a_request_to_stop_costs_no_step(
+    server: Any, whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As any server that is asked before a step."""
+    prepare = GKDModule.prepare
+
+    def prepared(module: Any, batch: Any) -> Iterator[Any]:
+        if module.global_step == 1:
+            STOP_REQUEST.name = "SIGTERM"
+            raise MachineError("gone")
+        yield from prepare(module, batch)
+
+    monkeypatch.setattr(GKDModule, "prepare", prepared)
+    assert train("teacher", tmp_path / "run", server)[1:] == ("stopped", 1)
+    monkeypatch.undo()
+    assert train("teacher", tmp_path / "run", server, resume=True)[1:] == ("finished", 3)
+    assert_alike(tmp_path / "run", whole("teacher")[0])
 
 
 # ---- kills ---------------------------------------------------------------------------------------------------------
