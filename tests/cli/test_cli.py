@@ -337,7 +337,8 @@ def test_a_reader_that_leaves_gets_no_traceback(words: list[str]) -> None:
     done = subprocess.run([sys.executable, "-m", "stepkd", *words], stdout=write, stderr=subprocess.PIPE, timeout=120)
     os.close(write)
     assert done.stderr == b""
-    assert done.returncode == (0 if "label" in words else 141)  # a help text swallows the error itself
+    # The printing of a help text swallows the error, unless a part is left for the end.
+    assert done.returncode in ((0, 141) if "label" in words else (141,))
 
 
 @pytest.mark.parametrize("name", ["sft", "tiny/sft", "recipes/tiny/sft.yaml", "strategy/fsdp2", "recipes/sft"])
