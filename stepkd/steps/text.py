@@ -137,13 +137,10 @@ _RUN = 4
 _KEPT = 2**16
 """Most runs that are kept of a tokenizer."""
 _TEXTS: WeakKeyDictionary[Any, dict[tuple[int, ...], str]] = WeakKeyDictionary()
+"""Of each tokenizer the texts of runs; one to which special tokens are added later keeps what it decoded before."""
 
 
-def text_from_ids(
-    tokenizer: Any,
-    token_ids: Iterable[int],
-    logprobs: Iterable[float] | None = None,
-) -> TokenizedText:
+def text_from_ids(tokenizer: Any, token_ids: Iterable[int], logprobs: Iterable[float] | None = None) -> TokenizedText:
     """Decode sampled ids piece by piece, keeping track of which token completes which character.
 
     The ids are kept as they are. Decoding a growing window of the last few tokens gives the same text as decoding all
