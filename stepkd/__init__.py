@@ -7,7 +7,7 @@ nothing heavy. Everything else stands in the subpackages.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stepkd.lazy import lazily
 
@@ -49,9 +49,7 @@ _HOMES = {
     "scorers.scorer": "score_rows",
 }
 
-
-def __getattr__(name: str) -> Any:
-    return lazily(__name__, _HOMES, name)
+__getattr__ = lazily(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
 
-def lazily(package: str, homes: Mapping[str, str], name: str) -> Any:
-    """The value of a name that a package promises: what its ``__getattr__`` returns.
+def lazily(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
+    """The ``__getattr__`` of a package that promises names: it returns the value of one.
 
     Args:
         package: ``__name__`` of the package.
         homes: module of the package, without the package's name -> the names that it defines, in one string.
-        name: the name that was asked for.
 
     Raises:
-        AttributeError: the package promises no such name.
+        AttributeError: (of the function) the package promises no such name.
     """
-    for module, names in homes.items():
-        if name in names.split():
-            return getattr(import_module(f"{package}.{module}"), name)
-    raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    def load(name: str) -> Any:
+        for module, names in homes.items():
+            if name in names.split():
+                return getattr(import_module(f"{package}.{module}"), name)
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    return load

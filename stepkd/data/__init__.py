@@ -6,8 +6,6 @@ its like need Lightning and load on first use.
 
 from __future__ import annotations
 
-from typing import Any
-
 from stepkd.lazy import lazily
 
 _HOMES = {
@@ -21,6 +19,4 @@ _HOMES = {
     "templates": "PromptTemplate TEMPLATES get_template",
 }
 
-
-def __getattr__(name: str) -> Any:
-    return lazily(__name__, _HOMES, name)
+__getattr__ = lazily(__name__, _HOMES)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from stepkd.lazy import lazily
 
 _HOMES = {
@@ -12,6 +10,4 @@ _HOMES = {
     "runner": "evaluate",
 }
 
-
-def __getattr__(name: str) -> Any:
-    return lazily(__name__, _HOMES, name)
+__getattr__ = lazily(__name__, _HOMES)

@@ -6,8 +6,6 @@ Importing this package loads neither torch nor math-verify.
 
 from __future__ import annotations
 
-from typing import Any
-
 from stepkd.lazy import lazily
 
 _HOMES = {
@@ -16,6 +14,4 @@ _HOMES = {
     "pool": "Grade Grader GradingConfig Verdict",
 }
 
-
-def __getattr__(name: str) -> Any:
-    return lazily(__name__, _HOMES, name)
+__getattr__ = lazily(__name__, _HOMES)

@@ -5,8 +5,6 @@ The names load on first use, because a model library comes with some of them.
 
 from __future__ import annotations
 
-from typing import Any
-
 from stepkd.lazy import lazily
 
 _HOMES = {
@@ -27,6 +25,4 @@ _HOMES = {
     "workbench": "Workbench pair_record",
 }
 
-
-def __getattr__(name: str) -> Any:
-    return lazily(__name__, _HOMES, name)
+__getattr__ = lazily(__name__, _HOMES)

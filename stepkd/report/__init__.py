@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from stepkd.lazy import lazily
 
 _HOMES = {"page": "write_report", "folders": "find_folders", "solutions": "Solution"}
 
-
-def __getattr__(name: str) -> Any:
-    return lazily(__name__, _HOMES, name)
+__getattr__ = lazily(__name__, _HOMES)

@@ -14,8 +14,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from stepkd.lazy import lazily
 
 _HOMES = {
@@ -24,6 +22,4 @@ _HOMES = {
     "tree": "Node Problem State StateValue Step StepGenerator",
 }
 
-
-def __getattr__(name: str) -> Any:
-    return lazily(__name__, _HOMES, name)
+__getattr__ = lazily(__name__, _HOMES)

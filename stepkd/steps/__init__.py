@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from stepkd.lazy import lazily
 
 _HOMES = {
@@ -20,6 +18,4 @@ _HOMES = {
     "text": "TokenizedText first_difference text_from_ids tokenize_text tokenize_texts",
 }
 
-
-def __getattr__(name: str) -> Any:
-    return lazily(__name__, _HOMES, name)
+__getattr__ = lazily(__name__, _HOMES)

@@ -6,8 +6,6 @@ A problem's prompt is one line; its solution is a scratchpad with one step per l
 
 from __future__ import annotations
 
-from typing import Any
-
 from stepkd.lazy import lazily
 
 _HOMES = {
@@ -16,6 +14,4 @@ _HOMES = {
     "rows": "Noise Split check_row demonstration is_task_row make_rows row_problem split_of",
 }
 
-
-def __getattr__(name: str) -> Any:
-    return lazily(__name__, _HOMES, name)
+__getattr__ = lazily(__name__, _HOMES)
