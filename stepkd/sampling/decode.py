@@ -287,18 +287,6 @@ class Decoder:
             spec: how to draw.
             on_progress: called with the number of rows just finished.
         """
-        with packed_weights(self.policy.causal_lm, len(rows), max(row.limit for row in rows)):
-            self._decode(rows, cache, hidden_BH, mask_BT, spec, on_progress)
-
-    def _decode(
-        self,
-        rows: list[Row],
-        cache: Any,
-        hidden_BH: Tensor,
-        mask_BT: Tensor,
-        spec: SamplingConfig,
-        on_progress: Progress | None,
-    ) -> None:
         head, device, eos = self.policy.head, mask_BT.device, self.policy.eos_ids
         whole = make_room(cache, self.policy.can_unpad and device.type == "cpu")
         uniforms = {id(row): self._uniforms(row, spec) for row in rows}
@@ -306,31 +294,32 @@ class Decoder:
         active = rows
         width, longest = mask_BT.shape[1], max(row.limit for row in rows)
         mask_BT = torch.nn.functional.pad(mask_BT, (0, longest), value=1)
-        for t in range(longest):
-            uniform_B = torch.tensor([uniforms[id(row)][t] for row in active], dtype=torch.float64, device=device)
-            step = draw(head(hidden_BH), uniform_B, spec)
-            self._record(active, step, spec, eos)
-            if self.breaks_off is not None and self.breaks_off():
-                for row in active:
-                    row.finish = row.finish or "length"
-            going = [i for i, row in enumerate(active) if row.finish is None]
-            if on_progress is not None and len(going) < len(active):
-                on_progress(len(active) - len(going))
-            if not going:
-                return
-            tokens_B = step.tokens_B
-            if len(going) < len(active):
-                going = close_up(cache, going, device)
-                tokens_B, mask_BT, position_B = tokens_B[going], mask_BT[going], position_B[going]
-                active = [active[i] for i in going]
-            width += 1
-            seen_BT, attention = mask_BT[:, :width], {}
-            if whole:  # a mask of four axes is taken as it is
-                seen_BT = torch.nn.functional.pad(seen_BT.bool(), (0, room_for(width) - width))[:, None, None]
-                attention = {"one_query": True}
-            output = self.forward(tokens_B.unsqueeze(1), seen_BT, position_B.unsqueeze(1), cache, **attention)
-            hidden_BH, cache = output.last_hidden_state[:, -1], output.past_key_values
-            position_B = position_B + 1
+        with packed_weights(self.policy.causal_lm, len(rows), longest):
+            for t in range(longest):
+                uniform_B = torch.tensor([uniforms[id(row)][t] for row in active], dtype=torch.float64, device=device)
+                step = draw(head(hidden_BH), uniform_B, spec)
+                self._record(active, step, spec, eos)
+                if self.breaks_off is not None and self.breaks_off():
+                    for row in active:
+                        row.finish = row.finish or "length"
+                going = [i for i, row in enumerate(active) if row.finish is None]
+                if on_progress is not None and len(going) < len(active):
+                    on_progress(len(active) - len(going))
+                if not going:
+                    return
+                tokens_B = step.tokens_B
+                if len(going) < len(active):
+                    going = close_up(cache, going, device)
+                    tokens_B, mask_BT, position_B = tokens_B[going], mask_BT[going], position_B[going]
+                    active = [active[i] for i in going]
+                width += 1
+                seen_BT, attention = mask_BT[:, :width], {}
+                if whole:  # a mask of four axes is taken as it is
+                    seen_BT = torch.nn.functional.pad(seen_BT.bool(), (0, room_for(width) - width))[:, None, None]
+                    attention = {"one_query": True}
+                output = self.forward(tokens_B.unsqueeze(1), seen_BT, position_B.unsqueeze(1), cache, **attention)
+                hidden_BH, cache = output.last_hidden_state[:, -1], output.past_key_values
+                position_B = position_B + 1
 
     def finished(self, rows: Sequence[Row], prompt: Ids, spec: SamplingConfig) -> tuple[Completion, ...]:
         """The completions of a prompt, from rows that were decoded.
