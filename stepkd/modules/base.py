@@ -21,7 +21,7 @@ from stepkd.data.collate import Batch, collate, plan
 from stepkd.data.completion import Completion
 from stepkd.data.config import Rows, next_evaluation
 from stepkd.data.templates import template_name
-from stepkd.errors import ConfigError, MachineError, TrainingError
+from stepkd.errors import ConfigError, TrainingError
 from stepkd.losses import LossTerms, component_scales
 from stepkd.models.adapter import LOW_PRECISION
 from stepkd.modules.components import Component, ForwardPass, terms_of
@@ -324,14 +324,9 @@ class StepModule(PolicyModule):
 
     def _prepared(self, batch: StepBatch) -> Iterator[list[Batch]]:
         """What :meth:`prepare` gives, with the whole model in place until its first step, if it asks for that."""
-        found = iter(self.prepare(batch))
-        try:
-            with self.gathered() if self.prepares_with_model else nullcontext():
-                first = next(found, None)
-        except MachineError:
-            if not STOP_REQUEST:
-                raise
-            first = []  # a server went with a request to stop, and all ranks give this step up together
+        found, first = iter(self.prepare(batch)), cast(list[Batch] | None, [])
+        with STOP_REQUEST.excuses(), self.gathered() if self.prepares_with_model else nullcontext():
+            first = next(found, None)
         if first is not None:
             yield first
             yield from found
@@ -407,16 +402,10 @@ class StepModule(PolicyModule):
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        """Evaluation mode; ranks may do different work in it. Where a server went with a request to stop, that is
-        counted for :meth:`_log_evaluation`."""
+        """Evaluation mode; ranks may do different work in it."""
         self.model.eval()
-        try:
-            with self.gathered():
-                yield
-        except MachineError:
-            if not STOP_REQUEST:
-                raise
-            self._sums["broken off"] += 1
+        with STOP_REQUEST.excuses(), self.gathered():
+            yield
 
     def prepare_evaluation(self, batch: StepBatch) -> list[Batch]:
         """What validation measures the loss on; every rank calls it for every batch.
@@ -467,8 +456,9 @@ class StepModule(PolicyModule):
 
     def _log_evaluation(self, prefix: str) -> None:
         # A rank without a batch has no sums, and the others' names are not known to it.
-        totals = all_reduce({name: self._sums.get(name, 0.0) for name in union(self._sums)}, self.device)
-        if totals.pop("broken off", 0):  # nothing is logged, and no checkpoint is the best for it
+        sums = {name: self._sums.get(name, 0.0) for name in union(self._sums)}
+        totals = all_reduce({**sums, "broken off": float(STOP_REQUEST.lost_server)}, self.device)
+        if totals.pop("broken off"):  # nothing is logged, and no checkpoint is the best for it
             raise STOP_REQUEST.preempted()
         losses, metrics = means(totals, self.loss_names, self.loss_weights)
         sampled = {

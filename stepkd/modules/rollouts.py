@@ -27,7 +27,7 @@ from stepkd.modules.rewards import Rewards
 from stepkd.modules.step_scores import without_blank_end
 from stepkd.runs.logger import append, open_to_append
 from stepkd.runs.progress import PhaseTracker
-from stepkd.sampling.engine import Engine
+from stepkd.sampling.engine import Engine, is_stand_in
 from stepkd.steps.segment import get_segmenter, segment, step_ends
 from stepkd.steps.text import text_from_ids
 
@@ -96,7 +96,8 @@ class GroupSampler:
         self._segmenter = get_segmenter(self.spec.segmenter)
 
     def __call__(self, batch: StepBatch, step: int, epoch: int) -> list[Rollout]:
-        """Graded completions of the batch's prompts, group after group; equal groups are drawn anew on request.
+        """Graded completions of the batch's prompts, group after group; equal groups are drawn anew on request. A
+        completion of which nothing was drawn (:func:`~stepkd.sampling.engine.is_stand_in`) is left out.
 
         Args:
             batch: this rank's prompts.
@@ -117,8 +118,8 @@ class GroupSampler:
         return [rollout for number in sorted(groups) for rollout in groups[number]]
 
     def _draw(self, batch: StepBatch, numbers: Sequence[int], step: int, purpose: str) -> list[list[Rollout]]:
-        examples, size = [batch.examples[i] for i in numbers], self.sampling.n
-        with self.phases.phase("rollout", total=len(examples) * size):
+        examples = [batch.examples[i] for i in numbers]
+        with self.phases.phase("rollout", total=len(examples) * self.sampling.n):
             drawn = self.engine.generate(
                 [example.prompt_ids for example in examples],
                 self.sampling,
@@ -131,10 +132,11 @@ class GroupSampler:
             Rollout.of(completion, group=number, id=example.id, row=example.row)
             for number, example, group in zip(numbers, examples, drawn, strict=True)
             for completion in group
+            if not is_stand_in(completion, self.policy.eos_ids)
         ]
         with self.phases.phase("rewards", total=len(rollouts)):
             graded = self._graded(self._in_steps(rollouts)) if rollouts else []
-        return [graded[i : i + size] for i in range(0, len(graded), size)]
+        return [[rollout for rollout in graded if rollout.group == number] for number in numbers]
 
     def _in_steps(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """The rollouts cut into steps; one that cannot be cut is one step."""

@@ -3,7 +3,8 @@
 SIGTERM: a scheduler takes the machine back, and the run has a grace period to leave a state to resume from. The signal
 only sets a flag. Sampling for training looks at it at every token and breaks off; the module looks at it before every
 batch's first optimiser step, together with all other ranks, and gives up that batch, which a resumed run draws again
-with the same noise. Nothing of the step before is lost, and no rank waits for another.
+with the same noise. Nothing of the step before is lost, and no rank waits for another. Servers often get the same
+signal: what waits for one is given up, too (:meth:`StopRequest.excuses`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import signal
 import socket
@@ -18,7 +20,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -27,15 +29,40 @@ import psutil  # type: ignore[import-untyped]
 
 from stepkd.errors import ConfigError, MachineError, StepkdError
 
+logger = logging.getLogger(__name__)
+GRACE_S = 15.0
+"""Seconds after a request to stop for which servers are still waited for: half of what SLURM and Kubernetes leave
+before they kill, so that the state can be saved."""
+
 
 class StopRequest:
     """Whether this process was asked to stop, and by which signal."""
 
     def __init__(self) -> None:
         self.name: str | None = None
+        self.lost_server = False
+        """Whether something was given up since then that waited for a server."""
+        self._since = math.inf
 
     def __bool__(self) -> bool:
         return self.name is not None
+
+    @property
+    def is_overdue(self) -> bool:
+        """Whether that was more than :data:`GRACE_S` ago."""
+        return bool(self) and time.monotonic() - self._since > GRACE_S
+
+    @contextlib.contextmanager
+    def excuses(self) -> Iterator[None]:
+        """A block that ends where it waits for a server that is away, once this process was asked to stop: what stops a
+        run often stops its servers, some of them first. The run's ranks give up together what is incomplete then."""
+        try:
+            yield
+        except MachineError as error:
+            if not self:
+                raise
+            logger.warning("%s: what waits for it is given up", error)
+            self.lost_server = True
 
     def listen(self, signum: signal.Signals = signal.SIGTERM) -> Callable[[], None]:
         """Take the signal as a request from now on; only the main thread can.
@@ -49,7 +76,7 @@ class StopRequest:
 
         def restore() -> None:
             signal.signal(signum, before)
-            self.name = None
+            self.name, self.lost_server = None, False
 
         return restore
 
@@ -59,7 +86,7 @@ class StopRequest:
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         if self.name is None:
-            self.name = signal.Signals(signum).name
+            self.name, self._since = signal.Signals(signum).name, time.monotonic()
             os.write(2, f"\n{self.name}: stopping after this step\n".encode())  # print is not safe in a handler
 
 
@@ -102,6 +129,18 @@ def tell_agent(error: BaseException) -> bool:
     return not isinstance(error, MachineError) and os.environ.get("LOCAL_RANK", "0") != "0"
 
 
+def group_rank() -> int:
+    """This process's rank in its group; 0 without one."""
+    return 0 if (group := _group()) is None else int(group.get_rank())
+
+
+def _group() -> Any:
+    """``torch.distributed`` where this process is in a group."""
+    distributed = sys.modules.get("torch.distributed")
+    has_group = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    return distributed if has_group else None
+
+
 def leave_group() -> None:
     """End a gloo group and its threads while Python still runs; all ranks call it, and nothing else needs it.
 
@@ -109,12 +148,10 @@ def leave_group() -> None:
     lets go of a tensor just then finds no interpreter, and the finished process dies with ``terminate called without an
     active exception``.
     """
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
-        return
-    if distributed.get_backend() == "gloo":
-        distributed.barrier()  # what still holds the group may keep its threads; while this waits, they let go
-        distributed.destroy_process_group()
+    group = _group()
+    if group is not None and group.get_backend() == "gloo":
+        group.barrier()  # what still holds the group may keep its threads; while this waits, they let go
+        group.destroy_process_group()
 
 
 def quiet_libraries() -> None:

@@ -24,7 +24,7 @@ from itertools import count
 from typing import Any, TypeVar
 
 from stepkd.errors import ConfigError, MachineError, ModelError
-from stepkd.runs.process import STOP_REQUEST
+from stepkd.runs.process import STOP_REQUEST, group_rank
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,8 @@ class Client:
                     raise
                 raise ConfigError(f"{error} Start one with {START}") from error
             with suppress(Refused, KeyError, TypeError, *NO_ANSWER):  # a gateway may answer anything
-                if self.once(url, "/is_paused", timeout_s=_GREETS_S)["is_paused"]:
+                # Not where another rank pauses it, to send weights.
+                if group_rank() == 0 and self.once(url, "/is_paused", timeout_s=_GREETS_S)["is_paused"]:
                     logger.warning("%s was left paused, by a run that was killed: resumed it", url)
                     self.once(url, "/resume", {})
         self.away.clear()
@@ -138,14 +139,15 @@ class Client:
             function: asks servers.
             items: what it is called with.
             most: calls at the same time; 0: ``requests``.
-            until: asked while answers are waited for; once it says yes, nobody waits for a server any more.
+            until: asked while answers are waited for; once it says yes, nobody waits for a server any more, nor some
+                time after this process was asked to stop.
         """
         try:
             with ThreadPoolExecutor(max_workers=most or self.requests) as pool:
                 try:
                     for found in [pool.submit(function, item) for item in items]:
                         while not wait([found], 0.2).done:
-                            if until is not None and until():
+                            if STOP_REQUEST.is_overdue or (until is not None and until()):
                                 self._hang_up()
                         yield found.result()
                 except BaseException:

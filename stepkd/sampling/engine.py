@@ -362,6 +362,15 @@ def check_scored(
             )
 
 
+def is_stand_in(completion: Completion, eos_ids: Collection[int]) -> bool:
+    """Whether an end token stands for what was drawn: an id beyond the vocabulary, of vLLM's padded head.
+
+    Its log-probability is that id's. Of such a completion nothing can be learnt; the others of its prompt are drawn as
+    if that id were drawn again until it has a token.
+    """
+    return completion.finish == "length" and completion.token_ids[-1] in eos_ids
+
+
 def decode_text(tokenizer: Any, token_ids: Sequence[int]) -> str:
     """The text of sampled ids, without special tokens.
 

@@ -14,7 +14,7 @@ from stepkd.data.completion import Completion, Numbers
 from stepkd.errors import ModelError
 from stepkd.models.policy import Policy
 from stepkd.sampling.annotate import sampled_logps
-from stepkd.sampling.engine import Engine, SamplingConfig
+from stepkd.sampling.engine import Engine, SamplingConfig, is_stand_in
 
 logger = logging.getLogger(__name__)
 
@@ -132,8 +132,7 @@ class FollowCheck:
             return
         policy, found = self.engine.policy, dict[str, list[Completion]]()
         for where, completions in drawn.items():
-            # Not an end token that stands for an id beyond the vocabulary: its log-probability is that one's.
-            some = [each for each in completions if each.finish == "stop" or each.token_ids[-1] not in policy.eos_ids]
+            some = [each for each in completions if not is_stand_in(each, policy.eos_ids)]
             found |= {where: some} if some else {}
         known, said = policy.engine_noise, self.engine.facts()
         kind = f"{said.get('dtype')} {said.get('quantization')}"

@@ -21,6 +21,7 @@ from stepkd.data.completion import UNKNOWN, Completion, Finish, Numbers
 from stepkd.errors import ConfigError, MachineError, ModelError, StepkdError
 from stepkd.models.policy import Policy
 from stepkd.randomness import stream_key
+from stepkd.runs.process import group_rank
 from stepkd.sampling.client import START, Client
 from stepkd.sampling.engine import Engine, Progress, SamplingConfig, Scores, Wanted, before_stop, decode_text
 from stepkd.sampling.follow import FollowCheck
@@ -44,7 +45,8 @@ def to_completion(
     """What the server or engine gave, as a completion.
 
     vLLM draws from all rows of a padded vocabulary head. A completion ends before an id that no token has, as one that
-    is cut off, and ``engine.cut_off`` counts it; where that is its first, an end token stands for it.
+    is cut off, and ``engine.cut_off`` counts it; where that is its first, an end token stands for it
+    (:func:`~stepkd.sampling.engine.is_stand_in`).
 
     Args:
         engine: of whose policy the tokenizer decodes and end tokens end.
@@ -236,7 +238,7 @@ class ServerEngine(Engine):
         if self._sender is None:
             self._sender = WeightSender(self.policy, self.client, self.weights)
         said: list[Any] = [None]
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        if group_rank() == 0:
             try:
                 said = [None if self._stops() else self._sender.send(version)]
             except StepkdError as error:

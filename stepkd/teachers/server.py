@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stepkd.data.collate import Batch
-from stepkd.errors import ConfigError, MachineError, ModelError
+from stepkd.errors import ConfigError, ModelError
 from stepkd.models.load import load_tokenizer
 from stepkd.models.spec import PolicyConfig
 from stepkd.runs.process import STOP_REQUEST
@@ -24,7 +24,6 @@ from stepkd.teachers.config import Served
 from stepkd.teachers.local import check_context
 from stepkd.teachers.signals import Signals, Teacher
 
-logger = logging.getLogger(__name__)
 LEAST_TAIL = 1e-7
 """Smallest mass of all tokens but the k most likely that is told from none: a server gives float32 logarithms."""
 
@@ -92,13 +91,10 @@ class ServerTeacher(Teacher):
         assert self.client is not None
         asked = self.reread(batch.examples)
         check_context(self, asked)
-        try:
+        unknown = [np.full((len(each.token_ids), 1 + top_k), np.nan) for each in asked]
+        scores = [Scores(each[:, 0], np.zeros(each[:, 1:].shape, np.int64), each[:, 1:]) for each in unknown]
+        # All ranks give up a training step together, as its loss is no number.
+        with STOP_REQUEST.excuses() if torch.is_grad_enabled() else nullcontext():
             scores = ServerEngine(None, self.client).score(asked, top_k)
-        except MachineError as error:
-            if not (STOP_REQUEST and torch.is_grad_enabled()):
-                raise
-            logger.warning("%s: the step is given up", error)  # by all ranks together, as its loss is no number
-            unknown = [np.full((len(each.token_ids), 1 + top_k), np.nan) for each in asked]
-            scores = [Scores(each[:, 0], np.zeros(each[:, 1:].shape, np.int64), each[:, 1:]) for each in unknown]
         found = zip(*scores, strict=True)
         return [torch.from_numpy(np.concatenate(part)).to(batch.targets_N.device) for part in found]

@@ -126,7 +126,7 @@ def test_a_job_over_servers_is_preempted_queues_again_and_ends(tmp_path: Path) -
     for name, text in {"srun": STEP, "scontrol": CONTROL}.items():
         (commands / name).write_text(text)
         (commands / name).chmod(0o755)
-    server = Path(__file__).parents[1] / "sampling" / "standin_server.py"
+    server = Path(__file__).parents[1] / "helpers" / "standin_server.py"
     variables = {
         "PATH": f"{commands}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "ASKED": str(tmp_path / "asked"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 import shutil
 import signal
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 import forked
 import pytest
 import yaml
+from vllm_standin import StandIn
 
 from stepkd.cli.parser import parse
 from stepkd.errors import ConfigError, DataError, StepkdError
@@ -26,7 +26,6 @@ from stepkd.models.policy import Policy
 from stepkd.models.spec import PolicyConfig
 from stepkd.runs.job import Job
 
-StandIn = runpy.run_path(str(Path(__file__).parents[1] / "sampling" / "vllm_standin.py"))["StandIn"]
 STAGES = ["label", "convert", "train", "export", "greedy", "samples", "measure"]
 
 

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import forked
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
@@ -355,6 +356,27 @@ def test_cut_off_completions(rows: list[Any]) -> None:
     assert any(short.penalty(len(rollout.token_ids)) > 0 for rollout in module.kept[0])
     assert [short.penalty(n) for n in (36, 37, 38, 40, 99)] == [0.0, 0.25, 0.5, 1.0, 1.0]
     assert RolloutConfig().penalty(10_000) == 0.0
+
+
+def test_a_stand_in_for_what_was_drawn_is_left_out(rows: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM may draw an id that no token has; the others of its group are compared among themselves."""
+    generate = TransformersEngine.generate
+
+    def drawn(*arguments: Any, **options: Any) -> Any:
+        found = generate(*arguments, **options)
+        said = np.array([-9.0])
+        end_token = {"token_ids": np.array([1]), "logprobs": said, "raw_logprobs": said, "finish": "length", "text": ""}
+        found[0][1] = replace(found[0][1], **end_token)
+        return found
+
+    monkeypatch.setattr(TransformersEngine, "generate", drawn)
+    module = worker.run(rows, rollout=rollout_of(4, 6))
+    groups = [[rollout for rollout in module.kept[0] if rollout.group == number] for number in (0, 1)]
+    assert [[rollout.sample for rollout in own] for own in groups] == [[0, 2, 3], [0, 1, 2, 3]]
+    rewards = torch.tensor([rollout.reward for rollout in groups[0]], dtype=torch.float64)
+    expected = group_advantages(rewards, torch.zeros(3, dtype=torch.int64)).tolist()
+    assert [rollout.advantages[0] for rollout in groups[0]] == pytest.approx(expected)
+    assert module.logged[0]["sampler_mismatch"] < 1e-6
 
 
 def test_schedules() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import forked
 import pytest
 import torch
+import vllm_standin as standin
 
 from stepkd.data.collate import collate
 from stepkd.data.datamodule import StepData
@@ -44,7 +45,6 @@ def script(path: Path) -> Any:
     return module
 
 
-standin = script(TESTS / "sampling/vllm_standin.py")
 worker = script(WORKER)
 gkd, kdrl = worker.gkd, worker.kdrl
 WIDE, NARROW = worker.WIDE, worker.NARROW

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import vllm_standin as standin
 
 from stepkd.data.collate import collate
 from stepkd.data.completion import Completion
@@ -44,7 +45,6 @@ def script(name: str) -> Any:
     return module
 
 
-standin = script("sampling/vllm_standin.py")
 gkd = script("modules/gkd_worker.py")
 kdrl = script("modules/kdrl_worker.py")
 LOCAL: Local = gkd.TEACHER

@@ -5,14 +5,13 @@ vLLM itself, on servers and in its own process, is held to the same functions in
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import engine_contract
 import pytest
-import torch
+from vllm_standin import StandIn
 
 from stepkd.models.policy import Policy
 from stepkd.models.spec import LoRAConfig, PolicyConfig
@@ -21,34 +20,10 @@ from stepkd.sampling.engine import Engine
 from stepkd.sampling.transformers_engine import TransformersEngine
 from stepkd.sampling.vllm import ServerEngine
 
-_SPEC = importlib.util.spec_from_file_location("vllm_standin", Path(__file__).with_name("vllm_standin.py"))
-assert _SPEC is not None
-assert _SPEC.loader is not None
-standin = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(standin)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model whose distributions are peaked."""
-    found = tmp_path_factory.mktemp("model")
-    policy = Policy.load(PolicyConfig(path="tiny-0.1m", init_seed=1))
-    with torch.no_grad():
-        for weight in policy.parameters():
-            weight.mul_(3)
-    policy.model.save_pretrained(found)
-    policy.tokenizer.save_pretrained(found)
-    return found
-
-
-@pytest.fixture(scope="module")
-def policy(folder: Path) -> Policy:
-    return Policy.load(PolicyConfig(path=str(folder)))
-
 
 @pytest.fixture(scope="module")
 def address(folder: Path) -> Iterator[str]:
-    served = standin.StandIn(Policy.load(PolicyConfig(path=str(folder))), str(folder))
+    served = StandIn(Policy.load(PolicyConfig(path=str(folder))), str(folder))
     yield served.address
     served.close()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 import os
 import random
@@ -18,6 +17,7 @@ from typing import Any
 import forked
 import pytest
 import torch
+import vllm_standin as standin
 import yaml
 
 from stepkd.errors import ConfigError, MachineError, ModelError
@@ -36,34 +36,7 @@ from stepkd.teachers import server as teachers
 from stepkd.teachers.config import Served, TopK
 from stepkd.training.fit import FitResult, fit
 
-_FILE = Path(__file__).with_name("vllm_standin.py")
-_SPEC = importlib.util.spec_from_file_location("vllm_standin", _FILE)
-assert _SPEC is not None
-assert _SPEC.loader is not None
-standin = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(standin)
-
 SIX = SamplingConfig(max_new_tokens=6)
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> Policy:
-    """A tiny model in a folder, so that its server can name a tokenizer."""
-    folder = tmp_path_factory.mktemp("model")
-    policy = Policy.load(PolicyConfig(path="tiny-0.1m", init_seed=1))
-    with torch.no_grad():
-        for weight in policy.parameters():
-            weight.mul_(3)
-    policy.model.save_pretrained(folder)
-    policy.tokenizer.save_pretrained(folder)
-    return Policy.load(PolicyConfig(path=str(folder)))
-
-
-@pytest.fixture
-def server(policy: Policy) -> Iterator[Any]:
-    found = standin.StandIn(policy, policy.spec.path)
-    yield found
-    found.close()
 
 
 @pytest.fixture
@@ -297,6 +270,17 @@ def test_a_server_that_a_killed_run_left_paused_works_again(policy: Policy, serv
     assert not server.paused
 
 
+def test_a_server_that_another_rank_has_paused_stays_paused(
+    policy: Policy, server: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 gives it weights while this one gets ready."""
+    server.paused = True
+    monkeypatch.setattr("stepkd.sampling.client.group_rank", lambda: 1)
+    engine(policy, server)
+    assert server.paused
+    assert "left paused" not in caplog.text
+
+
 def failing(server: Any) -> None:
     """Have it fail at weights, as one does whose engine is dying."""
     answer = server.answer
@@ -335,6 +319,22 @@ def test_a_request_to_stop_hangs_up_weights(policy: Policy, server: Any, monkeyp
     server.answer = hang
     ours.update(0)
     assert ours._gives_up
+
+
+def test_a_hanging_server_is_not_waited_for_long_after_a_request_to_stop(
+    policy: Policy, server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where completions are not broken off, as in a validation; until then answers are waited for."""
+    ours, forget = engine(policy, server, timeout_s=3600.0), STOP_REQUEST.listen()
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert len(ours.generate(prompts(policy), SIX)) == 3
+        server.faults = ["hang"] * 3
+        monkeypatch.setattr("stepkd.runs.process.GRACE_S", 0.0)
+        with pytest.raises(MachineError, match=r"is away .* and nobody waits for it"):
+            ours.generate(prompts(policy), SIX)
+    finally:
+        forget()
 
 
 @pytest.mark.parametrize("answer", ["words", {}, None])
@@ -542,7 +542,8 @@ class Torn:
 
     def start(self, which: str) -> None:
         if which == "server":
-            self.processes[which] = forked.Command([self.model, self.port, str(self.asked)], script=_FILE)
+            words = [self.model, self.port, str(self.asked)]
+            self.processes[which] = forked.Command(words, script=Path(standin.__file__))
         else:
             paths = os.pathsep.join([str(ROOT / "tests" / "cli"), *filter(None, [os.environ.get("PYTHONPATH")])])
             self.processes[which] = forked.Command(self.words, PYTHONPATH=paths)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
-from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,33 +38,6 @@ from stepkd.teachers.config import Local, Served, TopK
 from stepkd.teachers.server import ServerTeacher
 from stepkd.teachers.signals import HiddenSignals
 from stepkd.training.fit import fit
-
-_FILE = Path(__file__).with_name("vllm_standin.py")
-_SPEC = importlib.util.spec_from_file_location("vllm_standin", _FILE)
-assert _SPEC is not None
-assert _SPEC.loader is not None
-standin = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(standin)
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> Policy:
-    """A tiny model in a folder, so that its server can name a tokenizer."""
-    folder = tmp_path_factory.mktemp("model")
-    policy = Policy.load(PolicyConfig(path="tiny-0.1m", init_seed=1))
-    with torch.no_grad():
-        for weight in policy.parameters():
-            weight.mul_(3)
-    policy.model.save_pretrained(folder)
-    policy.tokenizer.save_pretrained(folder)
-    return Policy.load(PolicyConfig(path=str(folder)))
-
-
-@pytest.fixture
-def server(policy: Policy) -> Iterator[Any]:
-    found = standin.StandIn(policy, policy.spec.path)
-    yield found
-    found.close()
 
 
 def engine(policy: Policy, server: Any, **settings: Any) -> ServerEngine:
@@ -381,7 +353,7 @@ def test_a_server_that_takes_adapters_scores_nothing(policy: Policy, server: Any
 def test_what_is_missing_is_said(policy: Policy) -> None:
     with pytest.raises(ConfigError, match=r"no answer from the vLLM server at http://127.0.0.1:9 .* Start one with"):
         Client(["http://127.0.0.1:9"], timeout_s=0.1)
-    if importlib.util.find_spec("vllm") is None:
+    if find_spec("vllm") is None:
         with pytest.raises(ConfigError, match=r"pip install 'stepkd\[vllm\]'"):
             VLLM().build(policy, lambda: False)
     with pytest.raises(ConfigError, match=r"engine.gpu_memory=2: must lie in \(0, 1\)"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import runpy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from vllm_standin import StandIn
 
 from stepkd.errors import ConfigError, DataError, ModelError, UnreadableSolution
 from stepkd.sampling.config import VLLMServer
@@ -20,7 +20,6 @@ from stepkd.scorers.prm import PRMScorer
 from stepkd.scorers.published import recognise
 from stepkd.scorers.scorer import Solutions, score_one
 
-StandIn = runpy.run_path(str(Path(__file__).parents[1] / "sampling" / "vllm_standin.py"))["StandIn"]
 Sharpen = Callable[[Any], Any]
 QUESTIONS = ["Ann has 3 ducks and buys 4. How many?", "What is 7 x 8?"]
 SOLUTIONS = [

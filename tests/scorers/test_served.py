@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import runpy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from vllm_standin import StandIn
 
 from stepkd.cli.parser import parse
 from stepkd.data.config import LABELS_NAME
@@ -24,8 +24,6 @@ from stepkd.sampling.config import VLLM, Transformers, VLLMServer
 from stepkd.scorers.judge import PromptedJudge
 from stepkd.scorers.load import PRM, Judge, QwenPRM, load_scorer
 from stepkd.scorers.scorer import Solutions
-
-StandIn = runpy.run_path(str(Path(__file__).parents[1] / "sampling" / "vllm_standin.py"))["StandIn"]
 
 
 @pytest.fixture(scope="module")
