@@ -72,8 +72,7 @@ def annotate(
     """
     if teacher is not None:
         check_same_vocabulary(policy.tokenizer, teacher.tokenizer)
-    pairs = zip(prompts_ids, completions_ids, strict=True)
-    rows = [Completion(np.asarray(a), np.asarray(b), id=str(number)) for number, (a, b) in enumerate(pairs)]
+    rows = [Completion(np.asarray(a), np.asarray(b)) for a, b in zip(prompts_ids, completions_ids, strict=True)]
     check_scored(rows, policy.vocab_size, policy.max_length)
     read = _read(policy, rows, max_tokens, chunk_size, _signals)
     found = [TokenSignals(*map(tuple, signals_N2.T.tolist())) for signals_N2 in read]
@@ -100,8 +99,7 @@ def sampled_logps(policy: Policy, completions: Sequence[Completion], temperature
     def own(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
         return target_logps(tempered(logits_CV, temperature), targets_C).unsqueeze(-1)
 
-    rows = [replace(each, id=str(number)) for number, each in enumerate(completions)]
-    return torch.cat(_read(policy, rows, 8192, DEFAULT_CHUNK, own)).flatten().double().numpy()
+    return torch.cat(_read(policy, completions, 8192, DEFAULT_CHUNK, own)).flatten().double().numpy()
 
 
 @torch.no_grad()
@@ -114,13 +112,10 @@ def likeliest(policy: Policy, completions: Sequence[Completion], top_k: int) -> 
         # Ids beside them: float32 holds integers to 2 ** 24.
         return torch.cat([logps_CV.gather(-1, targets_C.unsqueeze(-1)), best.values, best.indices], dim=-1)
 
-    rows = [replace(each, id=str(number)) for number, each in enumerate(completions)]
-    read = _read(policy, rows, 8192, DEFAULT_CHUNK, said)
     found = []
-    for row, each in zip(rows, read, strict=True):
-        own_T1, best_Tk, ids_Tk = np.hsplit(
-            each.view(len(row.token_ids), 1 + 2 * top_k).double().numpy(), [1, 1 + top_k]
-        )
+    for row, each in zip(completions, _read(policy, completions, 8192, DEFAULT_CHUNK, said), strict=True):
+        values = each.view(len(row.token_ids), 1 + 2 * top_k).double().numpy()
+        own_T1, best_Tk, ids_Tk = np.hsplit(values, [1, 1 + top_k])
         found.append(Scores(own_T1[:, 0], ids_Tk.astype(np.int64), best_Tk))
     return found
 
@@ -143,9 +138,10 @@ def check_same_vocabulary(tokenizer: Any, of_teacher: Any) -> None:
 
 
 def _read(
-    model: Policy, rows: list[Completion], max_tokens: int, chunk_size: int, measure: Callable[..., Tensor]
+    model: Policy, completions: Sequence[Completion], max_tokens: int, chunk_size: int, measure: Callable[..., Tensor]
 ) -> list[Tensor]:
-    """A measure of logits and targets at all completion tokens: one tensor (tokens, columns) per row, on the CPU."""
+    """A measure of logits and targets at all completion tokens: one tensor (tokens, columns) each, on the CPU."""
+    rows = [replace(each, id=str(number)) for number, each in enumerate(completions)]
     found: dict[str, Tensor] = {}
     with evaluation_mode(model):
         for part in plan([row for row in rows if len(row.token_ids)], max_tokens):
