@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 import os
 import signal
 import socket
@@ -30,9 +29,6 @@ import psutil  # type: ignore[import-untyped]
 from stepkd.errors import ConfigError, MachineError, StepkdError
 
 logger = logging.getLogger(__name__)
-GRACE_S = 15.0
-"""Seconds after a request to stop for which servers are still waited for: half of what SLURM and Kubernetes leave
-before they kill, so that the state can be saved."""
 
 
 class StopRequest:
@@ -42,15 +38,9 @@ class StopRequest:
         self.name: str | None = None
         self.lost_server = False
         """Whether something was given up since then that waited for a server."""
-        self._since = math.inf
 
     def __bool__(self) -> bool:
         return self.name is not None
-
-    @property
-    def is_overdue(self) -> bool:
-        """Whether that was more than :data:`GRACE_S` ago."""
-        return bool(self) and time.monotonic() - self._since > GRACE_S
 
     @contextlib.contextmanager
     def excuses(self) -> Iterator[None]:
@@ -86,7 +76,7 @@ class StopRequest:
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         if self.name is None:
-            self.name, self._since = signal.Signals(signum).name, time.monotonic()
+            self.name = signal.Signals(signum).name
             os.write(2, f"\n{self.name}: stopping after this step\n".encode())  # print is not safe in a handler
 
 

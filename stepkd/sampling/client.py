@@ -45,6 +45,9 @@ _CONNECTS_S, _GREETS_S = 10.0, 30.0
 """Longest time in which a server that is there takes a connection, and says what it serves."""
 _DIES_S = 10.0
 """Seconds for which a server whose engine died still fails at requests."""
+_STOPPING_S = 10.0, 5.0
+"""Time for which answers are waited for once this process was asked to stop, before servers are asked whether they are
+there, and in which they have to say so; SLURM and Kubernetes leave half a minute before they kill."""
 _LOOKS_S = 0.2, 30.0
 """Least and greatest time after which an address that is away is looked for again; doubled every time."""
 NO_ANSWER = OSError, http.client.HTTPException, ValueError
@@ -139,16 +142,21 @@ class Client:
             function: asks servers.
             items: what it is called with.
             most: calls at the same time; 0: ``requests``.
-            until: asked while answers are waited for; once it says yes, nobody waits for a server any more, nor some
-                time after this process was asked to stop.
+            until: asked while answers are waited for; once it says yes, nobody waits for a server any more; nor once
+                this process was asked to stop, where one of them hangs.
         """
         try:
             with ThreadPoolExecutor(max_workers=most or self.requests) as pool:
+                due = math.inf
                 try:
                     for found in [pool.submit(function, item) for item in items]:
                         while not wait([found], 0.2).done:
-                            if STOP_REQUEST.is_overdue or (until is not None and until()):
+                            now = time.monotonic()
+                            due = min(due, now + _STOPPING_S[0]) if STOP_REQUEST else math.inf
+                            is_lost = now >= due and not self._are_there()
+                            if is_lost or (until is not None and until()):
                                 self._hang_up()
+                            due = math.inf if now >= due else due
                         yield found.result()
                 except BaseException:
                     pool.shutdown(wait=False, cancel_futures=True)
@@ -156,6 +164,15 @@ class Client:
                     raise
         finally:
             self._ended.clear()
+
+    def _are_there(self) -> bool:
+        """Whether all servers say that they work."""
+        try:
+            for url in self.urls:
+                self.once(url, "/health", timeout_s=_STOPPING_S[1])
+        except (Refused, *NO_ANSWER):
+            return False
+        return True
 
     def _hang_up(self) -> None:
         self._ended.set()

@@ -324,17 +324,15 @@ def test_a_request_to_stop_hangs_up_weights(policy: Policy, server: Any, monkeyp
 def test_a_hanging_server_is_not_waited_for_long_after_a_request_to_stop(
     policy: Policy, server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where completions are not broken off, as in a validation; until then answers are waited for."""
-    ours, forget = engine(policy, server, timeout_s=3600.0), STOP_REQUEST.listen()
-    try:
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert len(ours.generate(prompts(policy), SIX)) == 3
-        server.faults = ["hang"] * 3
-        monkeypatch.setattr("stepkd.runs.process.GRACE_S", 0.0)
-        with pytest.raises(MachineError, match=r"is away .* and nobody waits for it"):
-            ours.generate(prompts(policy), SIX)
-    finally:
-        forget()
+    """Also where completions are not broken off, as in a validation. One that is slow is waited for."""
+    monkeypatch.setattr("stepkd.sampling.client._STOPPING_S", (0.0, 0.2))
+    monkeypatch.setattr(STOP_REQUEST, "name", "SIGTERM")
+    ours, server.faults = engine(policy, server, timeout_s=3600.0), ["slow"]
+    assert len(ours.generate(prompts(policy), SIX)) == 3
+    assert "/health" in server.gets
+    server.hangs = True
+    with pytest.raises(MachineError, match=r"is away .* and nobody waits for it"):
+        ours.generate(prompts(policy), SIX)
 
 
 @pytest.mark.parametrize("answer", ["words", {}, None])
