@@ -454,14 +454,30 @@ def close(completions, **_): return [1.0 for _ in completions]
 """
 
 
-@pytest.mark.parametrize(
-    "module",
-    [pytest.param(False, id="stepkd"), pytest.param(True, id="python -m stepkd", marks=pytest.mark.slow)],
-)
-def test_modules_of_the_current_folder_are_found_and_shadow_nothing(module: bool, tmp_path: Path) -> None:
+@pytest.fixture
+def own_folder(tmp_path: Path) -> Path:
+    """A current folder with a module of one's own, and with files named as modules that stepkd imports."""
     (tmp_path / "my_rewards.py").write_text(OWN)
     for name in ("json", "torch", "argparse", "yaml", "tqdm"):
         (tmp_path / f"{name}.py").write_text(f"raise RuntimeError('{name} of the current folder')")
+    return tmp_path
+
+
+def test_the_current_folder_stands_behind_all_that_is_installed(own_folder: Path) -> None:
+    (own_folder / "my_rewards.py").write_text("")
+    entry = (
+        "import sys; sys.path.remove(''); from stepkd.cli import main; main(['benchmarks']); import my_rewards, tqdm"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", entry], cwd=own_folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "gsm8k" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", [pytest.param(False, id="stepkd"), pytest.param(True, id="python -m stepkd")])
+def test_modules_of_the_current_folder_are_found_and_shadow_nothing(module: bool, own_folder: Path) -> None:
+    tmp_path = own_folder
     (tmp_path / "grpo.yaml").write_text("model: {init_args: {rewards: [{name: 'my_rewards:close'}]}}\n")
     entry = "import sys; sys.path.remove(''); from stepkd.cli import main; sys.exit(main())"
     start = ["-m", "stepkd"] if module else ["-c", entry]  # a console script puts its own folder first, no current one
