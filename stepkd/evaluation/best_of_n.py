@@ -8,10 +8,8 @@ over-optimisation of the scorer.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Unpack
@@ -20,11 +18,11 @@ import numpy as np
 
 from stepkd.data.io import read_rows
 from stepkd.errors import ConfigError, DataError
-from stepkd.evaluation.metrics import default_ks, maj_at_k, pass_at_k
+from stepkd.evaluation.metrics import default_ks
 from stepkd.grading.judge import votes_of
 from stepkd.grading.pool import Grader, GradingConfig
-from stepkd.randomness import generator
 from stepkd.runs.job import RESULTS_NAME
+from stepkd.search.best_of_n import best_of_k, maj_at_k, pass_at_k, weighted_vote_at_k
 from stepkd.statistics import (
     FloatArray,
     Interval,
@@ -34,14 +32,8 @@ from stepkd.statistics import (
     mean_interval,
 )
 
-MAX_EXACT_SUBSETS = 2_000
-"""Most subsets a weighted vote enumerates; beyond it, subsets are drawn."""
-SUBSET_DRAWS = 400
-"""Subsets drawn per problem and k for a weighted vote."""
 CEILING = "pass"
 MAJORITY = "majority"
-TIE = 1e-9
-"""Vote weights within this relative distance of the highest are tied: sums in another order differ by rounding."""
 
 
 @dataclass(frozen=True)
@@ -96,80 +88,6 @@ class CurveResult(Result):
         result = super().to_dict()
         del result["per_problem"]
         return result
-
-
-def best_of_k(scores: Sequence[float | None], correct: Sequence[bool], k: int) -> float:
-    """Exact expected accuracy of taking the highest-scored of k samples drawn without replacement.
-
-    With a samples scored above a group of g equal ones, the group holds the highest score of the draw with probability
-    ``[C(N-a, k) - C(N-a-g, k)] / C(N, k)``; within it every sample is equally likely to be taken.
-
-    Args:
-        scores: (N,) finite scores on any scale; None ranks below all, and the None share their rank.
-        correct: (N,) whether each sample is correct.
-        k: samples drawn, 1 <= k <= N.
-
-    Returns:
-        Expected accuracy in [0, 1].
-
-    Raises:
-        DataError: different lengths, or a score that is not finite.
-        ConfigError: k out of range.
-    """
-    ranks, hits = _ranks(scores, len(correct), k), np.asarray(correct, dtype=np.float64)
-    _, group, size = np.unique(-ranks, return_inverse=True, return_counts=True)
-    share = np.bincount(group, weights=hits) / size
-    missed = _missed(hits.size, k)
-    through = np.cumsum(size)
-    return float(np.clip(((missed[through - size] - missed[through]) * share).sum(), 0.0, 1.0))
-
-
-def weighted_vote_at_k(
-    scores: Sequence[float | None],
-    votes: Sequence[str | None],
-    correct: Sequence[bool],
-    k: int,
-    *,
-    seed: int = 0,
-    key: str = "",
-) -> float:
-    """Expected accuracy of the answer with the highest sum of scores among k samples drawn without replacement.
-
-    Exact (all subsets) up to `MAX_EXACT_SUBSETS` subsets, else the mean over `SUBSET_DRAWS` drawn ones. As in
-    :func:`~stepkd.evaluation.metrics.maj_at_k`: ties are split evenly, an answer counts by the share of its samples
-    that are correct, and a draw without any answer is incorrect; so equal scores above 0 give exactly maj@k.
-
-    Args:
-        scores: (N,) scores >= 0; None adds nothing to its answer.
-        votes: (N,) keys of the answers; None (no answer found) never wins, whatever its score.
-        correct: (N,) whether each sample is correct.
-        k: samples drawn, 1 <= k <= N.
-        seed, key: seed of the drawn subsets and the problem's id; different scores see the same subsets.
-
-    Returns:
-        Expected accuracy in [0, 1].
-
-    Raises:
-        DataError: different lengths, or a score that is negative or not finite.
-        ConfigError: k out of range.
-    """
-    n = len(correct)
-    ranks = _ranks(scores, n, k)
-    weights = np.where(np.isneginf(ranks), 0.0, ranks)
-    if (weights < 0).any():
-        raise DataError(f"score {float(weights.min())!r} is negative: a weighted vote needs scores >= 0")
-    names = sorted({vote for vote in votes if vote is not None})
-    if not names:
-        return 0.0
-    member = np.array([[vote == name for name in names] for vote in votes], dtype=np.float64)
-    share = np.asarray(correct, dtype=np.float64) @ member / member.sum(axis=0)
-    chosen = _subsets(n, k, seed, key)
-    present = chosen @ member > 0
-    totals = np.where(present, chosen @ (weights[:, None] * member), -np.inf)
-    top = totals.max(axis=1, keepdims=True)
-    wins = present & (totals >= top - TIE * np.abs(np.where(present.any(axis=1, keepdims=True), top, 0.0)))
-    won = wins @ share / np.maximum(wins.sum(axis=1), 1)
-    return float(np.clip(won.mean(), 0.0, 1.0))
 
 
 def bon_curve(
@@ -233,36 +151,6 @@ def bon_curve(
         problems=len(problems),
         per_problem=curves,
     )
-
-
-@lru_cache(maxsize=1024)
-def _missed(n: int, k: int) -> FloatArray:
-    """(n + 1,) probability that a draw of k of n samples holds none of the a highest, a = 0..n."""
-    return 1.0 - pass_at_k(n, np.arange(n + 1), k)
-
-
-@lru_cache(maxsize=8)
-def _all_subsets(n: int, k: int) -> FloatArray:
-    members = np.array(list(combinations(range(n), k)))
-    return np.asarray((members[:, :, None] == np.arange(n)).any(axis=1), dtype=np.float64)
-
-
-def _subsets(n: int, k: int, seed: int, key: str) -> FloatArray:
-    """(subsets, n) of 0 and 1 with k ones in each row: all of them, or a keyed draw."""
-    if math.comb(n, k) <= MAX_EXACT_SUBSETS:
-        return _all_subsets(n, k)
-    order = generator(seed, "weighted-vote", key, k).random((SUBSET_DRAWS, n)).argsort(axis=1)
-    return np.asarray(order < k, dtype=np.float64)
-
-
-def _ranks(scores: Sequence[float | None], n: int, k: int) -> FloatArray:
-    """The scores of n samples, of which k are drawn; -inf for an unscored one."""
-    ranks = np.array([-math.inf if score is None else score for score in scores], dtype=np.float64)
-    if ranks.size != n or not (ranks < math.inf).all():
-        raise DataError(f"{n} samples need a finite score each, or None for an unscored one; found {list(scores)}")
-    if not 1 <= k <= n:
-        raise ConfigError(f"k={k} samples of {n} cannot be drawn; it must lie between 1 and {n}")
-    return ranks
 
 
 def _check_problems(

@@ -16,9 +16,9 @@ live in :mod:`stepkd.statistics`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
@@ -28,6 +28,7 @@ from numpy.typing import ArrayLike
 
 from stepkd.errors import ConfigError, DataError
 from stepkd.runs.job import differences, read_results, read_settings
+from stepkd.search.best_of_n import maj_at_k, pass_at_k
 from stepkd.statistics import (
     FloatArray,
     Interval,
@@ -55,33 +56,6 @@ def default_ks(samples: int) -> list[int]:
         Powers of two up to the number of samples, and that number, increasing: 6 gives 1, 2, 4, 6.
     """
     return sorted({samples, *(2**i for i in range(samples.bit_length()))})
-
-
-def pass_at_k(n: ArrayLike, c: ArrayLike, k: int) -> FloatArray:
-    """Unbiased probability that k of n samples, drawn without replacement, hold a correct one (Chen et al. 2021, eq.
-    1).
-
-    Args:
-        n: samples per problem, integers >= 1, any shape.
-        c: correct samples per problem, 0 <= c <= n, same shape as ``n`` after broadcasting.
-        k: samples drawn, 1 <= k <= min(n).
-
-    Returns:
-        Float array of the broadcast shape, values in [0, 1].
-
-    Raises:
-        ConfigError: counts out of range, or k larger than some n.
-    """
-    n_arr, c_arr = np.broadcast_arrays(np.asarray(n, dtype=np.float64), np.asarray(c, dtype=np.float64))
-    if (n_arr < 1).any() or (c_arr < 0).any() or (c_arr > n_arr).any():
-        raise ConfigError("pass@k needs n >= 1 and 0 <= c <= n for every problem")
-    if k < 1 or (n_arr < k).any():
-        raise ConfigError(_too_few_samples("pass", k, int(n_arr.min()) if n_arr.size else 0))
-    # prod (n-c-j)/(n-j) = C(n-c, k) / C(n, k): k factors in [0, 1], no large binomials.
-    all_incorrect = np.ones(n_arr.shape)
-    for j in range(k):
-        all_incorrect = all_incorrect * np.maximum(n_arr - c_arr - j, 0.0) / (n_arr - j)
-    return np.asarray(1.0 - all_incorrect, dtype=np.float64)
 
 
 THRESHOLDS = (0.5, 0.75, 1.0)
@@ -113,65 +87,6 @@ def g_pass_at_k(n: ArrayLike, c: ArrayLike, k: int, tau: float | None) -> FloatA
     # sum over i > m of P(X >= i) is the mean of how far X lies above m.
     worth = 2 / k * np.maximum(drawn - -(-k // 2), 0) if tau is None else drawn >= tau * k - 1e-9
     return np.asarray(np.minimum((chances * worth).sum(axis=-1), 1.0), dtype=np.float64)
-
-
-def maj_at_k(answers: Sequence[Hashable | None], correct: Sequence[bool], k: int) -> float:
-    """Exact expected accuracy of a majority vote over k of the n samples drawn without replacement.
-
-    Ties are split evenly, so the value does not depend on the order of the samples. None (unparsed) takes a place in
-    the draw but never wins; a draw of only None counts as incorrect. An elected class counts by the share of its
-    samples that are correct, which is 0 or 1 for a consistent grader.
-
-    No subset is enumerated: k draws without replacement are independent binomials given their sum, so a product of the
-    answers' polynomials, kept by how many answers share the top, holds the chance of every outcome.
-
-    Args:
-        answers: (n,) equivalence-class keys.
-        correct: (n,) whether each sample was judged correct.
-        k: votes, 1 <= k <= n.
-
-    Returns:
-        Expected accuracy in [0, 1].
-
-    Raises:
-        ConfigError: different lengths, or k out of range.
-    """
-    n = len(answers)
-    if len(correct) != n:
-        raise ConfigError(f"maj@k got {n} answers but {len(correct)} verdicts")
-    if not 1 <= k <= n:
-        raise ConfigError(_too_few_samples("maj", k, n))
-    size = Counter(answer for answer in answers if answer is not None)
-    hits = Counter(answer for answer, good in zip(answers, correct, strict=True) if answer is not None and good)
-    expected = 0.0
-    for top in range(1, min(k, max(size.values(), default=0)) + 1):
-        # [answers with top votes so far, votes drawn so far]: probability, and that times the sum of their shares.
-        tied = min(k // top, len(size))
-        chance, won = np.zeros((2, tied + 1, k + 1))
-        unparsed = n - sum(size.values())
-        chance[0, : unparsed + 1] = _binomial(unparsed, k / n)[: k + 1]
-        for key, count in size.items():
-            votes = _binomial(count, k / n)
-            before, chance, won_before, won = chance, np.zeros_like(chance), won, np.zeros_like(won)
-            for drawn in range(min(top, count + 1)):
-                chance[:, drawn:] += votes[drawn] * before[:, : k + 1 - drawn]
-                won[:, drawn:] += votes[drawn] * won_before[:, : k + 1 - drawn]
-            if count >= top:
-                joins = votes[top] * before[:-1, : k + 1 - top]
-                chance[1:, top:] += joins
-                won[1:, top:] += votes[top] * won_before[:-1, : k + 1 - top] + joins * hits[key] / count
-        expected += float((won[1:, k] / np.arange(1, tied + 1)).sum())
-    return min(1.0, expected / float(_binomial(n, k / n)[k]))
-
-
-@lru_cache(maxsize=4096)
-def _binomial(n: int, p: float) -> FloatArray:
-    """Probabilities of 0..n successes in n trials, 0 < p <= 1."""
-    from scipy.stats import binom
-
-    probabilities = np.asarray(binom.pmf(np.arange(n + 1), n, p), dtype=np.float64)
-    probabilities.flags.writeable = False  # shared between callers
-    return probabilities
 
 
 def summarise(
@@ -284,10 +199,6 @@ def problem_counts(row: Mapping[str, Any]) -> ProblemCounts:
     counts["steps"], counts["correct_steps"] = len(marks) - marks.count(None), sum(map(bool, marks))
     _, counts["correct_labelled"], counts["correct_with_incorrect_step"] = tally(correct, labels)
     return ProblemCounts(str(row["id"]), [sample.get("vote") for sample in samples], correct, counts)
-
-
-def _too_few_samples(metric: str, k: int, n: int) -> str:
-    return f"{metric}@{k} needs 1 <= k <= samples per problem, and there are {n}; draw more samples or lower k"
 
 
 # --- two runs of one benchmark, compared problem by problem -----------------------------------------------------------

@@ -5,6 +5,7 @@ Source: Xie et al. 2024, arXiv 2405.00451. The search itself is :mod:`stepkd.sea
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -20,7 +21,7 @@ from stepkd.scorers.rules import Checker
 from stepkd.scorers.scorer import StepScorer
 from stepkd.search.generate import SampledSteps
 from stepkd.search.mcts import SearchTree, tree_pairs, tree_search
-from stepkd.search.tree import Problem
+from stepkd.search.state import Problem
 
 
 class TreePairBuilder:
@@ -86,12 +87,13 @@ class TreePairBuilder:
     def _record(self, tree: SearchTree) -> dict[str, Any]:
         found = tree_pairs(tree, self.config.pairs, columns=PROBLEM_COLUMNS, provenance=self.pairing)
         index = tree.problem.index
+        costs = self.generator.costs.pop(index, Counter())
         facts = {
             "trees_with_a_correct_end": int(tree.solved),
             "correct_paths": int(tree.last.correct is True),
             "steps_of_paths": len(tree.decisions),
             "nodes": sum(node is not tree.root for node in tree.root.subtree()),
-            "tokens_of_steps": self.generator.step_tokens.pop(index, 0),
-            "tokens_of_continuations": self.generator.rest_tokens.pop(index, 0),
+            "tokens_of_steps": costs["steps"],
+            "tokens_of_continuations": costs["continuations"],
         }
         return pair_record(self.prompts[index].id, index, found.rows, dropped=found.dropped, facts=facts)

@@ -19,7 +19,8 @@ from stepkd.lazy import lazily
 _HOMES = {
     "generate": "ContinuationValue SampledSteps ScorerValue",
     "mcts": "Decision FoundPairs Option PairConfig SearchConfig SearchTree tree_pairs tree_search",
-    "tree": "Node Problem State StateValue Step StepGenerator",
+    "state": "Costs Found Problem Search State StateValue Step StepGenerator Tools",
+    "tree": "Node",
 }
 
 __getattr__ = lazily(__name__, _HOMES)

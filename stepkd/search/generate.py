@@ -17,7 +17,6 @@ those that estimate the future are taken from the newest step.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
@@ -29,7 +28,7 @@ from stepkd.models.policy import Policy
 from stepkd.randomness import stream_key
 from stepkd.sampling.engine import Engine, SamplingConfig, before_stop, decode_text
 from stepkd.scorers.scorer import Reduction, Solutions, StepScorer, default_reduction, reduce_scores
-from stepkd.search.tree import End, State, Step, StepGenerator
+from stepkd.search.state import Costs, End, State, Step, StepGenerator
 from stepkd.steps.confidence import SIGNAL_SEGMENTERS
 from stepkd.steps.segment import get_segmenter, segment, segmenter_settings
 from stepkd.steps.text import TokenizedText, text_from_ids
@@ -38,6 +37,7 @@ STEP_STOPS: dict[str, tuple[str, ...]] = {"newline": ("\n",), "blank_line": ("\n
 """Strings that end a step, by segmenter."""
 
 PROPOSE, COMPLETE = "search_step", "search_rest"
+_REMEMBERED = 100_000  # scored solutions
 _INDEX_BITS = 52  # sample numbers are added to it, and some engines keep the sum in 64 bits
 
 
@@ -48,8 +48,18 @@ class _Draft:
     state: State
     sample: int
     token_ids: list[int] = field(default_factory=list)
-    raw_logprobs: list[float] = field(default_factory=list)
+    raw_logprobs: list[float] | None = field(default_factory=list)
     finish: Literal["stop", "length"] = "length"
+
+    def logprob(self, start: int, end: int) -> float | None:
+        """Sum over some of its tokens."""
+        return None if self.raw_logprobs is None else sum(self.raw_logprobs[start:end])
+
+    def keep(self, room: int | None) -> None:
+        """Cut it off where there is no room: a batch draws as many tokens as its shortest state has room for."""
+        if room is not None and room < len(self.token_ids):
+            self.token_ids, self.finish = self.token_ids[:room], "length"
+            self.raw_logprobs = self.raw_logprobs and self.raw_logprobs[:room]
 
 
 @dataclass(eq=False)
@@ -71,13 +81,13 @@ class SampledSteps:
     """Name of the segmenter; one that reads log-probabilities may be used, other signals may not."""
     max_step_tokens: int = field(default=128, kw_only=True)
     """Longest step in tokens, >= 1; one that is longer is cut off, and ends the solution."""
-    step_tokens: Counter[int] = field(default_factory=Counter, init=False)
-    """Tokens drawn so far for steps, those thrown away included, by the problem's number."""
-    rest_tokens: Counter[int] = field(default_factory=Counter, init=False)
-    """Tokens drawn so far for completions, by the problem's number."""
+    max_tokens: int | None = field(default=None, kw_only=True)
+    """Longest solution in tokens, >= 1, beyond which it is cut off; None: as long as the model's context."""
+    costs: Costs = field(default_factory=Costs, kw_only=True)
+    """Tokens drawn so far for steps and continuations are counted here."""
 
     def __post_init__(self) -> None:
-        check_bounds("", self, max_step_tokens="[1, inf)")
+        check_bounds("", self, max_step_tokens="[1, inf)", max_tokens="[1, inf)")
         if self.sampling.temperature == 0:
             raise ConfigError("search needs different steps from one state: temperature 0 gives the same one always")
         kind = self.segmenter.partition(":")[0]
@@ -88,15 +98,15 @@ class SampledSteps:
             )
         self._cut = get_segmenter(self.segmenter)
 
-    def propose(self, states: Sequence[State], n: int) -> list[list[Step]]:
-        """See :class:`~stepkd.search.tree.StepGenerator`.
+    def propose(self, states: Sequence[State], n: int, *, temperature: float | None = None) -> list[list[Step]]:
+        """See :class:`~stepkd.search.state.StepGenerator`.
 
         Raises:
             DataError: a state that fills the model's context.
         """
         drafts = [[_Draft(state, j) for j in range(n)] for state in states]
         stops = (*STEP_STOPS.get(self.segmenter, ()), *self.sampling.stop)
-        spec = replace(self.sampling, n=n, max_new_tokens=self.max_step_tokens, stop=stops)
+        spec = replace(self._sampling(temperature), n=n, max_new_tokens=self.max_step_tokens, stop=stops)
         self._first(states, drafts, spec, PROPOSE)
         flat = [draft for group in drafts for draft in group]
         while blank := [draft for draft in flat if self._unfinished_blank(draft)]:
@@ -105,23 +115,26 @@ class SampledSteps:
                 keys = [("sample", draft.sample, "token", len(draft.token_ids)) for draft in alike]
                 self._draw([[d] for d in alike], replace(spec, n=1, max_new_tokens=room), PROPOSE, keys)
         for draft in flat:
-            self.step_tokens[draft.state.problem.index] += len(draft.token_ids)
+            self.costs[draft.state.problem.index]["steps"] += len(draft.token_ids)
         return [[self._step(draft) for draft in group] for group in drafts]
 
-    def complete(self, states: Sequence[State], n: int) -> list[list[Step]]:
-        """See :class:`~stepkd.search.tree.StepGenerator`.
+    def complete(self, states: Sequence[State], n: int, *, temperature: float | None = None) -> list[list[State]]:
+        """See :class:`~stepkd.search.state.StepGenerator`.
 
         Raises:
             DataError: a state that fills the model's context.
         """
         drafts = [[_Draft(state, j) for j in range(n)] for state in states]
-        self._first(states, drafts, replace(self.sampling, n=n), COMPLETE)
+        spec = replace(self._sampling(temperature), n=n)
+        longest = max((spec.longest if (room := self.room(state)) is None else room for state in states), default=1)
+        self._first(states, drafts, replace(spec, max_new_tokens=min(spec.longest, longest)), COMPLETE)
         for draft in (draft for group in drafts for draft in group):
-            self.rest_tokens[draft.state.problem.index] += len(draft.token_ids)
+            self.costs[draft.state.problem.index]["continuations"] += len(draft.token_ids)
+            draft.keep(self.room(draft.state))
         return [[self._rest(draft) for draft in group] for group in drafts]
 
     def provenance(self) -> dict[str, Any]:
-        """See :class:`~stepkd.search.tree.StepGenerator`."""
+        """See :class:`~stepkd.search.state.StepGenerator`."""
         spec = self.policy.spec
         sampling = asdict(self.sampling) | {"stop": list(self.sampling.stop)}
         del sampling["n"]
@@ -135,9 +148,14 @@ class SampledSteps:
         }
 
     def room(self, state: State) -> int | None:
-        """Tokens that the model's context still holds behind a state; None: no limit is known."""
-        context = self.policy.max_length
-        return None if context is None else context - len(state.problem.prompt_ids) - len(state.token_ids)
+        """Tokens that a solution may still have behind a state; None: no limit is known."""
+        context, limit = self.policy.max_length, self.max_tokens
+        left = [] if context is None else [context - len(state.problem.prompt_ids)]
+        left += [] if limit is None else [limit]
+        return min(left) - len(state.token_ids) if left else None
+
+    def _sampling(self, temperature: float | None) -> SamplingConfig:
+        return self.sampling if temperature is None else replace(self.sampling, temperature=temperature)
 
     def _first(
         self, states: Sequence[State], drafts: Sequence[Sequence[_Draft]], spec: SamplingConfig, purpose: str
@@ -165,14 +183,11 @@ class SampledSteps:
         drawn = self.engine.generate(prompts, spec, purpose=purpose, indices=indices)
         for group, continuations in zip(drafts, drawn, strict=True):
             for draft, continuation in zip(group, continuations, strict=True):
-                if continuation.raw_logprobs is None:
-                    raise ConfigError(
-                        "search weighs steps by the model's own log-probabilities, and this engine has none where "
-                        f"temperature is {self.sampling.temperature:g}, top_p {self.sampling.top_p:g} and top_k "
-                        f"{self.sampling.top_k}: take temperature 1 without cuts, or --engine Transformers"
-                    )
                 draft.token_ids += continuation.token_ids.tolist()
-                draft.raw_logprobs += continuation.raw_logprobs.tolist()
+                if draft.raw_logprobs is None or continuation.raw_logprobs is None:
+                    draft.raw_logprobs = None
+                else:
+                    draft.raw_logprobs += continuation.raw_logprobs.tolist()
                 draft.finish = continuation.finish
 
     def _room(self, draft: _Draft) -> int:
@@ -199,7 +214,7 @@ class SampledSteps:
             whole.token_ids[start:],
             whole.text[before:],
             tuple(end - before for end in whole.char_ends[start:]),
-            logprobs=tuple(draft.raw_logprobs),
+            logprobs=None if draft.raw_logprobs is None else tuple(draft.raw_logprobs),
         )
 
     def _step(self, draft: _Draft) -> Step:
@@ -216,12 +231,18 @@ class SampledSteps:
         room = self.room(draft.state)
         if how == "step" and room is not None and room <= len(ids):
             how = "length"
-        return Step(text, ids, sum(draft.raw_logprobs[:end]), how, draft.sample)
+        return Step(text, ids, draft.logprob(0, end), how, draft.sample)
 
-    def _rest(self, draft: _Draft) -> Step:
-        new = self._behind(draft)
-        text = self._until_stop(draft.state, new.text)
-        return Step(text, new.token_ids, sum(draft.raw_logprobs), draft.finish, draft.sample)
+    def _rest(self, draft: _Draft) -> State:
+        new, state = self._behind(draft), draft.state
+        left = len(self._until_stop(state, new.text))
+        for start, end in (spans := segment(self._cut, new)):
+            text = new.span_text(start, end)[:left]
+            left -= len(text)
+            how: End = draft.finish if end == spans[-1][1] else "step"
+            ids, logprob = new.token_ids[start:end], draft.logprob(start, end)
+            state = state.then(Step(text, ids, logprob, how, 0 if start else draft.sample))
+        return state
 
     def _until_stop(self, state: State, text: str) -> str:
         """The new text before a string that ends the solution; such a string may begin in an earlier step."""
@@ -251,11 +272,11 @@ class ContinuationValue:
     def __post_init__(self) -> None:
         check_bounds("", self, continuations="[1, inf)")
 
-    def values(self, states: Sequence[State]) -> list[float | None]:
-        """See :class:`~stepkd.search.tree.StateValue`."""
+    def values(self, states: Sequence[State], reduction: Reduction | None = None) -> list[float | None]:
+        """See :class:`~stepkd.search.state.StateValue`; there is nothing to reduce."""
         going = [state for state in states if state.correct is None]
         endings = self.generator.complete(going, self.continuations) if going else []
-        texts = [state.text + ending.text for state, group in zip(going, endings, strict=True) for ending in group]
+        texts = [ending.text for group in endings for ending in group]
         rows = [state.problem.row for state in going for _ in range(self.continuations)]
         cut_off = [ending.end == "length" for group in endings for ending in group]
         grades = iter(self.grader.grade(texts, [str(row["answer"]) for row in rows], cut_off=cut_off, rows=rows))
@@ -267,7 +288,7 @@ class ContinuationValue:
         ]
 
     def provenance(self) -> dict[str, Any]:
-        """See :class:`~stepkd.search.tree.StateValue`."""
+        """See :class:`~stepkd.search.state.StateValue`."""
         return {"value": "continuation", "continuations": self.continuations}
 
 
@@ -279,40 +300,65 @@ class ScorerValue:
         reduction: from the scores of all steps to one: ``last`` (the newest step), ``product``, ``min`` or ``mean``;
             None: what suits the scorer's meaning.
         name: name of the value in the provenance.
+        costs: what is scored is counted there.
     """
 
-    def __init__(self, scorer: StepScorer, *, reduction: Reduction | None = None, name: str = "scorer") -> None:
+    def __init__(
+        self,
+        scorer: StepScorer,
+        *,
+        reduction: Reduction | None = None,
+        name: str = "scorer",
+        costs: Costs | None = None,
+    ) -> None:
         self.scorer = scorer
         self.reduction: Reduction = default_reduction(scorer.meaning) if reduction is None else reduction
         check_choice("reduction", self.reduction, get_args(Reduction))
-        self.name = name
+        self.name, self.costs = name, Costs() if costs is None else costs
+        self._known: dict[tuple[int, tuple[str, ...]], list[float]] = {}
 
-    def values(self, states: Sequence[State]) -> list[float | None]:
-        """See :class:`~stepkd.search.tree.StateValue`; states of one problem are scored together.
+    def values(self, states: Sequence[State], reduction: Reduction | None = None) -> list[float | None]:
+        """See :class:`~stepkd.search.state.StateValue`; states of one problem are scored together.
 
         No estimate has a state without words, and one of which the scorer could not read a step that counts.
 
         Raises:
             DataError: a score outside [0, 1].
         """
-        steps = [[step for step in state.steps if step.strip()] for state in states]
-        problems: dict[int, list[int]] = {}
-        for i, state in enumerate(states):
-            if steps[i]:
-                problems.setdefault(state.problem.index, []).append(i)
-        asked = [Solutions(states[group[0]].problem.row, [steps[i] for i in group]) for group in problems.values()]
-        values: list[float | None] = [None] * len(states)
-        for group, scored in zip(problems.values(), self.scorer.score(asked) if asked else [], strict=True):
-            for i, scores in zip(group, scored, strict=True):
-                values[i] = self._value(scores)
+        values = [
+            None if scores is None else self._value(scores, reduction or self.reduction)
+            for scores in self.step_scores(states)
+        ]
+        for state, value in zip(states, values, strict=True):
+            self.costs[state.problem.index]["unscored"] += value is None
         return values
 
-    def _value(self, scores: Sequence[float]) -> float | None:
+    def step_scores(self, states: Sequence[State]) -> list[list[float] | None]:
+        """Scores of every state's steps that have words, None without such; what was scored before is not read again.
+
+        Every state counts in :attr:`costs`, whether or not it was scored before.
+        """
+        if len(self._known) > _REMEMBERED:
+            self._known.clear()
+        keys = [(state.problem.index, tuple(step for step in state.steps if step.strip())) for state in states]
+        problems: dict[int, dict[tuple[str, ...], Any]] = {}
+        for key, state in zip(keys, states, strict=True):
+            if key[1]:
+                self.costs[key[0]]["scorer_calls"] += 1
+                self.costs[key[0]]["scored_tokens"] += len(state.problem.prompt_ids) + len(state.token_ids)
+                if key not in self._known:
+                    problems.setdefault(key[0], {})[key[1]] = state.problem.row
+        asked = [Solutions(next(iter(steps.values())), list(steps)) for steps in problems.values()]
+        for (index, steps), scored in zip(problems.items(), self.scorer.score(asked) if asked else [], strict=True):
+            self._known |= {(index, each): scores for each, scores in zip(steps, scored, strict=True)}
+        return [self._known.get(key) for key in keys]
+
+    def _value(self, scores: Sequence[float], reduction: Reduction) -> float | None:
         # Only the last step's score counts then; those before it may be missing.
-        if self.reduction == "last":
+        if reduction == "last":
             scores = scores[-1:]
-        return None if math.isnan(scores[-1]) else reduce_scores(scores, self.reduction, meaning=self.scorer.meaning)
+        return None if math.isnan(scores[-1]) else reduce_scores(scores, reduction, meaning=self.scorer.meaning)
 
     def provenance(self) -> dict[str, Any]:
-        """See :class:`~stepkd.search.tree.StateValue`."""
+        """See :class:`~stepkd.search.state.StateValue`."""
         return {"value": self.name, "reduction": self.reduction, "scorer": self.scorer.provenance()}

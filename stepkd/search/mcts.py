@@ -35,7 +35,8 @@ from typing import Any
 
 from stepkd.errors import ConfigError, DataError, check_bounds
 from stepkd.grading.pool import Grader
-from stepkd.search.tree import START, Node, Problem, StateValue, Step, StepGenerator, back_up, best_child, select
+from stepkd.search.state import START, Problem, StateValue, Step, StepGenerator
+from stepkd.search.tree import Node, back_up, best_child, select
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,6 @@
-"""What search works with: states, steps and the protocols that give and judge them; the tree of them, in pure Python.
+"""The tree of states, in pure Python: nodes, priors, PUCT selection and backup; the same input gives the same tree.
 
-Nodes, priors, PUCT selection and backup; the same input gives the same tree. Source: Xie et al. 2024, arXiv 2405.00451,
-and its released code:
+Source: Xie et al. 2024, arXiv 2405.00451, and its released code:
 
 * prior of an action of L tokens: ``p = exp(sum log pi / L^1.25)``
 * selection: the child with the highest ``Q + c * p * sqrt(N_parent) / (1 + N)``
@@ -12,123 +11,12 @@ and its released code:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import reduce
 
-End = Literal["step", "stop", "length"]
-"""How a step ends: the solution goes on (``step``), is over (``stop``: end token or stop string), or was cut off
-(``length``: no room for more tokens)."""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A problem to search solutions of."""
-
-    index: int
-    """Number of the problem in the whole run; keys everything that is drawn for it."""
-    row: Mapping[str, Any]
-    """Problem row: ``id``, ``prompt``, ``answer``; scorers may want ``solution``, ``task`` and ``meta``."""
-    prompt_ids: tuple[int, ...]
-    """Prompt as the generator reads it."""
-
-
-@dataclass(frozen=True)
-class State:
-    """A solution so far."""
-
-    problem: Problem
-    """What is being solved."""
-    steps: tuple[str, ...] = ()
-    """Texts of the steps, separators included; joined they are the solution's text."""
-    token_ids: tuple[int, ...] = ()
-    """Sampled ids of all steps, without the prompt."""
-    path: tuple[int, ...] = ()
-    """Which of its siblings each step was when it was sampled: names the state within its problem, and keys what is
-    drawn from it."""
-    correct: bool | None = None
-    """Whether the final answer is correct; None: the solution goes on."""
-
-    @property
-    def text(self) -> str:
-        """The solution's text."""
-        return "".join(self.steps)
-
-
-@dataclass(frozen=True)
-class Step:
-    """What continues a state: its next step, or all the rest of the solution."""
-
-    text: str
-    """Text, separator included; blank where the solution ends at once."""
-    token_ids: tuple[int, ...]
-    """Sampled ids; an end token only where it ends the solution."""
-    logprob: float
-    """Sum of the tokens' log-probabilities under the model at temperature 1 (nats, <= 0)."""
-    end: End
-    """How it ends."""
-    sample: int = 0
-    """Which of the samples it was, from 0."""
-
-
-START = Step("", (), 0.0, "step")
-"""What leads to a tree's root."""
-
-
-class StepGenerator(Protocol):
-    """Continues states. What it gives for a state depends on the state alone, not on the others of a call."""
-
-    def propose(self, states: Sequence[State], n: int) -> list[list[Step]]:
-        """Draw ``n`` next steps of every state.
-
-        Args:
-            states: unfinished solutions, of any problems.
-            n: steps per state, >= 1.
-
-        Returns:
-            For each state its steps by sample number; several may say the same.
-        """
-        ...
-
-    def complete(self, states: Sequence[State], n: int) -> list[list[Step]]:
-        """Draw ``n`` continuations of every state to the end of the solution.
-
-        Args:
-            states: unfinished solutions, of any problems.
-            n: continuations per state, >= 1.
-
-        Returns:
-            For each state its continuations by sample number, each as one step.
-        """
-        ...
-
-    def provenance(self) -> dict[str, Any]:
-        """What the steps come from.
-
-        Returns:
-            JSON values: model, sampling settings, segmenter, seed.
-        """
-        ...
-
-
-class StateValue(Protocol):
-    """Estimates how good states are: by continuations, by a step scorer, or by the policy itself."""
-
-    def values(self, states: Sequence[State]) -> list[float | None]:
-        """Estimate states.
-
-        Args:
-            states: solutions of at least one step, finished ones (``correct`` is known) among them.
-
-        Returns:
-            For each a number in [0, 1], the higher the better; None: no estimate.
-        """
-        ...
-
-    def provenance(self) -> dict[str, Any]:
-        """What the values come from, as JSON values."""
-        ...
-
+from stepkd.errors import ConfigError
+from stepkd.search.state import Problem, State, Step
 
 LENGTH_POWER = 1.25
 """Exponent of the token count in the prior; 1 would be the geometric mean of the tokens' probabilities."""
@@ -177,6 +65,11 @@ class Node:
     @property
     def prior(self) -> float:
         """p: how likely the model is to take the step, by a length-normalised probability in (0, 1]."""
+        if self.step.logprob is None:
+            raise ConfigError(
+                "a tree weighs steps by the model's own log-probabilities, which this engine has at temperature 1 "
+                "without top-p and top-k only: take these, or --engine Transformers"
+            )
         return math.exp(self.step.logprob / len(self.step.token_ids) ** LENGTH_POWER)
 
     def path(self) -> list[Node]:
@@ -195,14 +88,8 @@ class Node:
 
     def state(self, problem: Problem) -> State:
         """The solution so far."""
-        steps = [node.step for node in self.path()]
-        return State(
-            problem,
-            tuple(step.text for step in steps),
-            tuple(token for step in steps for token in step.token_ids),
-            tuple(step.sample for step in steps),
-            self.correct,
-        )
+        state = reduce(State.then, (node.step for node in self.path()), State(problem))
+        return replace(state, correct=self.correct)
 
 
 def puct(node: Node, exploration: float) -> float:

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from stepkd.errors import ConfigError, DataError
-from stepkd.evaluation import best_of_n
-from stepkd.evaluation.best_of_n import ProblemSamples, best_of_k, best_of_n_from_files, bon_curve, weighted_vote_at_k
-from stepkd.evaluation.metrics import maj_at_k, pass_at_k
+from stepkd.evaluation.best_of_n import ProblemSamples, best_of_n_from_files, bon_curve
+from stepkd.search import best_of_n
+from stepkd.search.best_of_n import best_of_k, maj_at_k, pass_at_k, weighted_vote_at_k
 
 FAST: dict[str, Any] = {"n_resamples": 300}
 Scores = list[float | None]

@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepkd.errors import ConfigError, DataError
-from stepkd.evaluation.metrics import compare_runs, g_pass_at_k, maj_at_k, pass_at_k, summarise
+from stepkd.evaluation.metrics import compare_runs, g_pass_at_k, summarise
 from stepkd.runs.files import write_json, write_jsonl
+from stepkd.search.best_of_n import maj_at_k, pass_at_k
 from stepkd.statistics import wilson_interval
 
 

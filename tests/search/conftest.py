@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from stepkd.search.tree import Problem, State, Step
+from stepkd.search.state import Problem, State, Step
 
 Script = Mapping[str, Sequence[tuple[str, float, str]]]
 """Text so far -> next steps: text, probability of its one token, how it ends."""
@@ -22,7 +22,7 @@ class ScriptedSteps:
     script: Script
     calls: list[int] = field(default_factory=list)
 
-    def propose(self, states: Sequence[State], n: int) -> list[list[Step]]:
+    def propose(self, states: Sequence[State], n: int, *, temperature: float | None = None) -> list[list[Step]]:
         self.calls.append(len(states))
         return [
             [
@@ -32,17 +32,18 @@ class ScriptedSteps:
             for state in states
         ]
 
-    def complete(self, states: Sequence[State], n: int) -> list[list[Step]]:
+    def complete(self, states: Sequence[State], n: int, *, temperature: float | None = None) -> list[list[State]]:
         """Every continuation takes the ``j``-th step first and then always the first one."""
-        return [[self._rest(state.text, j) for j in range(n)] for state in states]
+        return [[self._rest(state, j) for j in range(n)] for state in states]
 
-    def _rest(self, text: str, j: int) -> Step:
-        start, end = text, "step"
-        while end == "step":
-            steps = self.script[text]
-            step, _, end = steps[j if text == start and j < len(steps) else 0]
-            text += step
-        return Step(text[len(start) :], (1,), -1.0, "stop", j)
+    def _rest(self, state: State, j: int) -> State:
+        start = state
+        while state.end == "step":
+            steps = self.script[state.text]
+            number = j if state is start and j < len(steps) else 0
+            text, probability, end = steps[number]
+            state = state.then(Step(text, (len(text),), math.log(probability), end, number))  # type: ignore[arg-type]
+        return state
 
     def provenance(self) -> dict[str, Any]:
         return {"script": len(self.script)}
@@ -54,7 +55,7 @@ class ScriptedValue:
 
     known: Mapping[str, float | None]
 
-    def values(self, states: Sequence[State]) -> list[float | None]:
+    def values(self, states: Sequence[State], reduction: str | None = None) -> list[float | None]:
         return [self.known[state.text] for state in states]
 
     def provenance(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from stepkd.models.spec import build_tiny
 from stepkd.sampling.engine import SamplingConfig
 from stepkd.sampling.transformers_engine import TransformersEngine
 from stepkd.search.generate import PROPOSE, SampledSteps, _index
-from stepkd.search.tree import Problem, State
+from stepkd.search.state import Problem, State
 from stepkd.steps.segment import get_segmenter, segment
 from stepkd.steps.text import text_from_ids
 
@@ -221,8 +221,9 @@ def test_tokens_are_counted_by_problem(policy: Policy) -> None:
     generator = SampledSteps(TransformersEngine(policy), policy, SamplingConfig(max_new_tokens=6), segmenter="whole")
     states = [State(Problem(i, {"id": str(i)}, (9, 8))) for i in (4, 7)]
     steps, rest = generator.propose(states, 2), generator.complete(states, 1)
-    assert generator.step_tokens == {i: sum(len(s.token_ids) for s in g) for i, g in zip((4, 7), steps, strict=True)}
-    assert generator.rest_tokens == {i: sum(len(s.token_ids) for s in g) for i, g in zip((4, 7), rest, strict=True)}
+    for name, groups in (("steps", steps), ("continuations", rest)):
+        spent = {i: generator.costs[i][name] for i in (4, 7)}
+        assert spent == {i: sum(len(s.token_ids) for s in g) for i, g in zip((4, 7), groups, strict=True)}
     assert set(generator.provenance()) >= {"model", "weights", "temperature", "seed", "max_step_tokens"}
     assert generator.provenance()["segmenter"] == {"name": "whole"}
     cut = SampledSteps(TransformersEngine(policy), policy, SamplingConfig(), segmenter="adaptive_step:0.25")

@@ -9,7 +9,8 @@ import pytest
 
 from stepkd.errors import ConfigError, DataError
 from stepkd.search.mcts import SearchConfig, SearchTree, tree_search
-from stepkd.search.tree import Node, Problem
+from stepkd.search.state import Problem
+from stepkd.search.tree import Node
 
 HAND = SearchConfig(iterations=1, root_factor=4, actions=2, depth=2, exploration=4.0)
 

@@ -10,7 +10,8 @@ from stepkd.data.rows import STEP_PREFERENCE, validate
 from stepkd.errors import ConfigError
 from stepkd.search.mcts import Decision, Option, PairConfig, SearchConfig, SearchTree, tree_pairs
 from stepkd.search.mcts import tree_search as search
-from stepkd.search.tree import START, Node, Problem, Step, best_child
+from stepkd.search.state import START, Problem, Step
+from stepkd.search.tree import Node, best_child
 
 
 def grow(parent: Node, text: str, q: float, visits: int, *, end: str = "step", correct: bool | None = None) -> Node:

@@ -14,7 +14,8 @@ from stepkd.sampling.engine import SamplingConfig
 from stepkd.sampling.transformers_engine import TransformersEngine
 from stepkd.search.generate import ContinuationValue, SampledSteps
 from stepkd.search.mcts import SearchConfig, SearchTree, tree_search
-from stepkd.search.tree import Node, Problem
+from stepkd.search.state import Problem
+from stepkd.search.tree import Node
 
 SETTINGS = SearchConfig(iterations=2, root_factor=2, actions=3, depth=2, max_steps=3)
 

@@ -7,7 +7,8 @@ import random
 
 import pytest
 
-from stepkd.search.tree import START, Node, Problem, Step, back_up, best_child, puct, select
+from stepkd.search.state import START, Problem, Step
+from stepkd.search.tree import Node, back_up, best_child, puct, select
 
 
 def child(parent: Node, value: float, *, logprob: float = 0.0, tokens: int = 1, visits: int = 0) -> Node:

@@ -15,7 +15,7 @@ from stepkd.scorers.judge import PromptedJudge
 from stepkd.scorers.rules import Checker
 from stepkd.scorers.scorer import Solutions
 from stepkd.search.generate import ContinuationValue, ScorerValue
-from stepkd.search.tree import Problem, State
+from stepkd.search.state import Problem, State
 from stepkd.tasks.rows import make_rows
 
 
