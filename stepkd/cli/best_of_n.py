@@ -78,6 +78,10 @@ def run(config: BestOfNConfig) -> int:
         first = next(k for k in result.ks if k > 1)
         grown = f"from N={first} to {each.k}, {each.b} - {each.a} grows by {percent(each.difference.to_dict())}"
         console.print(grown, markup=False, highlight=False)
+    for name, peak in result.peaks.items():
+        if peak.k < result.ks[-1]:
+            fallen = f"{name} is highest at N={peak.k}, and {percent(peak.fall.to_dict())} lower at N={result.ks[-1]}"
+            console.print(fallen, markup=False, highlight=False)
     for name, count in result.unscored.items():
         if count:
             console.print(f"{count} samples have no score by {name}: they rank last", markup=False)

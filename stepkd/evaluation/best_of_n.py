@@ -3,7 +3,7 @@
 Every value at k is the expectation over all subsets of k of a problem's N samples, not one lucky draw: exact for
 best-of-k, majority and pass@k, and for the weighted vote as long as the subsets are few. PRM800K's own evaluation
 (openai/prm800k) estimates the same expectation from 400 drawn subsets. A curve that falls after its best k shows
-over-optimisation of the scorer.
+over-optimisation of the scorer (Gao et al. 2022, arXiv 2210.10760): its peak, and the fall behind it, stand beside it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from stepkd.evaluation.metrics import default_ks
 from stepkd.grading.judge import votes_of
 from stepkd.grading.pool import Grader, GradingConfig
 from stepkd.runs.job import RESULTS_NAME
-from stepkd.search.best_of_n import best_of_k, maj_at_k, pass_at_k, weighted_vote_at_k
+from stepkd.search.best_of_n import TIE, best_of_k, maj_at_k, pass_at_k, weighted_vote_at_k
 from stepkd.statistics import (
     FloatArray,
     Interval,
@@ -63,6 +63,17 @@ class PairedDifference(Result):
 
 
 @dataclass(frozen=True)
+class Peak(Result):
+    """Where a method's curve is highest, and how far it falls behind that."""
+
+    k: int
+    """Number of samples with the highest expected accuracy, the least of equal ones."""
+    fall: Interval
+    """Expected accuracy there minus that at the largest k, paired bootstrap over problems. The k is picked on the same
+    problems, so an interval that only just excludes 0 is no evidence of over-optimisation."""
+
+
+@dataclass(frozen=True)
 class CurveResult(Result):
     """Best-of-k curves of several methods on the same problems."""
 
@@ -76,6 +87,8 @@ class CurveResult(Result):
     growth: tuple[PairedDifference, ...]
     """For every pair the gap at the largest k minus the gap at the smallest k above 1: does the gap grow with N?
     Empty without two such k."""
+    peaks: Mapping[str, Peak]
+    """Method -> where its curve is highest, and its fall from there to the largest k."""
     unscored: Mapping[str, int]
     """Score -> samples without one; they rank last and add nothing to a vote."""
     problems: int
@@ -108,26 +121,9 @@ def bon_curve(
         The curves with intervals, their paired differences, and how the gaps grow.
 
     Raises:
-        ConfigError: no problem, no k, a k below 1 or above some problem's samples (named), or a reserved or repeated
-            name.
-        DataError: scores that do not fit (problem named).
+        ConfigError, DataError: as :func:`expected_accuracies`.
     """
-    _check_problems(problems, ks, scores)
-    grid, seed = tuple(sorted(set(ks))), settings.get("seed", 0)
-    sizes, hits = ([count(p.correct) for p in problems] for count in (len, sum))
-    curves: dict[str, FloatArray] = {
-        CEILING: np.stack([pass_at_k(sizes, hits, k) for k in grid], axis=1),
-        MAJORITY: np.array([[maj_at_k(p.votes, p.correct, k) for k in grid] for p in problems]),
-    }
-    for name, per_problem in scores.items():
-        best, vote = np.empty((2, len(problems), len(grid)))
-        for i, (p, own) in enumerate(zip(problems, per_problem, strict=True)):
-            try:
-                best[i] = [best_of_k(own, p.correct, k) for k in grid]
-                vote[i] = [weighted_vote_at_k(own, p.votes, p.correct, k, seed=seed, key=p.id) for k in grid]
-            except DataError as error:
-                raise DataError(f"problem {p.id!r}, score {name!r}: {error}") from None
-        curves[name], curves[f"{name}_vote"] = best, vote
+    curves, grid = expected_accuracies(problems, ks, scores, seed=settings.get("seed", 0)), tuple(sorted(set(ks)))
     pairs = list(combinations([name for name in curves if name != CEILING], 2))
     differences = tuple(
         PairedDifference(a, b, k, cluster_bootstrap(curves[b][:, i] - curves[a][:, i], **settings))
@@ -147,10 +143,64 @@ def bon_curve(
         },
         differences=differences,
         growth=tuple(growth),
+        peaks={name: peak(values, grid, **settings) for name, values in curves.items()},
         unscored={name: sum(score is None for own in rows for score in own) for name, rows in scores.items()},
         problems=len(problems),
         per_problem=curves,
     )
+
+
+def expected_accuracies(
+    problems: Sequence[ProblemSamples],
+    ks: Sequence[int],
+    scores: Mapping[str, Sequence[Sequence[float | None]]],
+    *,
+    seed: int = 0,
+) -> dict[str, FloatArray]:
+    """Expected accuracy of every problem under every way to choose among k of its samples.
+
+    Args:
+        problems, ks, scores: as for :func:`bon_curve`.
+        seed: seed of the drawn subsets of large weighted votes.
+
+    Returns:
+        Method (:attr:`CurveResult.curves`) -> (problems, ks ascending) values in [0, 1].
+
+    Raises:
+        ConfigError: no problem, no k, a k below 1 or above some problem's samples (named), or a reserved or repeated
+            name.
+        DataError: scores that do not fit (problem named).
+    """
+    _check_problems(problems, ks, scores)
+    grid = tuple(sorted(set(ks)))
+    sizes, hits = ([count(p.correct) for p in problems] for count in (len, sum))
+    curves: dict[str, FloatArray] = {
+        CEILING: np.stack([pass_at_k(sizes, hits, k) for k in grid], axis=1),
+        MAJORITY: np.array([[maj_at_k(p.votes, p.correct, k) for k in grid] for p in problems]),
+    }
+    for name, per_problem in scores.items():
+        best, vote = np.empty((2, len(problems), len(grid)))
+        for i, (p, own) in enumerate(zip(problems, per_problem, strict=True)):
+            try:
+                best[i] = [best_of_k(own, p.correct, k) for k in grid]
+                vote[i] = [weighted_vote_at_k(own, p.votes, p.correct, k, seed=seed, key=p.id) for k in grid]
+            except DataError as error:
+                raise DataError(f"problem {p.id!r}, score {name!r}: {error}") from None
+        curves[name], curves[f"{name}_vote"] = best, vote
+    return curves
+
+
+def peak(values: FloatArray, ks: Sequence[int], **settings: Unpack[Resampling]) -> Peak:
+    """Where a curve is highest, and its fall from there.
+
+    Args:
+        values: (problems, ks) expected accuracy of every problem.
+        ks: numbers of samples, ascending.
+        **settings: see :class:`~stepkd.statistics.Resampling`.
+    """
+    means = values.mean(axis=0)
+    best = int(np.argmax(means >= means.max() - TIE))
+    return Peak(ks[best], cluster_bootstrap(values[:, best] - values[:, -1], **settings))
 
 
 def _check_problems(

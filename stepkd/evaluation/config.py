@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,9 +20,12 @@ from stepkd.runs.job import JobConfig
 from stepkd.sampling.config import IN_PROCESS, EngineConfig
 from stepkd.sampling.engine import SamplingConfig
 from stepkd.scorers.scorer import Reduction, ScorerConfig
+from stepkd.search.beam import Beam
+from stepkd.search.best_of_n import BestOfN, Greedy
+from stepkd.search.state import Search
 from stepkd.statistics import percent
 from stepkd.steps.labels import check_threshold
-from stepkd.steps.segment import SEGMENTERS
+from stepkd.steps.segment import SEGMENTERS, get_segmenter
 
 Parity: TypeAlias = Literal["agree", "differ", "too few problems"]
 
@@ -76,22 +80,17 @@ class ReferenceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(JobConfig):
-    """One evaluation of a model on a benchmark."""
+class BenchmarkJobConfig(JobConfig):
+    """A job that samples solutions of a benchmark's problems and grades them."""
 
     model: str
-    """Model that is evaluated: run folder, checkpoint, model folder, hub id, .gguf file or tiny preset."""
+    """Model that solves the problems: run folder, checkpoint, model folder, hub id, .gguf file or tiny preset."""
     benchmark: str = "gsm8k"
     """Name of the benchmark, of which stepkd benchmarks shows all; GSM8K is the most widely reported."""
     data: str | None = None
     """File, folder or data settings (key=value,...) with the problems; the default is the benchmark's hub data set."""
     limit: int | None = None
     """Only the first so many problems, at least 1; the default takes all."""
-    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.0))
-    """How solutions are sampled; greedy by default, where one sample is enough."""
-    benchmark_samples: bool = False
-    """Draw as many completions of a problem as the field does on this benchmark (64 of AIME's; stepkd benchmarks shows
-    it) where sampling.n is left at 1; off by default, because greedy evaluations need one."""
     grading: GradingConfig = field(default_factory=GradingConfig)
     """How answers are found and compared."""
     template: str | PromptTemplate | None = None
@@ -110,6 +109,26 @@ class EvaluateConfig(JobConfig):
     """Attention implementation (sdpa, eager, flash_attention_2); the default lets transformers choose."""
     engine: EngineConfig = IN_PROCESS
     """Where solutions are sampled: Transformers (in this process), VLLMServer or VLLM."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_bounds("", self, limit="[1, inf)")
+
+    def limited(self, sampling: SamplingConfig) -> SamplingConfig:
+        """Sampling settings with the benchmark's longest completion where they leave it to it."""
+        longest = sampling.max_new_tokens or get_benchmark(self.benchmark).max_new_tokens
+        return replace(sampling, max_new_tokens=longest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(BenchmarkJobConfig):
+    """One evaluation of a model on a benchmark."""
+
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.0))
+    """How solutions are sampled; greedy by default, where one sample is enough."""
+    benchmark_samples: bool = False
+    """Draw as many completions of a problem as the field does on this benchmark (64 of AIME's; stepkd benchmarks shows
+    it) where sampling.n is left at 1; off by default, because greedy evaluations need one."""
     ks: tuple[int, ...] = ()
     """The k of pass@k and maj@k, each from 1 to the samples of a problem; the default takes the powers of two up to
     that."""
@@ -127,16 +146,92 @@ class EvaluateConfig(JobConfig):
             )
         if n > 1 and self.sampling.temperature == 0:
             raise ConfigError(f"{n} samples at temperature 0 would all be the same: set sampling.temperature")
-        check_bounds("", self, limit="[1, inf)")
         if bad := [k for k in self.ks if not 1 <= k <= n]:
             raise ConfigError(f"k={bad[0]} of pass@k: must lie between 1 and the number of samples per problem, {n}")
 
     @property
     def drawn(self) -> SamplingConfig:
         """``sampling`` with the benchmark's longest completion and number of samples where it leaves them to it."""
-        benchmark, own = get_benchmark(self.benchmark), self.sampling
-        n = benchmark.samples if self.benchmark_samples and own.n == 1 else own.n
-        return replace(own, n=n, max_new_tokens=own.max_new_tokens or benchmark.max_new_tokens)
+        own = self.sampling
+        n = get_benchmark(self.benchmark).samples if self.benchmark_samples and own.n == 1 else own.n
+        return replace(self.limited(own), n=n)
+
+
+METHODS: tuple[type[Search], ...] = (Greedy, BestOfN, Beam)
+"""The methods that settings name by class alone; one of your own is named by its import path."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchJobConfig(BenchmarkJobConfig):
+    """One comparison of test-time methods on a benchmark."""
+
+    methods: tuple[Search, ...]
+    """Methods to compare, each a class with its settings; Greedy is always run, because the others are compared with
+    it."""
+    scorer: ScorerConfig | str | None = None
+    """What scores steps: one of the classes, or a word (run folder, checkpoint, export or published PRM; judge:MODEL;
+    checker; arithmetic; gain); null for methods that ask none."""
+    max_rows: int = 32
+    """Solutions scored at once, at least 1; it belongs to what decides the result: batch shapes decide rounding."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How steps and solutions are drawn; max_new_tokens is the longest solution of every method, and the number of
+    samples is a setting of the job and of its methods, not n."""
+    segmenter: str = "newline"
+    """Segmenter that says where a step ends, by name: newline (the default), blank_line, step_heading, sentence,
+    regex:PATTERN, or adaptive_step:THRESHOLD."""
+    max_step_tokens: int = 128
+    """Longest step in tokens, at least 1; a longer one is cut off and ends its solution."""
+    samples: int = 8
+    """Solutions of a problem that are drawn once, at least 1: methods that choose among samples share them, and
+    best-of-N at the token budget of every other method is read from them."""
+    difficulty_samples: int = 0
+    """Solutions of a problem that no method uses, at least 0, whose pass rate says how difficult it is; 0 divides
+    nothing by difficulty."""
+    ks: tuple[int, ...] = ()
+    """Numbers of samples at which best-of-N is shown, each from 1 to samples; the default takes the powers of two up to
+    that."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_bounds("", self, max_rows="[1, inf)", samples="[1, inf)", difficulty_samples="[0, inf)")
+        check_bounds("", self, max_step_tokens="[1, inf)")
+        get_segmenter(self.segmenter)
+        if self.sampling.n != 1:
+            raise ConfigError(f"sampling.n={self.sampling.n}: a search takes its numbers of samples from samples and n")
+        if self.sampling.temperature == 0:
+            raise ConfigError("sampling.temperature=0: every sample would be the same; greedy is run in any case")
+        if bad := [k for k in self.ks if not 1 <= k <= self.samples]:
+            raise ConfigError(f"ks={bad[0]}: must lie between 1 and the samples of a problem, {self.samples}")
+        names = [method.name for method in self.all_methods]
+        for name in names:
+            if not re.fullmatch(r"[\w@.+-]+", name) or name in ("pool", "difficulty"):
+                raise ConfigError(
+                    f"methods: {name!r} is no name for a method: letters, digits and @.+-_, and neither pool nor "
+                    "difficulty"
+                )
+            if names.count(name) > 1:
+                raise ConfigError(
+                    f"methods: two are called {name}: drop one, or give it settings that its name shows (a class of "
+                    "your own says more in its name)"
+                )
+        for method in self.all_methods:
+            if method.needs_scorer and self.scorer is None:
+                raise ConfigError(f"methods: {method.name} asks a step scorer and there is none: give --scorer")
+            if isinstance(method, BestOfN) and method.n > self.samples:
+                raise ConfigError(
+                    f"methods: {method.name} chooses among n={method.n} samples, and samples={self.samples} are drawn: "
+                    f"give --samples {method.n}"
+                )
+
+    @property
+    def all_methods(self) -> tuple[Search, ...]:
+        """The methods, greedy first where it is not among them."""
+        return self.methods if any(isinstance(each, Greedy) for each in self.methods) else (Greedy(), *self.methods)
+
+    @property
+    def drawn(self) -> SamplingConfig:
+        """``sampling`` with the benchmark's longest completion where it leaves that to it."""
+        return self.limited(self.sampling)
 
 
 @dataclass(frozen=True, kw_only=True)

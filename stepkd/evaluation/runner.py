@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from stepkd.data.completion import Completion
 from stepkd.data.config import DataConfig, benchmark_data, resolve_split
 from stepkd.data.io import fingerprint
 from stepkd.data.load import load_rows
@@ -22,7 +22,7 @@ from stepkd.data.rows import PROBLEM, check_unique_ids
 from stepkd.data.sources import get_benchmark
 from stepkd.data.sources.source import Benchmark
 from stepkd.data.templates import PromptTemplate, get_template
-from stepkd.evaluation.config import EvaluateConfig
+from stepkd.evaluation.config import BenchmarkJobConfig, EvaluateConfig
 from stepkd.evaluation.metrics import COMPARISON_NAME, default_ks, summarise
 from stepkd.evaluation.score_rows import machine_settings
 from stepkd.grading.extract import EXTRACTOR_VERSION
@@ -33,6 +33,7 @@ from stepkd.models.policy import Policy
 from stepkd.models.source import template_for
 from stepkd.runs.job import ALONE, RESULTS_NAME, SUMMARY_NAME, Job, JobOptions, numbered
 from stepkd.sampling.dtype import settled_dtype
+from stepkd.sampling.engine import Engine
 from stepkd.sampling.transformers_engine import encode_prompts, fixed_batches
 from stepkd.scorers.load import pick_device
 
@@ -62,11 +63,72 @@ def evaluate(config: EvaluateConfig, *, policy: Policy | None = None, options: J
         ConfigError: the folder holds another evaluation, or settings contradict each other.
         DataError, ModelError: the data or the model cannot be used.
     """
-    benchmark, sampling = get_benchmark(config.benchmark), config.drawn
+    sampling = config.drawn
+    job = Job(Path(config.out), "evaluation", (RESULTS_NAME, SUMMARY_NAME, COMPARISON_NAME), options)
+    opened = open_benchmark(config, job, policy)
+    rows, prompts, engine, grader = opened.rows, opened.prompts, opened.engine, opened.grader
+    drawn_by = {name: value for name, value in asdict(sampling).items() if name != "seed"}
+    settings = job.begin({**opened.settings, "sampling": drawn_by, "seed": sampling.seed})
+
+    def work(batch: list[int]) -> list[dict[str, Any]]:
+        drawn = engine.generate([prompts[i].prompt_ids for i in batch], sampling, purpose="evaluate", indices=batch)
+        judged = judge([rows[i] for i in batch], drawn, grader)
+        return [opened.told(i) | {"samples": samples} for i, samples in zip(batch, judged, strict=True)]
+
+    units = numbered(fixed_batches(prompts, sampling.n, config.engine.at_once))
+    with grader:
+        job.work(PROBLEMS, units, work, running)
+    results = job.rows(PROBLEMS, units)
+    if results is None:
+        return {}
+    summary = summarise(results, config.ks or default_ks(sampling.n), seed=sampling.seed)
+    summary |= {"benchmark": config.benchmark, "model": config.model}
+    _warn_of_cut_off(summary["metrics"], sampling.longest)
+    job.finish(RESULTS_NAME, results, summary)
+    return summary | {"settings": settings}
+
+
+@dataclass(frozen=True)
+class OpenedBenchmark:
+    """What a job on a benchmark works with."""
+
+    rows: Sequence[dict[str, Any]]
+    """The problems."""
+    prompts: Sequence[Completion]
+    """Their prompts, encoded."""
+    policy: Policy
+    """The model."""
+    engine: Engine
+    """Samples from it."""
+    grader: Grader
+    """Finds and compares answers; enter it before it is used."""
+    settings: Mapping[str, Any]
+    """The part of the job's settings that says what all this is: data, model, prompt, engine, grading, machine."""
+
+    def told(self, index: int) -> dict[str, Any]:
+        """What a result row says of its problem: ``id``, ``index``, ``prompt`` (as the model reads it), ``answer``."""
+        row, ids = self.rows[index], self.prompts[index].prompt_ids.tolist()
+        prompt = self.policy.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return {"id": str(row["id"]), "index": index, "prompt": prompt, "answer": str(row["answer"])}
+
+
+def open_benchmark(config: BenchmarkJobConfig, job: Job, policy: Policy | None = None) -> OpenedBenchmark:
+    """Load what a job on a benchmark works with; the job's folder is checked first, and nothing is written.
+
+    Args:
+        config: which model and problems.
+        job: keeps what is measured (dtype ``auto``).
+        policy: an already loaded model to use in place of loading ``config.model``; an engine elsewhere is given its
+            weights.
+
+    Raises:
+        ConfigError: the folder holds another job, or settings contradict each other.
+        DataError, ModelError: the data or the model cannot be used.
+    """
+    benchmark = get_benchmark(config.benchmark)
     given = None if config.template is None else get_template(config.template)
     grader = Grader(config.grading, extractors=benchmark.extractors)
     device = pick_device(config.device)
-    job = Job(Path(config.out), "evaluation", (RESULTS_NAME, SUMMARY_NAME, COMPARISON_NAME), options)
     job.check()
     data = benchmark_data(benchmark, config.data, config.limit)
     rows = load_rows(data, contract=PROBLEM)
@@ -79,45 +141,16 @@ def evaluate(config: EvaluateConfig, *, policy: Policy | None = None, options: J
     template = replace(template_for(config.model, benchmark.template, given), **asked)
     prompts = encode_prompts(policy, template, rows)
     engine = config.engine.for_job(policy, device)
-    settings = job.begin(
-        _data_settings(benchmark, data, rows)
-        | _model_settings(config.model, policy, template)
-        | {
-            "sampling": {name: value for name, value in asdict(sampling).items() if name != "seed"},
-            "seed": sampling.seed,
-            "engine": {"name": type(config.engine).__name__} | engine.facts(),
-            "batch_size": config.engine.at_once,
-            "extractor": EXTRACTOR_VERSION,
-            "extractors": list(grader.extractors),
-            **config.grading.decides(),
-        }
-    )
-    decode = partial(policy.tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-    def work(batch: list[int]) -> list[dict[str, Any]]:
-        drawn = engine.generate([prompts[i].prompt_ids for i in batch], sampling, purpose="evaluate", indices=batch)
-        return [
-            {
-                "id": str(rows[i]["id"]),
-                "index": i,
-                "prompt": decode(prompts[i].prompt_ids.tolist()),
-                "answer": str(rows[i]["answer"]),
-                "samples": samples,
-            }
-            for i, samples in zip(batch, judge([rows[i] for i in batch], drawn, grader), strict=True)
-        ]
-
-    units = numbered(fixed_batches(prompts, sampling.n, config.engine.at_once))
-    with grader:
-        job.work(PROBLEMS, units, work, _running)
-    results = job.rows(PROBLEMS, units)
-    if results is None:
-        return {}
-    summary = summarise(results, config.ks or default_ks(sampling.n), seed=sampling.seed)
-    summary |= {"benchmark": benchmark.name, "model": config.model}
-    _warn_of_cut_off(summary["metrics"], sampling.longest)
-    job.finish(RESULTS_NAME, results, summary)
-    return summary | {"settings": settings}
+    settings = {
+        **_data_settings(benchmark, data, rows),
+        **_model_settings(config.model, policy, template),
+        "engine": {"name": type(config.engine).__name__} | engine.facts(),
+        "batch_size": config.engine.at_once,
+        "extractor": EXTRACTOR_VERSION,
+        "extractors": list(grader.extractors),
+        **config.grading.decides(),
+    }
+    return OpenedBenchmark(rows, prompts, policy, engine, grader, settings)
 
 
 def _warn_of_cut_off(metrics: dict[str, Any], limit: int) -> None:
@@ -129,7 +162,8 @@ def _warn_of_cut_off(metrics: dict[str, Any], limit: int) -> None:
         )
 
 
-def _running(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float | None]]:
+def running(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float | None]]:
+    """Running figures of result rows, for the progress line: the share of correct samples, and tokens per second."""
     samples = [sample for row in rows for sample in row["samples"]]
     return {
         "correct": (sum(sample["verdict"] == "correct" for sample in samples), len(samples)),

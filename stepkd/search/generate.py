@@ -325,10 +325,7 @@ class ScorerValue:
         Raises:
             DataError: a score outside [0, 1].
         """
-        values = [
-            None if scores is None else self._value(scores, reduction or self.reduction)
-            for scores in self.step_scores(states)
-        ]
+        values = [None if scores is None else self.reduced(scores, reduction) for scores in self.step_scores(states)]
         for state, value in zip(states, values, strict=True):
             self.costs[state.problem.index]["unscored"] += value is None
         return values
@@ -353,7 +350,14 @@ class ScorerValue:
             self._known |= {(index, each): scores for each, scores in zip(steps, scored, strict=True)}
         return [self._known.get(key) for key in keys]
 
-    def _value(self, scores: Sequence[float], reduction: Reduction) -> float | None:
+    def reduced(self, scores: Sequence[float], reduction: Reduction | None = None) -> float | None:
+        """One score of those of a solution's steps; None where one that counts is missing.
+
+        Args:
+            scores: of the steps, at least one; NaN: missing.
+            reduction: from the scores of all steps to one; None: its own.
+        """
+        reduction = reduction or self.reduction
         # Only the last step's score counts then; those before it may be missing.
         if reduction == "last":
             scores = scores[-1:]

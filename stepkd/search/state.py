@@ -275,12 +275,17 @@ class Tools:
         return vote_keys(answers, self.grader)
 
 
-@dataclass(frozen=True, kw_only=True)
 class Search(ABC):
-    """A test-time method; its settings are its fields."""
+    """A test-time method: a frozen dataclass whose fields are its settings."""
 
     needs_scorer: ClassVar[bool] = True
     """Whether it asks a step scorer."""
+
+    @property
+    def at_once(self) -> int:
+        """Solutions of a problem that it has in the making at once, >= 1: its setting ``n`` where it has one. A job
+        takes so many problems at a time that they fill the engine's batch."""
+        return int(getattr(self, "n", 1))
 
     @property
     def name(self) -> str:

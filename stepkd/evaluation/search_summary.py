@@ -1,0 +1,262 @@
+"""What the rows of a search say: accuracy and cost of every method, and paired differences at equal cost.
+
+Methods that draw different numbers of tokens are compared with best-of-N *at the same token budget*. The pool holds N
+samples of every problem; choosing among k of them costs k times the mean length of a sample, and is worth the
+expectation over all subsets of k. At a method's mean generated tokens per problem lies a k between two whole numbers,
+where each problem's expectation is interpolated linearly. The k counts as known: its own chance is not in the interval.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Unpack, get_args
+
+import numpy as np
+
+from stepkd.errors import DataError
+from stepkd.evaluation.best_of_n import MAJORITY, ProblemSamples, expected_accuracies, peak
+from stepkd.scorers.scorer import Reduction
+from stepkd.statistics import (
+    FloatArray,
+    Resampling,
+    Result,
+    cluster_bootstrap,
+    mean_interval,
+    ratio_of_sums,
+)
+
+POOL, DIFFICULTY = "pool", "difficulty"
+"""Rows of samples that are no method's answer."""
+GREEDY = "greedy"
+"""The method that the others are compared with."""
+BINS = ("0", "0 to 1/3", "1/3 to 2/3", "2/3 to 1", "1")
+"""Bins of the pass rate, the most difficult problems first; a bound belongs to the bin below it, 1 is a bin alone."""
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Budget(Result):
+    """How many samples cost what a method costs."""
+
+    samples: float
+    """Mean generated tokens of the method over those of one sample."""
+    used: float
+    """The number of samples that it is compared at: the same, or the nearest that there is."""
+    clamped: bool
+    """Whether the two differ: the method draws more than the whole pool, or less than one sample."""
+
+    @property
+    def needs(self) -> int:
+        """Samples of a problem that the pool would have to hold."""
+        return math.ceil(self.samples)
+
+
+def budget_of(generated: FloatArray, per_sample: FloatArray, most: int) -> Budget:
+    """The number of samples at a method's token budget.
+
+    Args:
+        generated: (problems,) tokens that the method drew.
+        per_sample: (problems,) mean tokens of a sample.
+        most: samples of a problem in the pool, at least 1.
+    """
+    samples = float(generated.sum() / per_sample.sum())
+    used = min(max(samples, 1.0), float(most))
+    return Budget(samples, used, used != samples)
+
+
+def at_budget(values: FloatArray, ks: Sequence[int], samples: float) -> FloatArray:
+    """A curve between whole numbers of samples, problem by problem.
+
+    Args:
+        values: (problems, ks) expected accuracies.
+        ks: ascending; hold the whole numbers on both sides of ``samples``.
+        samples: within them.
+
+    Returns:
+        (problems,) linear interpolation.
+    """
+    low = math.floor(samples)
+    below, above = values[:, ks.index(low)], values[:, ks.index(math.ceil(samples))]
+    return np.asarray(below + (samples - low) * (above - below))
+
+
+def difficulty_bin(pass_rate: float) -> int:
+    """Number of the bin (:data:`BINS`) of a pass rate in [0, 1]."""
+    return 4 if pass_rate == 1 else math.ceil(3 * pass_rate - 1e-9)
+
+
+def summarise_search(
+    rows: Sequence[Row],
+    methods: Sequence[str],
+    ks: Sequence[int],
+    *,
+    reduction: Reduction | None = None,
+    **settings: Unpack[Resampling],
+) -> dict[str, Any]:
+    """Metrics of a search from its rows (layout in :mod:`stepkd.evaluation.search`).
+
+    Args:
+        rows: all rows of all methods, in any order.
+        methods: names of the methods, ``greedy`` among them.
+        ks: numbers of samples at which best-of-N is shown.
+        reduction: from step scores to one where best-of-N is compared with the methods; None: there is no scorer.
+        **settings: see :class:`~stepkd.statistics.Resampling`.
+
+    Returns:
+        JSON values; an interval is ``{"value", "low", "high", "method"}``. ``problems``; ``seed`` and ``n_resamples``
+        where given; and
+
+        - ``methods``: name -> ``accuracy``; ``generated_tokens``, ``scored_tokens``, ``scorer_calls`` (means per
+          problem); ``accuracy_per_1000_tokens`` (correct answers per 1,000 generated tokens); ``cut_off``, ``unparsed``
+          (answers), ``unscored`` (solutions), counts; ``minus_greedy`` (paired difference of accuracies; null for
+          greedy); ``budget`` (``samples``, ``used``, ``clamped``) and ``minus_best_of_n``: paired difference to
+          choosing among ``used`` samples by ``majority``, and with a scorer by ``max`` and ``weighted``;
+          ``by_difficulty``: bin -> accuracy or null.
+        - ``pool``: ``samples``, ``generated_tokens`` of one sample, ``unscored``, ``reduction``, ``ks``, ``curves``
+          (name -> interval at each k: ``pass``, ``majority``, and with a scorer every reduction by itself and with
+          ``_vote``, the weighted vote), ``peaks`` (name -> ``k`` with the highest accuracy and the ``fall`` from there
+          to the largest k).
+        - ``difficulty``: ``samples``, ``pass_rate``, ``bins`` (bin -> problems); null without such samples.
+
+    Raises:
+        DataError: a method without a row for a problem that others have.
+    """
+    groups = {name: _sorted(rows, name) for name in (*methods, POOL, DIFFICULTY)}
+    numbers = [row["index"] for row in groups[POOL]]
+    for name in methods:
+        if [row["index"] for row in groups[name]] != numbers:
+            raise DataError(f"the rows of {name!r} are not of the problems of the pool", column="method")
+    pool = _Pool(groups[POOL], reduction, settings)
+    bins = _bins(groups[DIFFICULTY])
+    greedy = _correct(groups[GREEDY])
+    told = {
+        name: _method(groups[name], settings)
+        | {"minus_greedy": _mean(_correct(groups[name]) - greedy, settings) if name != GREEDY else None}
+        | pool.compared(groups[name])
+        | {"by_difficulty": _by_bin(_correct(groups[name]), bins, settings)}
+        for name in methods
+    }
+    return {
+        "problems": len(numbers),
+        **settings,
+        "methods": told,
+        "pool": pool.told(ks),
+        "difficulty": _difficulty(groups[DIFFICULTY], bins, settings),
+    }
+
+
+def _sorted(rows: Sequence[Row], method: str) -> list[Row]:
+    return sorted((row for row in rows if row["method"] == method), key=lambda row: row["index"])
+
+
+def _correct(rows: Sequence[Row]) -> FloatArray:
+    """Whether the answer of each row is correct."""
+    return np.array([row["samples"][0]["verdict"] == "correct" for row in rows], dtype=np.float64)
+
+
+def _generated(rows: Sequence[Row]) -> FloatArray:
+    return np.array([row["tokens"]["generated"] for row in rows], dtype=np.float64)
+
+
+def _mean(values: FloatArray, settings: Resampling) -> dict[str, Any]:
+    return cluster_bootstrap(values, **settings).to_dict()
+
+
+def _method(rows: Sequence[Row], settings: Resampling) -> dict[str, Any]:
+    correct, generated = _correct(rows), _generated(rows)
+    answers = [row["samples"][0] for row in rows]
+    rate = cluster_bootstrap(np.stack([1000 * correct, generated], axis=1), ratio_of_sums, **settings)
+    return {
+        "accuracy": mean_interval(correct, **settings).to_dict(),
+        "generated_tokens": _mean(generated, settings),
+        "scored_tokens": _mean(np.array([float(row["tokens"]["scored"]) for row in rows]), settings),
+        "scorer_calls": _mean(np.array([float(row["scorer_calls"]) for row in rows]), settings),
+        "accuracy_per_1000_tokens": rate.to_dict(),
+        "cut_off": sum(answer["finish"] == "length" for answer in answers),
+        "unparsed": sum(answer["verdict"] == "unparsed" for answer in answers),
+        "unscored": sum(row["unscored"] for row in rows),
+    }
+
+
+class _Pool:
+    """The shared samples, and what choosing among them is worth."""
+
+    def __init__(self, rows: Sequence[Row], reduction: Reduction | None, settings: Resampling) -> None:
+        self.rows, self.reduction, self.settings = rows, reduction, settings
+        self.problems = [
+            ProblemSamples(
+                str(row["id"]),
+                [sample["verdict"] == "correct" for sample in row["samples"]],
+                [sample["vote"] for sample in row["samples"]],
+            )
+            for row in rows
+        ]
+        self.size = len(rows[0]["samples"])
+        self.seed = settings.get("seed", 0)
+
+    def scores(self, reduction: Reduction) -> list[list[float | None]]:
+        return [[sample["scores"][reduction] for sample in row["samples"]] for row in self.rows]
+
+    def compared(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """A method beside best-of-N at its token budget."""
+        budget = budget_of(_generated(rows), _generated(self.rows) / self.size, self.size)
+        ks = sorted({math.floor(budget.used), math.ceil(budget.used)})
+        scores = {} if self.reduction is None else {"max": self.scores(self.reduction)}
+        curves = expected_accuracies(self.problems, ks, scores, seed=self.seed)
+        names = {"majority": MAJORITY} | ({"max": "max", "weighted": "max_vote"} if scores else {})
+        correct = _correct(rows)
+        minus = {
+            vote: _mean(correct - at_budget(curves[name], ks, budget.used), self.settings)
+            for vote, name in names.items()
+        }
+        return {"budget": budget.to_dict(), "minus_best_of_n": minus}
+
+    def told(self, ks: Sequence[int]) -> dict[str, Any]:
+        """What the summary says of it."""
+        grid = sorted(set(ks))
+        scores = {} if self.reduction is None else {each: self.scores(each) for each in get_args(Reduction)}
+        curves = expected_accuracies(self.problems, grid, scores, seed=self.seed)
+        shown = {
+            name: [mean_interval(np.clip(column, 0.0, 1.0), **self.settings).to_dict() for column in values.T]
+            for name, values in curves.items()
+        }
+        return {
+            "samples": self.size,
+            "generated_tokens": _mean(_generated(self.rows) / self.size, self.settings),
+            "unscored": sum(row["unscored"] for row in self.rows),
+            "reduction": self.reduction,
+            "ks": grid,
+            "curves": shown,
+            "peaks": {name: peak(values, grid, **self.settings).to_dict() for name, values in curves.items()},
+        }
+
+
+def _pass_rates(rows: Sequence[Row]) -> FloatArray:
+    return np.array([np.mean([sample["verdict"] == "correct" for sample in row["samples"]]) for row in rows])
+
+
+def _bins(rows: Sequence[Row]) -> list[int]:
+    """Bin of every problem, in order; empty without samples."""
+    return [difficulty_bin(float(rate)) for rate in _pass_rates(rows)]
+
+
+def _by_bin(correct: FloatArray, bins: Sequence[int], settings: Resampling) -> dict[str, Any]:
+    members = (
+        {name: [c for c, own in zip(correct, bins, strict=True) if own == i] for i, name in enumerate(BINS)}
+        if bins
+        else {}
+    )
+    return {name: mean_interval(own, **settings).to_dict() if own else None for name, own in members.items()}
+
+
+def _difficulty(rows: Sequence[Row], bins: Sequence[int], settings: Resampling) -> dict[str, Any] | None:
+    if not rows:
+        return None
+    return {
+        "samples": len(rows[0]["samples"]),
+        "pass_rate": mean_interval(_pass_rates(rows), **settings).to_dict(),
+        "bins": {name: bins.count(i) for i, name in enumerate(BINS)},
+    }
