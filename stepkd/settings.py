@@ -341,13 +341,15 @@ def _refused(name: str, value: Any, known: dict[str, Any]) -> str:
         nested = False
     if value is None or nested or _takes(hint, value):
         return ""
-    if isinstance(value, str) and (kinds := _choice(hint)):
-        if any(_class(value, kind) for kind in _classes(hint)):
+    named = [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, str)]
+    if named and (kinds := _choice(hint)):
+        unknown = [each for each in named if not any(_class(each, kind) for kind in _classes(hint))]
+        if not unknown:
             return ""
         names = [kind.__name__ for kind in kinds]
-        near = get_close_matches(value.rpartition(".")[2], names, n=1)
+        near = get_close_matches(unknown[0].rpartition(".")[2], names, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(names)}"
-        return f"{name}: no class {value!r}; {hint}"
+        return f"{name}: no class {unknown[0]!r}; {hint}"
     if level := _below(name, known):
         return f"{name}: expected {'a list of ' if _is_list(hint) else ''}{{{', '.join(level)}}}, got {str(value)!r}"
     expected, words = [], list[str]()
@@ -432,7 +434,8 @@ def built(kind: type[S], values: Any, place: str = "") -> S:
         hints, names = get_type_hints(kind), [each.name for each in fields(kind) if each.init]
     else:  # of one's own
         hints, names = get_type_hints(kind.__init__), list(vars(values))
-    parts = {name: _part(hints.get(name), values[name], start + name) for name in names}
+    # Of a list's members, the parser leaves out what was not given.
+    parts = {name: _part(hints.get(name), values[name], start + name) for name in names if name in values}
     try:
         return kind(**parts)
     except StepkdError as error:

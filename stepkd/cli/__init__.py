@@ -26,6 +26,7 @@ TRAINER_COMMANDS = {
 COMMANDS = {
     "evaluate": "benchmark a model: gsm8k, math500, ...",
     "evaluate-prm": "judge a step scorer: ProcessBench F1, calibration, on any step-labelled set",
+    "search": "compare test-time methods at their cost: best-of-N, beam search, DVTS, ...",
     "best-of-n": "accuracy of choosing among N samples by scorers, by vote and by both",
     "compare": "compare two evaluations problem by problem",
     "benchmarks": "list the benchmarks",
@@ -108,8 +109,8 @@ def _main(arguments: list[str]) -> int:
         return 1
     except KeyboardInterrupt:
         print(
-            f"\nstepkd {command}: interrupted; fit, evaluate, evaluate-prm, label, pairs, score, cache-teacher, "
-            "iterate, claims and quickstart can be resumed",
+            f"\nstepkd {command}: interrupted; fit, evaluate, evaluate-prm, search, label, pairs, score, "
+            "cache-teacher, iterate, claims and quickstart can be resumed",
             file=sys.stderr,
         )
         return 130

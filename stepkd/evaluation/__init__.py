@@ -6,8 +6,9 @@ from stepkd.lazy import lazily
 
 _HOMES = {
     "metrics": "Comparison compare_runs maj_at_k pass_at_k summarise",
-    "config": "EvaluateConfig EvaluatePRMConfig ScoreConfig",
+    "config": "EvaluateConfig EvaluatePRMConfig ScoreConfig SearchJobConfig",
     "runner": "evaluate",
+    "search": "search_benchmark",
 }
 
 __getattr__ = lazily(__name__, _HOMES)

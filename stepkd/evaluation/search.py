@@ -6,7 +6,7 @@ scored), ``parts/``, and at the end ``results.jsonl`` and ``summary.json``. A un
 method, or the batch's shared samples with all methods that choose among them. A killed job resumes and ends with the
 same bytes.
 
-A row of ``results.jsonl`` is a problem under a method, sorted by problem and then in the order of the methods::
+A row of ``results.jsonl`` is a problem under a method; those of a problem stand together::
 
     {"id": str, "index": int, "prompt": str, "answer": str,      # of the problem, as in an evaluation
      "method": str,                                              # its name (Search.name), or one of the two below

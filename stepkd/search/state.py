@@ -278,7 +278,8 @@ class Tools:
 class Search(ABC):
     """A test-time method: a frozen dataclass whose fields are its settings."""
 
-    needs_scorer: ClassVar[bool] = True
+    # Without annotation: jsonargparse reads those of a settings class with the names of its own module.
+    needs_scorer = True
     """Whether it asks a step scorer."""
 
     @property
