@@ -29,7 +29,7 @@ def run(config: SearchJobConfig) -> int:
     if not summary:
         return job.share_is_done("results")
     print_summary(job.console, summary)
-    job.say(*_notes(summary), f"\nrows with decisions, settings and summary: {config.out}")
+    job.say(*notes(summary), f"\nrows with decisions, settings and summary: {config.out}")
     return 0
 
 
@@ -62,7 +62,7 @@ def print_summary(console: Any, summary: Mapping[str, Any]) -> None:
     console.print(table)
 
 
-def _notes(summary: Mapping[str, Any]) -> list[str]:
+def notes(summary: Mapping[str, Any]) -> list[str]:
     """What a reader of the table must know."""
     from stepkd.statistics import percent
 

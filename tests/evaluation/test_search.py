@@ -1,0 +1,169 @@
+"""The job that compares test-time methods: its rows, its costs, how it resumes, and settings that it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stepkd.errors import ConfigError
+from stepkd.evaluation.config import SearchJobConfig
+from stepkd.evaluation.search import search_benchmark
+from stepkd.models.policy import Policy
+from stepkd.runs.job import JobOptions, read_results
+from stepkd.sampling.config import Transformers
+from stepkd.sampling.engine import SamplingConfig
+from stepkd.search.beam import Beam
+from stepkd.search.best_of_n import BestOfN, Greedy
+
+OUTPUTS = ("settings.json", "results.jsonl", "summary.json")
+METHODS = ("greedy", "self_consistency@2", "best_of_n@3", "beam@2x2")
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> SearchJobConfig:
+    return SearchJobConfig(
+        model="tiny-0.1m",
+        benchmark="task",
+        data="task=modular:terms=3,n=3",
+        out=str(tmp_path / "out"),
+        methods=(BestOfN(n=2, vote="majority"), BestOfN(n=3, vote="max"), Beam(n=2, width=2)),
+        scorer="checker",
+        samples=3,
+        difficulty_samples=2,
+        max_step_tokens=4,
+        sampling=SamplingConfig(max_new_tokens=8),
+        engine=Transformers(4),
+        dtype="float64",
+        device="cpu",
+    )
+
+
+def whole(out: str | Path) -> list[bytes]:
+    return [(Path(out) / name).read_bytes() for name in OUTPUTS]
+
+
+def test_rows_hold_answers_costs_and_decisions_and_the_summary_is_made_of_them(
+    config: SearchJobConfig, policy: Policy
+) -> None:
+    summary = search_benchmark(config, policy=policy)
+    rows = read_results(config.out)
+    assert [(row["index"], row["method"]) for row in rows] == [
+        (i, name)
+        for i in range(3)
+        for name in ("pool", "self_consistency@2", "best_of_n@3", "difficulty", "greedy", "beam@2x2")
+    ]
+    by_method = {row["method"]: row for row in rows if row["index"] == 0}
+    pool = by_method["pool"]
+    assert list(pool) == [
+        "id", "index", "prompt", "answer", "method", "samples", "tokens", "scorer_calls", "unscored", "trace"
+    ]  # fmt: skip
+    lengths = [sample["tokens"] for sample in pool["samples"]]
+    assert (len(lengths), pool["tokens"]["generated"], pool["scorer_calls"]) == (3, sum(lengths), 3)
+    for sample in pool["samples"]:
+        assert sample["step_chars"][-1] == len(sample["completion"])
+        assert len(sample["step_scores"]) == len(sample["step_chars"])
+        assert set(sample["scores"]) == {"product", "min", "mean", "last"}
+    # Methods on the pool are charged for what they choose among, and hold their answer alone.
+    vote, best = by_method["self_consistency@2"], by_method["best_of_n@3"]
+    assert (vote["tokens"], vote["scorer_calls"]) == ({"generated": sum(lengths[:2]), "scored": 0}, 0)
+    assert (best["tokens"], best["scorer_calls"]) == (pool["tokens"], 3)
+    assert best["samples"][0]["completion"] == pool["samples"][best["trace"][0]["kept"][0]]["completion"]
+    assert [len(row["samples"]) for row in (vote, best, by_method["greedy"], by_method["difficulty"])] == [1, 1, 1, 2]
+    assert by_method["greedy"]["tokens"]["scored"] == 0
+    assert [event["event"] for event in by_method["beam@2x2"]["trace"]][-1] == "choice"
+    drawn = {sample["completion"] for name in ("pool", "difficulty") for sample in by_method[name]["samples"]}
+    assert len(drawn) == 5, "samples for difficulty are not those of the pool"
+
+    written = json.loads((Path(config.out) / "summary.json").read_text())
+    assert written == {key: value for key, value in summary.items() if key != "settings"}
+    assert tuple(written["methods"]) == METHODS
+    assert (written["problems"], written["pool"]["samples"], written["pool"]["reduction"]) == (3, 3, "product")
+    assert summary["settings"]["methods"]["beam@2x2"]["class_path"] == "stepkd.search.beam.Beam"
+    log = [json.loads(line) for line in (Path(config.out) / "log" / "rank-0.jsonl").read_text().splitlines()][1:]
+    assert {entry["unit"].rpartition("-")[0] for entry in log} == {"pool", "difficulty", "greedy", "beam@2x2"}
+    assert all(entry["tokens/s"] > 0 for entry in log)
+    assert not any(re.search(rb"seconds|tokens/s|host", content) for content in whole(config.out))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_whatever_is_missing_the_job_ends_with_the_same_bytes(
+    config: SearchJobConfig, policy: Policy, tmp_path: Path, ranks: int
+) -> None:
+    config = replace(config, methods=(BestOfN(n=2, vote="majority"), Beam(n=2, width=2)), difficulty_samples=0)
+    search_benchmark(config, policy=policy)
+    out = tmp_path / "again"
+    shutil.copytree(config.out, out, ignore=shutil.ignore_patterns("results.jsonl", "summary.json"))
+    for part in sorted((out / "parts" / "search").iterdir())[1:]:
+        part.unlink()
+    told = [
+        search_benchmark(replace(config, out=str(out)), policy=policy, options=JobOptions(rank=rank, world_size=ranks))
+        for rank in range(ranks)
+    ]
+    assert [bool(each) for each in told] == [False, True][-ranks:]
+    assert whole(out) == whole(config.out)
+
+
+def test_methods_without_a_scorer_need_none_and_another_job_is_refused(config: SearchJobConfig, policy: Policy) -> None:
+    plain = replace(config, methods=(Greedy(),), scorer=None, samples=1, difficulty_samples=0)
+    summary = search_benchmark(plain, policy=policy)
+    assert list(summary["methods"]["greedy"]["minus_best_of_n"]) == ["majority"]
+    assert set(summary["pool"]["curves"]) == {"pass", "majority"}
+    assert (summary["difficulty"], summary["settings"]["scorer"]) == (None, None)
+    with pytest.raises(ConfigError, match=r"(?s)samples: 1 then, 2 now.*another --out"):
+        search_benchmark(replace(plain, samples=2), policy=policy)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nothing(Greedy):
+    """Finds nothing, under a name that a test gives it."""
+
+    called: str = "nothing"
+
+    @property
+    def name(self) -> str:
+        return self.called
+
+    def run(self, problems: Any, tools: Any) -> Any:
+        return [[] for _ in problems]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scorer": None}, r"best_of_n@3 asks a step scorer and there is none: give --scorer"),
+        ({"samples": 2}, r"best_of_n@3 chooses among n=3 samples, and samples=2 are drawn: give --samples 3"),
+        ({"methods": (BestOfN(n=2), BestOfN(n=2, temperature=0.5))}, r"two are called best_of_n_weighted@2"),
+        ({"methods": (Nothing(called="pool"),)}, r"'pool' is no name for a method"),
+        ({"methods": (Nothing(called="a/b"),)}, r"'a/b' is no name for a method"),
+        ({"sampling": SamplingConfig(temperature=0.0)}, r"sampling\.temperature=0: every sample"),
+        ({"sampling": SamplingConfig(n=2)}, r"sampling\.n=2: a search takes its numbers"),
+        ({"ks": (1, 4)}, r"ks=4: must lie between 1 and the samples of a problem, 3"),
+        ({"samples": 0}, r"samples=0"),
+        ({"difficulty_samples": -1}, r"difficulty_samples=-1"),
+        ({"segmenter": "newlines"}, r"newlines"),
+        ({"limit": 0}, r"limit=0"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_work_are_refused_at_once(
+    config: SearchJobConfig, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        replace(config, **changes)
+
+
+def test_a_method_that_finds_nothing_is_an_error(config: SearchJobConfig, policy: Policy) -> None:
+    broken = replace(config, methods=(Greedy(), Nothing()), difficulty_samples=0, samples=1, limit=1)
+    with pytest.raises(ConfigError, match="nothing found nothing for a problem"):
+        search_benchmark(broken, policy=policy)
+
+
+def test_greedy_is_run_whether_or_not_it_is_named(config: SearchJobConfig) -> None:
+    assert [each.name for each in config.all_methods] == list(METHODS)
+    assert replace(config, methods=(Greedy(),)).all_methods == (Greedy(),)
