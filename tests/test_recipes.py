@@ -24,6 +24,7 @@ OVERLAYS = sorted((ROOT / "base").glob("*.yaml"))
 TEACHERS = sorted((ROOT / "teacher").glob("*.yaml"))
 ENGINES = sorted((ROOT / "engine").glob("*.yaml"))
 EVALUATIONS = sorted((ROOT / "eval").glob("*.yaml"))
+SEARCHES = sorted((ROOT / "search").glob("*.yaml"))
 PARITY = sorted((ROOT / "parity").glob("*.yaml"))
 LOGGERS = sorted((ROOT / "logger").glob("*.yaml"))
 STRATEGIES = sorted((ROOT / "strategy").glob("*.yaml"))
@@ -63,6 +64,10 @@ def test_house_rules(path: Path) -> None:
         assert any(f"stepkd claims run {path.stem}" in line and line.startswith("#") for line in lines), (
             "no command in the header"
         )
+    elif path in SEARCHES:
+        assert any(f"--config search/{path.stem}" in line and line.startswith("#") for line in lines), (
+            "no command in the header"
+        )
     elif path not in SHARED:
         assert not has_list(yaml.safe_load("\n".join(lines))), "a list in an overlay replaces the method's list"
 
@@ -80,6 +85,21 @@ def test_settings_of_evaluations_draw_what_the_field_draws(path: Path, benchmark
     assert config.drawn.max_new_tokens == {"aime24": 4096, "math500": 2048, "gsm8k": 1024}[benchmark]
     if path.stem == "sampled":
         assert parse(EvaluateConfig, [*words, "--sampling.n", "8"], command="evaluate").drawn.n == 8
+
+
+@pytest.mark.parametrize("path", SEARCHES, ids=name)
+def test_searches_take_the_model_and_scorer_of_the_command_line(path: Path) -> None:
+    from stepkd.cli.parser import parse
+    from stepkd.evaluation.config import SearchJobConfig
+    from stepkd.yaml_files import as_yaml
+
+    words = ["--config", f"search/{path.stem}", "--model", "tiny-0.1m", "--scorer", "checker", "--out", "x"]
+    config = parse(SearchJobConfig, words, command="search")
+    names = [method.name for method in config.all_methods]
+    assert (names[0], config.model, config.scorer) == ("greedy", "tiny-0.1m", "checker")
+    assert len(names) > 1
+    again = parse(SearchJobConfig, ["--config", yaml.safe_dump(as_yaml(config))], command="search")
+    assert again == config, "config.yaml of the job starts it again"
 
 
 @pytest.mark.parametrize("path", PARITY, ids=name)

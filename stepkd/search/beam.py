@@ -3,6 +3,8 @@
 Both draw steps, score the solutions they lead to, and go on with the best. Step beam search (Snell et al. 2024, arXiv
 2408.03314, section 5.2) keeps the best of all; diverse verifier tree search (Beeching et al. 2024, "Scaling test-time
 compute with open models") divides them into trees that share nothing but the prompt, and keeps the best of each.
+search-and-learn's code scores a step with a lookahead of one more by default, and lets all candidates of a tree's last
+step vote; here a step is scored as it is, and the best of each tree votes.
 """
 
 from __future__ import annotations
