@@ -87,6 +87,13 @@ def test_settings_of_evaluations_draw_what_the_field_draws(path: Path, benchmark
         assert parse(EvaluateConfig, [*words, "--sampling.n", "8"], command="evaluate").drawn.n == 8
 
 
+def test_every_search_method_has_a_recipe() -> None:
+    from stepkd.evaluation.config import METHODS
+
+    named = {each["class_path"] for path in SEARCHES for each in yaml.safe_load(path.read_text("utf-8"))["methods"]}
+    assert named | {"Greedy"} == {method.__name__ for method in METHODS}, "Greedy is run by every one"
+
+
 @pytest.mark.parametrize("path", SEARCHES, ids=name)
 def test_searches_take_the_model_and_scorer_of_the_command_line(path: Path) -> None:
     from stepkd.cli.parser import parse
