@@ -67,7 +67,7 @@ class Peak(Result):
     """Where a method's curve is highest, and how far it falls behind that."""
 
     k: int
-    """Number of samples with the highest expected accuracy, the least of equal ones."""
+    """Number of samples with the highest expected accuracy, the largest of equal ones."""
     fall: Interval
     """Expected accuracy there minus that at the largest k, paired bootstrap over problems. The k is picked on the same
     problems, so an interval that only just excludes 0 is no evidence of over-optimisation."""
@@ -199,7 +199,7 @@ def peak(values: FloatArray, ks: Sequence[int], **settings: Unpack[Resampling]) 
         **settings: see :class:`~stepkd.statistics.Resampling`.
     """
     means = values.mean(axis=0)
-    best = int(np.argmax(means >= means.max() - TIE))
+    best = int(np.flatnonzero(means >= means.max() - TIE)[-1])
     return Peak(ks[best], cluster_bootstrap(values[:, best] - values[:, -1], **settings))
 
 

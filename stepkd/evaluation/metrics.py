@@ -314,7 +314,7 @@ def compare_runs(dir_a: str | Path, dir_b: str | Path, **resampling: Unpack[Resa
     """
     settings_a, settings_b = read_settings(dir_a), read_settings(dir_b)
     for folder, own in ((dir_a, settings_a), (dir_b, settings_b)):
-        if "benchmark" not in own:
+        if "benchmark" not in own or "methods" in own:  # a search has several rows a problem
             raise ConfigError(f"{folder} holds no evaluation, but another kind of job ({own['kind']})")
     settings = differences(settings_a, settings_b)
     for key, what in (("benchmark.name", "benchmarks"), ("benchmark.data", "data (fingerprints)")):

@@ -13,6 +13,7 @@ import pytest
 
 from stepkd.errors import ConfigError
 from stepkd.evaluation.config import SearchJobConfig
+from stepkd.evaluation.metrics import compare_runs
 from stepkd.evaluation.search import search_benchmark
 from stepkd.models.policy import Policy
 from stepkd.runs.job import JobOptions, read_results
@@ -117,6 +118,8 @@ def test_methods_without_a_scorer_need_none_and_another_job_is_refused(config: S
     assert (summary["difficulty"], summary["settings"]["scorer"]) == (None, None)
     with pytest.raises(ConfigError, match=r"(?s)samples: 1 then, 2 now.*another --out"):
         search_benchmark(replace(plain, samples=2), policy=policy)
+    with pytest.raises(ConfigError, match="holds no evaluation, but another kind of job"):
+        compare_runs(plain.out, plain.out)
 
 
 @dataclass(frozen=True, kw_only=True)
