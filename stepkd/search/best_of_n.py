@@ -63,7 +63,7 @@ class BestOfN(Search):
             raise ConfigError(f"reduction={self.reduction}: a majority vote has no scores to reduce; drop it")
 
     @property
-    def needs_scorer(self) -> bool:  # type: ignore[override]
+    def needs_scorer(self) -> bool:
         """Whether it asks a step scorer."""
         return self.vote != "majority"
 

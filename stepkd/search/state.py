@@ -278,9 +278,11 @@ class Tools:
 class Search(ABC):
     """A test-time method: a frozen dataclass whose fields are its settings."""
 
-    # Without annotation: jsonargparse reads those of a settings class with the names of its own module.
-    needs_scorer = True
-    """Whether it asks a step scorer."""
+    # No annotated class variable: jsonargparse reads a settings class's annotations with the names of its own module.
+    @property
+    def needs_scorer(self) -> bool:
+        """Whether it asks a step scorer."""
+        return True
 
     @property
     def at_once(self) -> int:
