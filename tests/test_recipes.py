@@ -95,18 +95,19 @@ def test_every_search_method_has_a_recipe() -> None:
 
 
 @pytest.mark.parametrize("path", SEARCHES, ids=name)
-def test_searches_take_the_model_and_scorer_of_the_command_line(path: Path) -> None:
+def test_searches_take_the_model_and_scorer_of_the_command_line(path: Path, tmp_path: Path) -> None:
     from stepkd.cli.parser import parse
     from stepkd.evaluation.config import SearchJobConfig
-    from stepkd.yaml_files import as_yaml
+    from stepkd.yaml_files import yaml_text
 
     words = ["--config", f"search/{path.stem}", "--model", "tiny-0.1m", "--scorer", "checker", "--out", "x"]
     config = parse(SearchJobConfig, words, command="search")
     names = [method.name for method in config.all_methods]
     assert (names[0], config.model, config.scorer) == ("greedy", "tiny-0.1m", "checker")
     assert len(names) > 1
-    again = parse(SearchJobConfig, ["--config", yaml.safe_dump(as_yaml(config))], command="search")
-    assert again == config, "config.yaml of the job starts it again"
+    (tmp_path / "config.yaml").write_text(yaml_text(config))
+    again = parse(SearchJobConfig, ["--config", str(tmp_path / "config.yaml")], command="search")
+    assert again == config, "config.yaml of a job starts it again"
 
 
 @pytest.mark.parametrize("path", PARITY, ids=name)
