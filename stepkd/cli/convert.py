@@ -4,6 +4,7 @@ stepkd convert agreed.jsonl --to TRLStepwise --out trl.jsonl
 stepkd convert runs/labels --to Unpaired --out unpaired.jsonl                         (TRL's KTO; ours reads labels)
 stepkd convert runs/labels --to Preference --to.max_pairs 2 --out pairs.jsonl         (DPO)
 stepkd convert runs/labels --to Demonstrations --to.clean true --out clean.jsonl      (SFT on one's own solutions)
+stepkd convert runs/labels --to Refinements --to.max_pairs 4 --out refine.jsonl       (SFT of a refiner: GLoRe)
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import stepkd.labels.refinements  # noqa: F401 (a choice of --to)
 from stepkd.labels.convert import ConverterConfig, convert_rows
 
 
@@ -24,7 +26,8 @@ class ConvertConfig:
     rows: str
     """Labelled rows: a file, or the folder of a labelling job."""
     to: ConverterConfig
-    """Kind of the new rows: Stepwise, TRLStepwise, MathShepherd, Balanced, Unpaired, Preference or Demonstrations."""
+    """Kind of the new rows: Stepwise, TRLStepwise, MathShepherd, Balanced, Unpaired, Preference, Demonstrations or
+    Refinements."""
     out: str
     """File of rows to write."""
 

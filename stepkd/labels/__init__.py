@@ -16,6 +16,7 @@ _HOMES = {
     "labellers": "Labeller LabellerConfig Outcome Scored ScorerLabeller Solution StepLabels Sums TaskChecker",
     "monte_carlo": "MonteCarlo MonteCarloLabeller",
     "quality": "LabelQuality label_quality",
+    "refinements": "Refinements",
     "settings": (
         "Cut Existing Fitted LabelConfig OwnSteps PAIR_JOBS Reject ContinuationShare Sampled SelfEvaluation "
         "StepPairConfig StepScore TreePairConfig"

@@ -78,7 +78,7 @@ def convert_rows(rows: Sequence[Row], to: ConverterConfig) -> Converted:
     return converted
 
 
-def _solution_text(row: Row) -> str:
+def solution_text(row: Row) -> str:
     """The whole solution of a completion row or a stepwise row.
 
     Raises:
@@ -92,16 +92,16 @@ def _solution_text(row: Row) -> str:
     return str(row["completion"])
 
 
-def _drop_repeated(rows: Sequence[Row], *, by_outcome: bool = True) -> list[Row]:
+def drop_repeated(rows: Sequence[Row], *, by_outcome: bool = True) -> list[Row]:
     """Keep the first of several solutions of a problem with the same text and end, one of each outcome or in all."""
     first: dict[tuple[Any, ...], Row] = {}
     for row in rows:
         outcome = outcome_of(row) if by_outcome else None
-        first.setdefault((problem_key(row), _solution_text(row), row.get("finish") == "length", outcome), row)
+        first.setdefault((problem_key(row), solution_text(row), row.get("finish") == "length", outcome), row)
     return list(first.values())
 
 
-def _holds_incorrect_step(row: Row) -> bool:
+def holds_incorrect_step(row: Row) -> bool:
     """Whether a row's labels call one of its steps incorrect; a row without labels holds none."""
     return False in verdicts(row.get(label_column(row)) or ())
 
@@ -222,17 +222,17 @@ class Unpaired(ConverterConfig):
         counts: Counter[str] = Counter()
         graded = []
         for row in rows:
-            empty = not _solution_text(row).strip()
+            empty = not solution_text(row).strip()
             if empty or outcome_of(row) is None:
                 counts["rows_without_outcome" if outcome_of(row) is None else "empty_completions"] += 1
             else:
                 graded.append(row)
         # An answer can be graded both ways (a grader that ran out of time); one text has one label.
-        distinct = _drop_repeated(graded, by_outcome=False)
+        distinct = drop_repeated(graded, by_outcome=False)
         counts["duplicates"] = len(graded) - len(distinct)
         done = []
         for row in distinct:
-            outcome, text = outcome_of(row), _solution_text(row)
+            outcome, text = outcome_of(row), solution_text(row)
             counts["correct" if outcome else "incorrect"] += 1
             counts["cut_off"] += row.get("finish") == "length"
             new = {"prompt": row["prompt"], "completion": text, "label": outcome}
@@ -283,20 +283,20 @@ class Preference(ConverterConfig):
 
     def _pairs(self, name: str, solutions: Sequence[Row], counts: Counter[str]) -> list[tuple[Row, Row]]:
         """The pairs of one problem; counts why there are none, and the solutions left out."""
-        graded = [row for row in solutions if outcome_of(row) is not None and _solution_text(row).strip()]
+        graded = [row for row in solutions if outcome_of(row) is not None and solution_text(row).strip()]
         counts["ungraded_or_empty"] += len(solutions) - len(graded)
         outcomes = {outcome_of(row) for row in graded}
         if len(outcomes) < 2:
             same = "problems_all_correct" if True in outcomes else "problems_all_incorrect"
             counts[same if outcomes else "problems_ungraded"] += 1
             return []
-        distinct = _drop_repeated(graded)
+        distinct = drop_repeated(graded)
         counts["duplicates"] += len(graded) - len(distinct)
         correct: list[Row] = []
         for row in filter(outcome_of, distinct):
             if row.get("finish") == "length":
                 counts["correct_but_cut_off"] += 1
-            elif self.chosen_steps == "clean" and _holds_incorrect_step(row):
+            elif self.chosen_steps == "clean" and holds_incorrect_step(row):
                 counts["correct_but_an_incorrect_step"] += 1
             else:
                 correct.append(row)
@@ -304,7 +304,7 @@ class Preference(ConverterConfig):
         incorrect = [row for row in distinct if not outcome_of(row)]
         correct, incorrect = ([side[i] for i in draw.permutation(len(side))] for side in (correct, incorrect))
         # An answer can be graded both ways (a grader that ran out of time); text against itself teaches nothing.
-        differing = (pair for pair in even_pairs(correct, incorrect) if len({*map(_solution_text, pair)}) == 2)
+        differing = (pair for pair in even_pairs(correct, incorrect) if len({*map(solution_text, pair)}) == 2)
         pairs = list(islice(differing, self.max_pairs))
         if not pairs:
             counts["problems_identical_sides" if correct else "problems_without_a_correct_one_to_choose"] += 1
@@ -314,7 +314,7 @@ class Preference(ConverterConfig):
         settings = {name: getattr(self, name) for name in ("seed", "max_pairs", "chosen_steps")}
         row = {"id": f"{chosen.get('problem_id') or chosen.get('id', '?')}/pair-{number}"}
         row |= passed_on(chosen, "problem_id")
-        row |= {"prompt": chosen["prompt"], "chosen": _solution_text(chosen), "rejected": _solution_text(rejected)}
+        row |= {"prompt": chosen["prompt"], "chosen": solution_text(chosen), "rejected": solution_text(rejected)}
         row |= {
             f"{side}_ids": each["token_ids"]
             for side, each in (("chosen", chosen), ("rejected", rejected))
@@ -347,12 +347,12 @@ class Demonstrations(ConverterConfig):
                 "ungraded": correct is None,
                 "incorrect_answer": not correct,
                 "cut_off": row.get("finish") == "length",  # there is no end: it would teach to go on for ever
-                "incorrect_step": self.clean and _holds_incorrect_step(row),
+                "incorrect_step": self.clean and holds_incorrect_step(row),
             }
             if True in refused.values():
                 counts[next(reason for reason, holds in refused.items() if holds)] += 1
                 continue
-            done = {"prompt": row["prompt"], "solution": _solution_text(row)}
+            done = {"prompt": row["prompt"], "solution": solution_text(row)}
             kept.append(done | passed_on(row, "id", "answer", "problem_id", "task", "meta", "labelling"))
         return Converted(kept, {"rows": len(kept)} | dict(sorted(counts.items())))
 

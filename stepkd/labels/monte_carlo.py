@@ -15,11 +15,12 @@ from typing import Any
 
 from stepkd.data.completion import Completion
 from stepkd.errors import DataError, check_bounds
-from stepkd.grading.extract import extract_answer
+from stepkd.grading.extract import extract_answer, numbers_in
+from stepkd.grading.normalise import canonical_answer
 from stepkd.grading.pool import Grader
 from stepkd.labels.labellers import Labeller, LabellerConfig, Solution, StepLabels, check_noise
 from stepkd.sampling.engine import Branch, SamplingConfig, decode_text
-from stepkd.steps.labels import Reduce, reduce_values
+from stepkd.steps.labels import Label, Reduce, reduce_values
 
 _MARKS = ("hash", "boxed")
 """Extractors of answers that are marked as final; a last number is in nearly every prefix."""
@@ -35,6 +36,12 @@ class MonteCarlo(LabellerConfig):
     """From shares of successes to labels: correct where any succeeds (the default, Math-Shepherd's hard estimate), the
     mean itself (its soft estimate), correct up to the first_error and nothing behind it (Qwen2.5-Math-PRM, arXiv
     2501.07301), or propagate, correct where any of this step or of a later one succeeds (GLoRe, arXiv 2402.10963)."""
+    consistent: bool = False
+    """Whether a step that is labelled correct loses its label where no continuation that succeeds takes up the number
+    that the step ends with: it may have been solved past it (GLoRe, arXiv 2402.10963)."""
+    keep_continuations: bool = False
+    """Whether the first continuation of every step that succeeds is kept in the row's label_facts, from which stepkd
+    convert makes local refinements; off, because rows grow by as much text as their solutions have, a step."""
     continues = True
     needs = (
         (
@@ -49,7 +56,8 @@ class MonteCarlo(LabellerConfig):
 
     def build(self, bench: Any, engine: Any) -> Labeller:
         """A :class:`MonteCarloLabeller`."""
-        return MonteCarloLabeller(engine, bench.policy, bench.grader, bench.limited(self.sampling), reduce=self.reduce)
+        options = {"reduce": self.reduce, "consistent": self.consistent, "keep_continuations": self.keep_continuations}
+        return MonteCarloLabeller(engine, bench.policy, bench.grader, bench.limited(self.sampling), **options)
 
 
 class MonteCarloLabeller:
@@ -62,6 +70,7 @@ class MonteCarloLabeller:
         sampling: how to draw; ``n`` is J, the continuations per step. Its ``seed`` and the solution's ``index`` key the
             noise.
         reduce: from values to labels; see :func:`~stepkd.steps.labels.reduce_values`.
+        consistent, keep_continuations: see :class:`MonteCarlo`.
     """
 
     def __init__(
@@ -72,8 +81,11 @@ class MonteCarloLabeller:
         sampling: SamplingConfig,
         *,
         reduce: Reduce = "any",
+        consistent: bool = False,
+        keep_continuations: bool = False,
     ) -> None:
         self.engine, self.policy, self.grader, self.sampling, self.reduce = engine, policy, grader, sampling, reduce
+        self.consistent, self.keep_continuations = consistent, keep_continuations
 
     def label(self, solutions: Sequence[Solution]) -> list[StepLabels]:
         """See :class:`~stepkd.labels.labellers.Labeller`.
@@ -81,7 +93,8 @@ class MonteCarloLabeller:
         No continuations are drawn where the solution is over: at its end (unless it was cut off), once it holds an end
         token or, marked as such, the answer it ends with, and where the context is full. The value there is 1 or 0 by
         ``solution.correct``. ``facts`` has ``successes`` and ``trials`` of every step (0 trials where the solution
-        is over), and the ``generated_tokens`` and ``prefill_tokens`` spent on it.
+        is over), and the ``generated_tokens`` and ``prefill_tokens`` spent on it; with the options ``suspicious``, the
+        number of labels that were dropped, and ``continuations``, a text or None for every step.
 
         Args:
             solutions: cut into steps, each with a prompt and with the ``answer`` in its row.
@@ -102,22 +115,50 @@ class MonteCarloLabeller:
             for solution, ends, result in zip(solutions, cuts, results, strict=True)
             for end, continuations in zip(ends, result.continuations, strict=True)
         ]
-        verdicts = iter(grade_continuations(drawn, self.policy, self.grader, self.sampling))
+        verdicts = grade_continuations(drawn, self.policy, self.grader, self.sampling)
+        succeeding = iter(self._succeeding(drawn, verdicts))
+        marks = iter(verdicts)
         labels = []
         for solution, steps, result in zip(solutions, open_steps, results, strict=True):
             successes, trials = [0] * len(solution.steps), [0] * len(solution.steps)
             values = [float(solution.correct is True)] * len(solution.steps)
+            texts: list[list[str]] = [[] for _ in solution.steps]
             for step in steps:
-                found = next(verdicts)
+                found, texts[step] = next(marks), next(succeeding)
                 successes[step], trials[step], values[step] = sum(found), len(found), sum(found) / len(found)
-            facts = {
+            facts: dict[str, Any] = {
                 "successes": successes,
                 "trials": trials,
                 "generated_tokens": sum(len(each.token_ids) for group in result.continuations for each in group),
                 "prefill_tokens": result.prefill_tokens,
             }
-            labels.append(StepLabels(reduce_values(values, self.reduce), values=tuple(values), facts=facts))
+            reduced = reduce_values(values, self.reduce)
+            if self.consistent:
+                kept, texts = consistent_labels(solution.steps, reduced, texts)
+                facts["suspicious"] = sum(after is not before for after, before in zip(kept, reduced, strict=True))
+                reduced = kept
+            if self.keep_continuations:
+                facts["continuations"] = [each[0] if each else None for each in texts]
+            labels.append(StepLabels(reduced, values=tuple(values), facts=facts))
         return labels
+
+    def _succeeding(
+        self, drawn: Sequence[tuple[Solution, int, Sequence[Completion]]], verdicts: Sequence[Sequence[bool]]
+    ) -> list[list[str]]:
+        """The texts of the continuations that reach the answer and their end; none where nobody reads them."""
+        if not (self.consistent or self.keep_continuations):
+            return [[] for _ in drawn]
+        texts = []
+        for (solution, end, continuations), marks in zip(drawn, verdicts, strict=True):
+            before = solution.token_ids[:end].tolist()
+            start = len(decode_text(self.policy.tokenizer, before))
+            ids = [
+                [*before, *each.token_ids.tolist()]
+                for each, good in zip(continuations, marks, strict=True)
+                if good and each.finish == "stop"
+            ]
+            texts.append([_until_stop(each, end, self.policy, self.sampling)[start:] for each in ids])
+        return texts
 
     def provenance(self) -> dict[str, Any]:
         """What the labels came from."""
@@ -133,6 +174,7 @@ class MonteCarloLabeller:
             **sampling,
             "stop": list(self.sampling.stop),
             "reduce": self.reduce,
+            **({"consistent": True} if self.consistent else {}),
         }
 
     def _open_steps(self, solution: Solution) -> list[int]:
@@ -155,6 +197,31 @@ class MonteCarloLabeller:
     def _marked_answer(self, ids: Sequence[int]) -> str | None:
         marks = [name for name in self.grader.extractors if name in _MARKS]
         return extract_answer(decode_text(self.policy.tokenizer, ids), marks) if marks else None
+
+
+def consistent_labels(
+    steps: Sequence[str], labels: Sequence[Label], texts: Sequence[list[str]]
+) -> tuple[tuple[Label, ...], list[list[str]]]:
+    """Labels without those of steps that are called correct although no continuation takes up their result: the number
+    that a step ends with must be found in what follows it.
+
+    Args:
+        steps: texts of the steps; one without a number has no result, and keeps its label.
+        labels: of the steps.
+        texts: of every step the continuations that succeed; where there are none, the label stays.
+
+    Returns:
+        The labels, None in place of those; and the continuations that take up their step's result.
+
+    Source: GLoRe (arXiv 2402.10963), after descriptions of it: there the results of all steps before count. That the
+    last number is a step's result is ours.
+    """
+    used = []
+    for step, each in zip(steps, texts, strict=True):
+        result = set(map(canonical_answer, numbers_in(step)[-1:]))
+        used.append([text for text in each if result <= set(map(canonical_answer, numbers_in(text)))])
+    kept = [None if label and each and not own else label for label, each, own in zip(labels, texts, used, strict=True)]
+    return tuple(kept), used
 
 
 def continued(solution: Solution, ends: Sequence[int]) -> Branch:

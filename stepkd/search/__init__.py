@@ -8,6 +8,8 @@
 * :mod:`~stepkd.search.mcts`: `tree_search`, Monte-Carlo tree search of many problems in lockstep: the leaves of all
   trees are expanded in one batch, and every tree is as if it were searched alone; and `tree_pairs`, step preference
   pairs along the chosen path with values and visit counts.
+* :mod:`~stepkd.search.revise` and :mod:`~stepkd.search.refine`: drafts that are verified and revised, by the policy
+  itself or by a trained refiner.
 
 ``stepkd pairs tree`` runs all of this as a resumable job (:mod:`stepkd.labels.tree_pairs`).
 """
@@ -19,6 +21,8 @@ from stepkd.lazy import lazily
 _HOMES = {
     "generate": "ContinuationValue SampledSteps ScorerValue",
     "mcts": "Decision FoundPairs Option PairConfig SearchConfig SearchTree tree_pairs tree_search",
+    "refine": "Refine",
+    "revise": "VerifyRevise",
     "state": "Costs Found Problem Search State StateValue Step StepGenerator Tools",
     "tree": "Node",
 }

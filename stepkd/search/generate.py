@@ -21,6 +21,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
+from stepkd.data.encode import Encoder
+from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, DataError, check_bounds, check_choice
 from stepkd.grading.pool import Grader
 from stepkd.models.checkpoint import weights_fingerprint
@@ -28,7 +30,7 @@ from stepkd.models.policy import Policy
 from stepkd.randomness import stream_key
 from stepkd.sampling.engine import Engine, SamplingConfig, before_stop, decode_text
 from stepkd.scorers.scorer import Reduction, Solutions, StepScorer, default_reduction, reduce_scores
-from stepkd.search.state import Costs, End, State, Step, StepGenerator
+from stepkd.search.state import Costs, End, Problem, State, Step, StepGenerator
 from stepkd.steps.confidence import SIGNAL_SEGMENTERS
 from stepkd.steps.segment import get_segmenter, segment, segmenter_settings
 from stepkd.steps.text import TokenizedText, text_from_ids
@@ -85,6 +87,8 @@ class SampledSteps:
     """Longest solution in tokens, >= 1, beyond which it is cut off; None: as long as the model's context."""
     costs: Costs = field(default_factory=Costs, kw_only=True)
     """Tokens drawn so far for steps and continuations are counted here."""
+    template: PromptTemplate | None = field(default=None, kw_only=True)
+    """How other prompts than the problem's are read; None: there are no such."""
 
     def __post_init__(self) -> None:
         check_bounds("", self, max_step_tokens="[1, inf)", max_tokens="[1, inf)")
@@ -132,6 +136,20 @@ class SampledSteps:
             self.costs[draft.state.problem.index]["continuations"] += len(draft.token_ids)
             draft.keep(self.room(draft.state))
         return [[self._rest(draft) for draft in group] for group in drafts]
+
+    def asked(self, problem: Problem, prompt: Any) -> Problem | None:
+        """See :class:`~stepkd.search.state.Writer`.
+
+        Raises:
+            ConfigError: there is no template.
+            DataError: a prompt that the template does not take.
+        """
+        if self.template is None:
+            raise ConfigError("the method asks about drafts: the generator needs the model's prompt template")
+        row = dict(problem.row) | {"prompt": prompt}
+        ids = Encoder(self.policy.tokenizer, self.template, self._cut, max_length=10**9).prompt_ids(row)
+        room = self.room(State(new := replace(problem, row=row, prompt_ids=ids)))
+        return new if room is None or room >= 1 else None
 
     def provenance(self) -> dict[str, Any]:
         """See :class:`~stepkd.search.state.StepGenerator`."""
@@ -325,10 +343,24 @@ class ScorerValue:
         Raises:
             DataError: a score outside [0, 1].
         """
-        values = [None if scores is None else self.reduced(scores, reduction) for scores in self.step_scores(states)]
-        for state, value in zip(states, values, strict=True):
+        return [value for value, _ in self.judged(states, reduction)]
+
+    def judged(
+        self, states: Sequence[State], reduction: Reduction | None = None
+    ) -> list[tuple[float | None, tuple[float | None, ...]]]:
+        """Values of states, and the scores of all their steps; see :meth:`~stepkd.search.state.Tools.judged`.
+
+        Raises:
+            DataError: a score outside [0, 1].
+        """
+        judged: list[tuple[float | None, tuple[float | None, ...]]] = []
+        for state, scores in zip(states, self.step_scores(states), strict=True):
+            value = None if scores is None else self.reduced(scores, reduction)
             self.costs[state.problem.index]["unscored"] += value is None
-        return values
+            known = iter(scores or ())
+            steps = [next(known) if step.strip() else math.nan for step in state.steps]
+            judged.append((value, tuple(None if math.isnan(score) else float(score) for score in steps)))
+        return judged
 
     def step_scores(self, states: Sequence[State]) -> list[list[float] | None]:
         """Scores of every state's steps that have words, None without such; what was scored before is not read again.

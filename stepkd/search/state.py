@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, cast
 
 import numpy as np
 
@@ -151,6 +151,22 @@ class StepGenerator(Protocol):
         ...
 
 
+class Writer(StepGenerator, Protocol):
+    """A generator that answers other prompts, too: what revises drafts."""
+
+    def asked(self, problem: Problem, prompt: Any) -> Problem | None:
+        """A problem with another prompt, as the generator reads it.
+
+        Args:
+            problem: names the noise, as it would for its own prompt.
+            prompt: text or chat messages, which go through the generator's template.
+
+        Returns:
+            The problem to start states of; None: the prompt leaves no room for a token.
+        """
+        ...
+
+
 class StateValue(Protocol):
     """Estimates how good states are: by continuations, by a step scorer, or by the policy itself."""
 
@@ -176,7 +192,8 @@ class Costs(defaultdict[int, Counter[str]]):
 
     ``steps``, ``continuations``, ``tokens``: tokens drawn for steps, for rests of solutions and in other ways, those
     thrown away included; ``scored_tokens``: tokens of prompt and solution that a scorer was given, each time that it
-    was; ``scorer_calls``: solutions, whole or in part, that it was given; ``unscored``: those it had no score for.
+    was; ``scorer_calls``: solutions, whole or in part, that it was given; ``unscored``: those it had no score for;
+    ``no_room``: prompts about drafts that left no room for an answer.
     """
 
     DRAWN: ClassVar = ("steps", "continuations", "tokens")
@@ -235,6 +252,8 @@ class Tools:
     """What is spent; generator and value count into it, where they are this package's."""
     pool: dict[int, list[State]] = field(default_factory=dict)
     """Sampled whole solutions by the problem's number: methods that choose among samples share them."""
+    generators: dict[str, Writer] = field(default_factory=dict)
+    """The other models that methods ask for (:attr:`Search.models`), by name; they count into ``costs``, too."""
 
     def scores(self, states: Sequence[State], reduction: Reduction | None = None) -> list[float | None]:
         """Scores of states; one without words, which nothing can judge, has none.
@@ -251,6 +270,36 @@ class Tools:
         asked = [state for state in states if state.text.strip()]
         scored = iter(self.value.values(asked, reduction) if asked else [])
         return [next(scored) if state.text.strip() else None for state in states]
+
+    def judged(
+        self, states: Sequence[State], reduction: Reduction | None = None
+    ) -> list[tuple[float | None, tuple[float | None, ...]]]:
+        """What the scorer says of states, read once: their scores as :meth:`scores`, and one for every step, None where
+        there is none (no words, or cut off by the scorer's context).
+
+        Raises:
+            ConfigError: there is no value, or one that scores no steps.
+        """
+        judge = getattr(self.value, "judged", None)
+        if judge is None:
+            raise ConfigError("the method asks for scores of single steps and nothing gives them: give --scorer")
+        asked = [state for state in states if state.text.strip()]
+        said = iter(judge(asked, reduction) if asked else [])
+        return [next(said) if state.text.strip() else (None, (None,) * len(state.steps)) for state in states]
+
+    def writer(self, model: str | None = None) -> Writer:
+        """What answers prompts about drafts.
+
+        Args:
+            model: name of another model; None: the generator itself.
+
+        Raises:
+            ConfigError: there is no such model, or it has no prompt template.
+        """
+        found = self.generator if model is None else self.generators.get(model)
+        if not hasattr(found, "asked"):
+            raise ConfigError(f"nothing here answers prompts about drafts as {model or 'the policy'}: load it first")
+        return cast(Writer, found)
 
     def samples(self, problems: Sequence[Problem], n: int) -> list[list[State]]:
         """The first ``n`` whole solutions of every problem, drawn once for all methods, and counted for each."""
@@ -295,6 +344,11 @@ class Search(ABC):
         """Its name in rows and tables: that of the class (``step_beam``), with what tells two of them apart."""
         return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(self).__name__).lower()
 
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Models that it works with beside the policy, as they are loaded: names in :attr:`Tools.generators`."""
+        return ()
+
     @abstractmethod
     def run(self, problems: Sequence[Problem], tools: Tools) -> list[list[Found]]:
         """Search solutions.
@@ -306,6 +360,11 @@ class Search(ABC):
         Returns:
             For each problem at least one completion, the method's answer first.
         """
+
+
+def doubtful(scores: Sequence[float | None], theta: float) -> int | None:
+    """The first step with a score below ``theta``; None: no step has one."""
+    return next((step for step, score in enumerate(scores) if score is not None and score < theta), None)
 
 
 def ranked(scores: Sequence[float | None]) -> list[int]:

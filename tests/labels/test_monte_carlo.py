@@ -15,7 +15,7 @@ from stepkd.data.completion import Completion
 from stepkd.errors import DataError
 from stepkd.grading.pool import Grader, GradingConfig
 from stepkd.labels.labellers import Labeller, Solution, StepLabels
-from stepkd.labels.monte_carlo import MonteCarloLabeller
+from stepkd.labels.monte_carlo import MonteCarloLabeller, consistent_labels
 from stepkd.models.policy import Policy
 from stepkd.models.spec import build_tiny, tiny_tokenizer
 from stepkd.randomness import generator
@@ -252,6 +252,37 @@ def test_text_after_a_stop_string_does_not_count(policy: Policy, grader: Grader)
         assert MonteCarloLabeller(engine, policy, grader, spec).label([each])[0].values == (value, 0.0)
 
 
+def test_labels_of_steps_whose_result_nobody_takes_up_are_dropped() -> None:
+    """A step without a number keeps its label, and so does one that no continuation speaks for or against."""
+    steps = ["2*3=6\n", "so\n", "6+1=8\n", "8.0 it is\n", "#### 8"]
+    texts = [["6+1=7\n#### 7"], ["#### 7"], ["no, #### 7", "18, 0.8\n#### 7"], ["8-1=7", "#### 7"], []]
+    labels, used = consistent_labels(steps, [True, True, True, True, True], texts)
+    assert labels == (True, True, None, True, True)
+    assert used == [["6+1=7\n#### 7"], ["#### 7"], [], ["8-1=7"], []]
+    assert consistent_labels(steps, [0.5, False, 0.0, None, 1.0], texts)[0] == (0.5, False, 0.0, None, 1.0)
+    assert consistent_labels(steps, [0.5, 0.5, 0.5, 0.5, 0.5], texts)[0] == (0.5, 0.5, None, 0.5, 0.5)
+
+
+def test_continuations_are_kept_and_checked_when_asked_for(policy: Policy, grader: Grader) -> None:
+    """The first that succeeds and takes up the result; a text behind a stop string does not count."""
+    steps = ["1+1=2\n", "2+2=5\n", "#### 5<eos>"]
+    tails = [" 9\n#### 4<eos>", "2+2=4\n#### 4 Q: 5", "#### 9"]
+    engine = Scripted(lambda prefix, j: tails[j])
+    spec = replace(SPEC, n=3, stop=("Q:",))
+
+    def labelled(**options: Any) -> StepLabels:
+        return MonteCarloLabeller(engine, policy, grader, spec, **options).label([solution(steps, "4")])[0]
+
+    plain, kept, checked = labelled(), labelled(keep_continuations=True), labelled(consistent=True)
+    assert plain.labels == kept.labels == (True, True, False)
+    assert kept.facts == dict(plain.facts) | {"continuations": [" 9\n#### 4", " 9\n#### 4", None]}
+    assert checked.labels == (True, None, False)
+    assert checked.values == plain.values
+    assert checked.facts == dict(plain.facts) | {"suspicious": 1}
+    both = labelled(consistent=True, keep_continuations=True)
+    assert both.facts["continuations"] == ["2+2=4\n#### 4 ", None, None]
+
+
 def test_work_is_counted(policy: Policy, grader: Grader) -> None:
     solutions = some_solutions()
     engine = TransformersEngine(policy)
@@ -286,3 +317,5 @@ def test_provenance(policy: Policy, grader: Grader) -> None:
         "seed": 3,
         "reduce": "any",
     }
+    consistent = MonteCarloLabeller(TransformersEngine(policy), policy, grader, SPEC, consistent=True)
+    assert consistent.provenance()["consistent"] is True

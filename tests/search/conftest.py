@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import pytest
 
-from stepkd.search.state import Problem, State, Step
+from stepkd.scorers.scorer import Solutions
+from stepkd.search.generate import ScorerValue
+from stepkd.search.state import Costs, Problem, State, Step
 
 Script = Mapping[str, Sequence[tuple[str, float, str]]]
 """Text so far -> next steps: text, probability of its one token, how it ends."""
@@ -50,6 +53,64 @@ class ScriptedSteps:
 
 
 @dataclass
+class Written:
+    """Writes whole solutions that are known by what they continue; of several the next one each time, then the last."""
+
+    known: Mapping[Any, Sequence[Sequence[str]]]
+    """(id, prompt, text so far), (id, text so far) or text so far -> solutions, each the texts of its steps."""
+    longest: int | None = None
+    """Longest prompt about a draft, in characters."""
+    costs: Costs = field(default_factory=Costs)
+    asked_for: list[tuple[str, tuple[int, ...], float | None]] = field(default_factory=list)
+    """Text so far, path and temperature of every state."""
+    calls: int = 0
+    times: Counter[Any] = field(default_factory=Counter)
+
+    def propose(self, states: Sequence[State], n: int, *, temperature: float | None = None) -> list[list[Step]]:
+        raise AssertionError("whole solutions only")
+
+    def complete(self, states: Sequence[State], n: int, *, temperature: float | None = None) -> list[list[State]]:
+        self.calls += 1
+        assert n == 1
+        return [[self._written(state, temperature)] for state in states]
+
+    def _written(self, state: State, temperature: float | None) -> State:
+        self.asked_for.append((state.text, state.path, temperature))
+        name, prompt = state.problem.row["id"], state.problem.row["prompt"]
+        keys = ((name, prompt, state.text), (name, state.text), state.text)
+        choices = next(self.known[key] for key in keys if key in self.known)
+        steps = choices[min(self.times[keys[0]], len(choices) - 1)]
+        self.times[keys[0]] += 1
+        for number, text in enumerate(steps):
+            self.costs[state.problem.index]["continuations"] += len(text)
+            end: Any = "stop" if number == len(steps) - 1 else "step"
+            state = state.then(Step(text, tuple(map(ord, text)), None, end))
+        return state
+
+    def asked(self, problem: Problem, prompt: Any) -> Problem | None:
+        if self.longest is not None and len(prompt) > self.longest:
+            return None
+        return replace(problem, row=dict(problem.row) | {"prompt": prompt}, prompt_ids=(9,))
+
+    def provenance(self) -> dict[str, Any]:
+        return {"written": len(self.known)}
+
+
+@dataclass
+class Scored:
+    """Scores steps by their text."""
+
+    known: Mapping[str, float]
+    meaning: Any = "correctness"
+
+    def score(self, problems: Sequence[Solutions]) -> list[list[list[float]]]:
+        return [[[self.known[step] for step in steps] for steps in each.solutions] for each in problems]
+
+    def provenance(self) -> dict[str, Any]:
+        return {"scorer": "scripted"}
+
+
+@dataclass
 class ScriptedValue:
     """Values by the text so far."""
 
@@ -86,6 +147,18 @@ def scripted() -> type[ScriptedSteps]:
 def valued() -> type[ScriptedValue]:
     """Class of the scripted value."""
     return ScriptedValue
+
+
+@pytest.fixture
+def written() -> type[Written]:
+    """Class of the generator of known solutions."""
+    return Written
+
+
+@pytest.fixture
+def judged() -> Any:
+    """Makes a value of the scores of steps, by text."""
+    return lambda known, costs=None: ScorerValue(Scored(known), costs=costs)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from stepkd.data.completion import Completion
+from stepkd.data.templates import get_template
 from stepkd.errors import ConfigError, DataError
 from stepkd.models.policy import Policy
 from stepkd.models.spec import build_tiny
@@ -245,3 +246,20 @@ def test_bad_settings(policy: Policy, options: dict[str, Any], message: str) -> 
         SampledSteps(TransformersEngine(policy), policy, SamplingConfig(), **options)
     with pytest.raises(ConfigError, match="temperature 0"):
         SampledSteps(TransformersEngine(policy), policy, SamplingConfig(temperature=0))
+
+
+def test_prompts_about_drafts_are_read_with_the_template(policy: Policy) -> None:
+    engine, problem = Typist(policy, "", ""), Problem(3, {"id": "p", "prompt": "1+1", "answer": "2"}, (7,))
+    with pytest.raises(ConfigError, match="prompt template"):
+        SampledSteps(engine, policy, SamplingConfig()).asked(problem, "1+1?")
+    generator = SampledSteps(engine, policy, SamplingConfig(), template=get_template("plain"))
+    asked = generator.asked(problem, "1+1\n\nDraft:\n3\n")
+    assert asked is not None
+    assert asked.index == 3
+    assert asked.row == {"id": "p", "prompt": "1+1\n\nDraft:\n3\n", "answer": "2"}
+    assert policy.tokenizer.decode(asked.prompt_ids) == "Question: 1+1\n\nDraft:\n3\n\nAnswer:\n"
+    assert policy.max_length == 1024
+    fits = generator.asked(problem, "x" * (1023 - len("Question: \nAnswer:\n")))
+    assert fits is not None
+    assert generator.room(State(fits)) == 1
+    assert generator.asked(problem, "x" * (1024 - len("Question: \nAnswer:\n"))) is None

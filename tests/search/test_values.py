@@ -118,3 +118,20 @@ def test_self_evaluation_reads_the_reference() -> None:
     assert expected[0] != expected[1]
     assert value.provenance()["value"] == "self_evaluation"
     assert value.provenance()["scorer"]["reference"] is True
+
+
+def test_steps_and_solutions_are_judged_in_one_reading(problem: Problem) -> None:
+    """Blank steps, and those that the scorer could not read, have no score."""
+    scorer = Lengths()
+    value = ScorerValue(scorer)
+    states = [state(problem, "aa\n", "\n", "bbbb"), state(problem, "x", "aa"), state(problem, " ")]
+    assert value.judged(states) == [
+        (pytest.approx(0.3 * 0.4), (0.3, None, 0.4)),
+        (None, (None, 0.2)),
+        (None, (None,)),
+    ]
+    assert scorer.asked == [[2]]
+    assert value.values(states) == [pytest.approx(0.12), None, None]
+    assert value.judged(states[1:2], "last") == [(0.2, (None, 0.2))]
+    assert scorer.asked == [[2]]
+    assert (value.costs[0]["scorer_calls"], value.costs[0]["unscored"]) == (5, 4)
