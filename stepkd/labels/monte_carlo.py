@@ -56,8 +56,15 @@ class MonteCarlo(LabellerConfig):
 
     def build(self, bench: Any, engine: Any) -> Labeller:
         """A :class:`MonteCarloLabeller`."""
-        options = {"reduce": self.reduce, "consistent": self.consistent, "keep_continuations": self.keep_continuations}
-        return MonteCarloLabeller(engine, bench.policy, bench.grader, bench.limited(self.sampling), **options)
+        return MonteCarloLabeller(
+            engine,
+            bench.policy,
+            bench.grader,
+            bench.limited(self.sampling),
+            reduce=self.reduce,
+            consistent=self.consistent,
+            keep_continuations=self.keep_continuations,
+        )
 
 
 class MonteCarloLabeller:

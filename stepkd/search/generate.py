@@ -131,7 +131,7 @@ class SampledSteps:
         drafts = [[_Draft(state, j) for j in range(n)] for state in states]
         spec = replace(self._sampling(temperature), n=n)
         longest = max((spec.longest if (room := self.room(state)) is None else room for state in states), default=1)
-        self._first(states, drafts, replace(spec, max_new_tokens=min(spec.longest, longest)), COMPLETE)
+        self._first(states, drafts, replace(spec, max_new_tokens=max(1, min(spec.longest, longest))), COMPLETE)
         for draft in (draft for group in drafts for draft in group):
             self.costs[draft.state.problem.index]["continuations"] += len(draft.token_ids)
             draft.keep(self.room(draft.state))
