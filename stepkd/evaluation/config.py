@@ -22,6 +22,8 @@ from stepkd.sampling.engine import SamplingConfig
 from stepkd.scorers.scorer import Reduction, ScorerConfig
 from stepkd.search.beam import Beam
 from stepkd.search.best_of_n import BestOfN, Greedy
+from stepkd.search.refine import Refine
+from stepkd.search.revise import VerifyRevise
 from stepkd.search.state import Search
 from stepkd.statistics import percent
 from stepkd.steps.labels import check_threshold
@@ -157,7 +159,7 @@ class EvaluateConfig(BenchmarkJobConfig):
         return replace(self.limited(own), n=n)
 
 
-METHODS: tuple[type[Search], ...] = (Greedy, BestOfN, Beam)
+METHODS: tuple[type[Search], ...] = (Greedy, BestOfN, Beam, Refine, VerifyRevise)
 """The methods that settings name by class alone; one of your own is named by its import path."""
 
 

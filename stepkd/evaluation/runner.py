@@ -102,6 +102,8 @@ class OpenedBenchmark:
     """Samples from it."""
     grader: Grader
     """Finds and compares answers; enter it before it is used."""
+    template: PromptTemplate
+    """How the prompts were made."""
     settings: Mapping[str, Any]
     """The part of the job's settings that says what all this is: data, model, prompt, engine, grading, machine."""
 
@@ -150,7 +152,7 @@ def open_benchmark(config: BenchmarkJobConfig, job: Job, policy: Policy | None =
         "extractors": list(grader.extractors),
         **config.grading.decides(),
     }
-    return OpenedBenchmark(rows, prompts, policy, engine, grader, settings)
+    return OpenedBenchmark(rows, prompts, policy, engine, grader, template, settings)
 
 
 def _warn_of_cut_off(metrics: dict[str, Any], limit: int) -> None:

@@ -34,18 +34,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
+from stepkd.data.sources import get_benchmark
+from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError
 from stepkd.evaluation.config import SearchJobConfig
 from stepkd.evaluation.metrics import default_ks
 from stepkd.evaluation.runner import OpenedBenchmark, open_benchmark, running
 from stepkd.evaluation.search_summary import DIFFICULTY, POOL, summarise_search
 from stepkd.grading.judge import judge
+from stepkd.models.checkpoint import load_trained, tokenizer_fingerprint, weights_fingerprint
 from stepkd.models.policy import Policy
+from stepkd.models.source import template_for
 from stepkd.runs.job import ALONE, RESULTS_NAME, SUMMARY_NAME, Job, JobOptions
+from stepkd.sampling.config import Transformers
+from stepkd.sampling.engine import Engine
 from stepkd.sampling.transformers_engine import fixed_batches
-from stepkd.scorers.load import load_scorer
+from stepkd.scorers.load import load_scorer, pick_device
 from stepkd.scorers.scorer import Reduction, StepScorer, default_reduction
 from stepkd.search.best_of_n import BestOfN
 from stepkd.search.generate import SampledSteps, ScorerValue
@@ -88,7 +94,8 @@ def search_benchmark(
     opened = open_benchmark(config, job, policy)
     if scorer is None and config.scorer is not None:
         scorer = load_scorer(config.scorer, device=config.device, max_rows=config.max_rows)
-    bench = _Bench(config, opened, scorer)
+    names = dict.fromkeys(name for method in config.all_methods for name in method.models)
+    bench = _Bench(config, opened, scorer, {name: _other_model(name, config, opened) for name in names})
     settings = job.begin({**opened.settings, **bench.settings()})
     units = bench.units()
     with opened.grader:
@@ -115,6 +122,30 @@ def _figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float 
     return running(answers or rows) | {"tokens/s": (sum(row["tokens"]["generated"] for row in drawn), None)}
 
 
+class _Model(NamedTuple):
+    """What writes for a method."""
+
+    engine: Engine
+    policy: Policy
+    template: PromptTemplate
+
+
+def _other_model(name: str, config: SearchJobConfig, opened: OpenedBenchmark) -> _Model:
+    """A model that a method names beside the policy, sampled in this process wherever the policy is.
+
+    Raises:
+        ConfigError: it has another tokenizer.
+        ModelError: nothing loadable there.
+    """
+    dtype = str(next(opened.policy.parameters()).dtype).removeprefix("torch.")
+    policy = load_trained(name, dtype=dtype, attention=config.attention)
+    if tokenizer_fingerprint(policy.tokenizer) != tokenizer_fingerprint(opened.policy.tokenizer):
+        raise ConfigError(f"methods: {name} has another tokenizer than {config.model}: train it from that model")
+    template = template_for(name, get_benchmark(config.benchmark).template, None)
+    engine = Transformers(config.engine.at_once).for_job(policy, pick_device(config.device))
+    return _Model(engine, policy, template)
+
+
 @dataclass(eq=False)
 class _Bench:
     """What does the units of a job."""
@@ -122,26 +153,37 @@ class _Bench:
     config: SearchJobConfig
     opened: OpenedBenchmark
     scorer: StepScorer | None
+    models: Mapping[str, _Model]
 
     def tools(self) -> Tools:
         """Fresh ones, which have spent nothing and remember nothing."""
-        config, costs, sampling = self.config, Costs(), self.config.drawn
-        generator = SampledSteps(
-            self.opened.engine,
-            self.opened.policy,
+        costs, opened = Costs(), self.opened
+        generator = self._generator(_Model(opened.engine, opened.policy, opened.template), costs)
+        value = None if self.scorer is None else ScorerValue(self.scorer, costs=costs)
+        others = {name: self._generator(model, costs) for name, model in self.models.items()}
+        return Tools(generator, opened.grader, value, costs, generators=others)
+
+    def _generator(self, model: _Model, costs: Costs) -> SampledSteps:
+        config, sampling = self.config, self.config.drawn
+        return SampledSteps(
+            model.engine,
+            model.policy,
             sampling,
             segmenter=config.segmenter,
             max_step_tokens=config.max_step_tokens,
             max_tokens=sampling.longest,
             costs=costs,
+            template=model.template,
         )
-        value = None if self.scorer is None else ScorerValue(self.scorer, costs=costs)
-        return Tools(generator, self.opened.grader, value, costs)
 
     def settings(self) -> dict[str, Any]:
         """The part of the job's settings that says what is done."""
         config, sampling, value = self.config, self.config.drawn, self.tools().value
         segmenter = {"name": config.segmenter.partition(":")[0], **segmenter_settings(get_segmenter(config.segmenter))}
+        others = {
+            name: {"weights": weights_fingerprint(policy), "prompt": template.prompt_id(policy.tokenizer)}
+            for name, (_, policy, template) in self.models.items()
+        }
         return {
             "sampling": {name: each for name, each in asdict(sampling).items() if name not in ("seed", "n")},
             "seed": sampling.seed,
@@ -151,7 +193,7 @@ class _Bench:
             "difficulty_samples": config.difficulty_samples,
             "methods": {method.name: as_yaml(method) for method in config.all_methods},
             "scorer": None if value is None else {**value.provenance(), "max_rows": config.max_rows},
-        }
+        } | ({"models": others} if others else {})
 
     def units(self) -> dict[str, Unit]:
         """All units by name: group by group, those of a group in the order of the batches."""

@@ -21,6 +21,8 @@ from stepkd.sampling.config import Transformers
 from stepkd.sampling.engine import SamplingConfig
 from stepkd.search.beam import Beam
 from stepkd.search.best_of_n import BestOfN, Greedy
+from stepkd.search.refine import Refine
+from stepkd.search.revise import VerifyRevise
 
 OUTPUTS = ("settings.json", "results.jsonl", "summary.json")
 METHODS = ("greedy", "self_consistency@2", "best_of_n@3", "beam@2x2")
@@ -112,6 +114,7 @@ def test_whatever_is_missing_the_job_ends_with_the_same_bytes(
 
 def test_methods_without_a_scorer_need_none_and_another_job_is_refused(config: SearchJobConfig, policy: Policy) -> None:
     plain = replace(config, methods=(Greedy(),), scorer=None, samples=1, difficulty_samples=0)
+    config = replace(config, data="task=modular:terms=3,n=2")
     summary = search_benchmark(plain, policy=policy)
     assert list(summary["methods"]["greedy"]["minus_best_of_n"]) == ["majority"]
     assert set(summary["pool"]["curves"]) == {"pass", "majority"}
@@ -170,3 +173,28 @@ def test_a_method_that_finds_nothing_is_an_error(config: SearchJobConfig, policy
 def test_greedy_is_run_whether_or_not_it_is_named(config: SearchJobConfig) -> None:
     assert [each.name for each in config.all_methods] == list(METHODS)
     assert replace(config, methods=(Greedy(),)).all_methods == (Greedy(),)
+
+
+def test_methods_that_revise_drafts_ask_the_policy_or_a_model_of_their_own(
+    config: SearchJobConfig, policy: Policy, tmp_path: Path
+) -> None:
+    revising = [VerifyRevise(rounds=2, draft="sampled"), VerifyRevise(rounds=1, draft="sampled", revision="rewrite")]
+    config = replace(config, methods=(*revising, Refine(refiner="tiny-0.1m")), samples=1, difficulty_samples=0)
+    summary = search_benchmark(config, policy=policy)
+    rows = {(row["method"], row["index"]): row for row in read_results(config.out)}
+    for number in range(2):
+        (sample,) = rows["pool", number]["samples"]
+        for method in revising:
+            row = rows[method.name, number]
+            events = [event for event in row["trace"] if event["event"] == "verify"]
+            assert row["scorer_calls"] == len(events) == len(row["samples"]) <= 1 + method.rounds
+            assert "".join(events[0]["steps"]) == sample["completion"], "the draft is the first of the pool"
+            assert row["tokens"]["generated"] > sample["tokens"], "a random model's draft is not accepted"
+        verify, refine = rows["refine", number]["trace"]
+        assert "".join(verify["steps"]) == rows["greedy", number]["samples"][0]["completion"]
+        assert refine["kinds"][0] == "draft"
+        assert rows["refine", number]["tokens"]["generated"] > rows["greedy", number]["tokens"]["generated"]
+    assert set(summary["settings"]["models"]) == {"tiny-0.1m"}
+    again = replace(config, out=str(tmp_path / "again"), engine=Transformers(1))
+    search_benchmark(again, policy=policy)
+    assert read_results(again.out) == read_results(config.out), "what is found does not depend on the batch"
