@@ -252,7 +252,7 @@ class Tools:
     """What is spent; generator and value count into it, where they are this package's."""
     pool: dict[int, list[State]] = field(default_factory=dict)
     """Sampled whole solutions by the problem's number: methods that choose among samples share them."""
-    generators: dict[str, Writer] = field(default_factory=dict)
+    generators: Mapping[str, Writer] = field(default_factory=dict)
     """The other models that methods ask for (:attr:`Search.models`), by name; they count into ``costs``, too."""
 
     def scores(self, states: Sequence[State], reduction: Reduction | None = None) -> list[float | None]:
