@@ -10,6 +10,8 @@
   pairs along the chosen path with values and visit counts.
 * :mod:`~stepkd.search.revise` and :mod:`~stepkd.search.refine`: drafts that are verified and revised, by the policy
   itself or by a trained refiner.
+* :mod:`~stepkd.search.particles`: `ParticleFilter`, which draws solutions again by their scores at every step.
+* :mod:`~stepkd.search.phi`: `PhiDecoding`, which looks ahead and asks no scorer.
 
 ``stepkd pairs tree`` runs all of this as a resumable job (:mod:`stepkd.labels.tree_pairs`).
 """
@@ -21,6 +23,8 @@ from stepkd.lazy import lazily
 _HOMES = {
     "generate": "ContinuationValue SampledSteps ScorerValue",
     "mcts": "Decision FoundPairs Option PairConfig SearchConfig SearchTree tree_pairs tree_search",
+    "particles": "ParticleFilter",
+    "phi": "PhiDecoding",
     "refine": "Refine",
     "revise": "VerifyRevise",
     "state": "Costs Found Problem Search State StateValue Step StepGenerator Tools",

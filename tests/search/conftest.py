@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import pytest
 
+from stepkd.randomness import generator
 from stepkd.scorers.scorer import Solutions
 from stepkd.search.generate import ScorerValue
 from stepkd.search.state import Costs, Problem, State, Step
@@ -111,6 +112,42 @@ class Scored:
 
 
 @dataclass
+class KeyedSteps:
+    """Draws the steps of a script by their probabilities, keyed by the state's path; remembers states and steps of each
+    call. A script is a function of the state's text where it never ends."""
+
+    script: Script | Callable[[str], Sequence[tuple[str, float, str]]]
+    longest: int = 8
+    calls: list[tuple[int, int]] = field(default_factory=list)
+    temperatures: list[float | None] = field(default_factory=list)
+
+    def propose(self, states: Sequence[State], n: int, *, temperature: float | None = None) -> list[list[Step]]:
+        self.calls.append((len(states), n))
+        return [[self._step(state, j, "step") for j in range(n)] for state in states]
+
+    def complete(self, states: Sequence[State], n: int, *, temperature: float | None = None) -> list[list[State]]:
+        self.temperatures.append(temperature)
+        return [[self._rest(state, j) for j in range(n)] for state in states]
+
+    def _step(self, state: State, j: int, purpose: str) -> Step:
+        options = self.script(state.text) if callable(self.script) else self.script[state.text]
+        noise = generator(0, purpose, state.problem.index, *state.path, "sample", j)
+        text, probability, end = options[int(noise.choice(len(options), p=[each[1] for each in options]))]
+        return Step(text, tuple(map(ord, text)), math.log(probability), end, j)  # type: ignore[arg-type]
+
+    def _rest(self, state: State, j: int) -> State:
+        start = len(state.steps)
+        while state.end == "step":
+            state = state.then(self._step(state, j if len(state.steps) == start else 0, "rest"))
+            if state.end == "step" and len(state.steps) >= self.longest:
+                state = replace(state, end="length")
+        return state
+
+    def provenance(self) -> dict[str, Any]:
+        return {}
+
+
+@dataclass
 class ScriptedValue:
     """Values by the text so far."""
 
@@ -141,6 +178,12 @@ class LastWordGrader:
 def scripted() -> type[ScriptedSteps]:
     """Class of the scripted generator."""
     return ScriptedSteps
+
+
+@pytest.fixture
+def keyed() -> type[KeyedSteps]:
+    """Class of the scripted generator that draws."""
+    return KeyedSteps
 
 
 @pytest.fixture

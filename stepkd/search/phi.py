@@ -1,0 +1,308 @@
+"""phi-Decoding (Xu et al. 2025, arXiv 2503.13288): search without a scorer, by looking ahead.
+
+A round: every beam draws next steps; those that are too unlikely are dropped (in-width pruning); every one that is left
+is continued to the end, its *foresight*. A step counts by its *advantage* A, how much more likely its foresight is than
+the one before, F_t - F_{t-1} in mean log-probability per token, and by its *alignment* C, the share of all foresight
+paths that say something like its own. Steps are drawn by both; where most paths say the same, or after the last round,
+the beams are completed and one completion is drawn (in-depth pruning).
+
+What the paper and its released code (xufangzhi/phi-Decoding, commit 2c8e874) say differs; ``variant`` names which:
+
+================== ============================================= =====================================================
+                   paper                                         code
+================== ============================================= =====================================================
+weight of a step   exp(R / 0.6), R = softmax(A / 0.6) +          mean of softmax(A / 0.1) and softmax(C)
+                   softmax(C / 0.6) (equations 3, 7; alg. 1)
+in-width pruning   keeps those at mean - k sd and above          those above it; filled up to as many as there are beams
+answer             drawn by the same weights                     two clusters; of the larger one by softmax(A / 0.1)
+stop at a share    0.7                                           0.69
+================== ============================================= =====================================================
+
+The step values of the paper's figure 7 are those of the code: 0.1318 is half a softmax(C) over clusters of 2 and 1.
+In both: M = N = 4, rounds 4 to 8, K = 3, k = 1; steps at temperature 0.6, foresight at 1.
+
+Inferred, because neither says it: equation 3's temperature (0.6, that of its parts); what looks ahead from a finished
+solution (its newest step; while it stays it competes with advantage 0); fewer clusters where fewer paths differ; one
+start of k-means. Different from the code: words of one character count, without which one-digit answers would be
+alike (it takes scikit-learn's tokens); the steps drawn in the round that stops are kept (it forgets them).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from stepkd.errors import ConfigError, check_bounds
+from stepkd.randomness import generator
+from stepkd.search.beam import event
+from stepkd.search.state import Found, Problem, Search, State, Tools, found
+from stepkd.statistics import FloatArray
+
+_COMPLETION = 1 << 20  # no sample's number: else the last completions would be the foresight from the same places
+
+
+class _Candidate(NamedTuple):
+    """A solution that a step leads to."""
+
+    state: State
+    before: float  # mean log-probability of the foresight one step before
+    confidence: float  # mean log-probability of its newest step
+
+
+class _Path(NamedTuple):
+    """A candidate and what it was continued with."""
+
+    candidate: _Candidate
+    foresight: float  # mean log-probability
+    text: str  # what is clustered
+    end: State
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhiDecoding(Search):
+    """phi-Decoding; needs an engine with log-probabilities."""
+
+    needs_scorer = False
+
+    variant: Literal["paper", "code"] = "paper"
+    """Which of paper and released code, which differ in weights, pruning and the last choice, is followed."""
+    beams: int = 4
+    """Solutions that go on after each round (M), at least 1; 4 in the paper."""
+    rollouts: int = 4
+    """Next steps drawn of each of them (N), at least 1; 4 in the paper."""
+    clusters: int = 3
+    """Clusters of foresight paths (K), at least 1; 3 in the paper, 1 leaves the alignment out."""
+    sigma: float = 1.0
+    """Steps whose mean log-probability lies more than this many standard deviations below the mean are dropped before
+    foresight, above 0; 1 in the paper."""
+    min_rounds: int = 4
+    """Rounds before the search may stop early, at least 1; 4 in most of the paper's runs, max_rounds turns it off."""
+    max_rounds: int = 8
+    """Rounds after which the solutions are completed, at least 1; 8 in most of the paper's runs."""
+    threshold: float = 0.7
+    """Share of the largest cluster at which the search stops early, in (0, 1]; 0.7 in the paper, 0.69 in its code."""
+    foresight_temperature: float | None = None
+    """Temperature of foresight and completion, at least 1e-4; null takes that of the steps. The code has 1, and 0.6 for
+    steps."""
+    seed: int = 0
+    """Seed of clusters and of the draws among steps, at least 0."""
+
+    def __post_init__(self) -> None:
+        bounds = dict.fromkeys(("beams", "rollouts", "clusters", "min_rounds", "max_rounds"), "[1, inf)")
+        more = {"sigma": "(0, inf)", "threshold": "(0, 1]", "foresight_temperature": "[1e-4, inf)", "seed": "[0, inf)"}
+        check_bounds("", self, **bounds, **more)
+
+    @property
+    def at_once(self) -> int:
+        """See :attr:`~stepkd.search.state.Search.at_once`."""
+        return self.beams * self.rollouts
+
+    @property
+    def name(self) -> str:
+        """See :attr:`~stepkd.search.state.Search.name`."""
+        return f"phi_{self.variant}@{self.beams}x{self.rollouts}"
+
+    def run(self, problems: Sequence[Problem], tools: Tools) -> list[list[Found]]:
+        """See :meth:`~stepkd.search.state.Search.run`.
+
+        Raises:
+            ConfigError: the engine gives no log-probabilities.
+        """
+        beams = [[_Candidate(State(problem), 0.0, 0.0)] for problem in problems]
+        traces: list[list[dict[str, Any]]] = [[] for _ in problems]
+        stopped: set[int] = set()
+        for step in range(self.max_rounds):
+            unfinished = {i for i, group in enumerate(beams) if any(each.state.end == "step" for each in group)}
+            if not (going := sorted(unfinished - stopped)):
+                break
+            proposed = self._proposed([beams[i] for i in going], tools, self.rollouts * (1 if step else self.beams))
+            candidates = [
+                [*finished, *(new[k] for k in self._kept(new, problems[i], step, traces[i]))]
+                for i, (finished, new) in zip(going, proposed, strict=True)
+            ]
+            for i, paths in zip(going, _ahead(candidates, self.foresight_temperature, tools), strict=True):
+                beams[i], share = self._drawn(paths, problems[i], step, traces[i])
+                if step + 1 >= self.min_rounds and share >= self.threshold:
+                    stopped.add(i)
+        groups = [[each._replace(state=_renamed(each.state)) for each in group] for group in beams]
+        completed = _ahead(groups, self.foresight_temperature, tools)
+        return [self._answer(*each) for each in zip(completed, problems, traces, strict=True)]
+
+    def _proposed(
+        self, groups: Sequence[Sequence[_Candidate]], tools: Tools, n: int
+    ) -> list[tuple[list[_Candidate], list[_Candidate]]]:
+        """For every group of beams those that are finished, and where ``n`` next steps lead the others."""
+        flat = [each.state for group in groups for each in group if each.state.end == "step"]
+        drawn = iter(tools.generator.propose(flat, n))
+        results = []
+        for group in groups:
+            new = [
+                _Candidate(each.state.then(step), each.before, _mean(step.logprob, len(step.token_ids)))
+                for each in group
+                if each.state.end == "step"
+                for step in next(drawn)
+            ]
+            results.append(([each for each in group if each.state.end != "step"], new))
+        return results
+
+    def _kept(self, new: Sequence[_Candidate], problem: Problem, step: int, trace: list[dict[str, Any]]) -> list[int]:
+        """In-width pruning: which of the new candidates are looked ahead from."""
+        confidence = np.array([each.confidence for each in new])
+        margin = confidence - (confidence.mean() - self.sigma * confidence.std())
+        # Equal confidences, whose mean may be off by rounding, lie on the bound: it belongs to the paper's steps alone.
+        inside = margin > (1e-12 if self.variant == "code" else -1e-12)
+        if self.variant == "code" and (missing := self.beams - int(inside.sum())) > 0:
+            others = np.flatnonzero(~inside)
+            weights = _softmax(confidence[others] / 0.1)
+            inside[others[self._draw(weights, missing, "width", problem.index, step)]] = True
+        kept: list[int] = np.flatnonzero(inside).tolist()
+        scored = [(each.state, each.confidence) for each in new]
+        trace.append(event("prune", scored, step=step, kept=kept))
+        return kept
+
+    def _drawn(
+        self, paths: Sequence[_Path], problem: Problem, step: int, trace: list[dict[str, Any]]
+    ) -> tuple[list[_Candidate], float]:
+        """The beams of the next round, and the share of the largest cluster."""
+        advantages, labels = self._judged(paths, self.clusters, problem, step)
+        shares = np.bincount(labels)[labels] / len(labels)
+        weights = step_weights(advantages, shares, self.variant)
+        kept = self._draw(weights, self.beams, "steps", problem.index, step).tolist()
+        scored = [(path.candidate.state, weight) for path, weight in zip(paths, weights.tolist(), strict=True)]
+        more = {"advantages": advantages.tolist(), "clusters": labels.tolist(), "kept": kept}
+        trace.append(event("foresight", scored, step=step, **more))
+        return [paths[i].candidate._replace(before=paths[i].foresight) for i in kept], float(shares.max())
+
+    def _answer(self, paths: Sequence[_Path], problem: Problem, trace: list[dict[str, Any]]) -> list[Found]:
+        """The completions, the one that is drawn first."""
+        code = self.variant == "code"
+        advantages, labels = self._judged(paths, 2 if code else self.clusters, problem, -1)
+        sizes = np.bincount(labels)
+        if code:
+            weights = _softmax(np.where(labels == sizes.argmax(), advantages / 0.1, -np.inf))
+        else:
+            weights = step_weights(advantages, sizes[labels] / len(labels), self.variant)
+        winner = int(self._draw(weights, 1, "answer", problem.index)[0])
+        scores = weights.tolist()
+        more = {"advantages": advantages.tolist(), "clusters": labels.tolist(), "kept": [winner]}
+        trace.append({"event": "choice", "scores": scores, **more})
+        order = [winner, *(i for i in range(len(paths)) if i != winner)]
+        return [found(paths[i].end, score=scores[i], trace=trace if i == winner else []) for i in order]
+
+    def _judged(
+        self, paths: Sequence[_Path], clusters: int, problem: Problem, step: int
+    ) -> tuple[FloatArray, np.ndarray[Any, Any]]:
+        """Advantage and cluster of every path."""
+        noise = generator(self.seed, "phi", "clusters", problem.index, step)
+        labels = text_clusters([path.text for path in paths], clusters, noise)
+        return np.array([path.foresight - path.candidate.before for path in paths]), labels
+
+    def _draw(self, weights: FloatArray, size: int, *key: int | str) -> np.ndarray[Any, Any]:
+        """Numbers drawn one after the other without replacement, as many as there are at most."""
+        size = min(size, int((weights > 0).sum()))
+        return generator(self.seed, "phi", *key).choice(len(weights), size=size, replace=False, p=weights)
+
+
+def step_weights(advantages: FloatArray, shares: FloatArray, variant: Literal["paper", "code"]) -> FloatArray:
+    """Chances of steps to be drawn first; see the table above.
+
+    Args:
+        advantages: gain of each step in mean log-probability (nats per token).
+        shares: of all paths, those in the cluster of its foresight, in (0, 1].
+        variant: whose rule.
+
+    Returns:
+        Numbers that sum to 1.
+    """
+    if variant == "code":
+        return (_softmax(advantages / 0.1) + _softmax(shares)) / 2
+    return _softmax((_softmax(advantages / 0.6) + _softmax(shares / 0.6)) / 0.6)
+
+
+def word_vectors(texts: Sequence[str]) -> FloatArray:
+    """TF-IDF of texts in scikit-learn's form: counts times ln((1 + texts) / (1 + texts with the word)) + 1.
+
+    Args:
+        texts: at least one; words count in lower case.
+
+    Returns:
+        A row of length 1 for every text, in the order of the sorted words; 0 without words.
+    """
+    counted = [Counter(re.findall(r"\w+", text.lower())) for text in texts]
+    words = sorted(set().union(*counted))
+    counts = np.array([[count[word] for word in words] for count in counted], dtype=float).reshape(len(texts), -1)
+    vectors = counts * (np.log((1 + len(texts)) / (1 + np.count_nonzero(counts, axis=0))) + 1)
+    return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-300))
+
+
+def text_clusters(texts: Sequence[str], clusters: int, noise: np.random.Generator) -> np.ndarray[Any, Any]:
+    """Group texts by their words: k-means on TF-IDF.
+
+    Args:
+        texts: at least one.
+        clusters: groups at most, at least 1; no more than there are texts of different words.
+        noise: where k-means starts (k-means++).
+
+    Returns:
+        A number from 0 for every text.
+    """
+    from scipy.cluster.vq import kmeans2
+
+    vectors = word_vectors(texts)
+    groups = min(clusters, len(np.unique(vectors, axis=0)))
+    if groups == 1:
+        return np.zeros(len(texts), dtype=int)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a cluster may run empty; none of the texts is in it then
+        return np.asarray(kmeans2(vectors, groups, minit="++", iter=20, rng=noise)[1])
+
+
+def _ahead(groups: Sequence[Sequence[_Candidate]], temperature: float | None, tools: Tools) -> list[list[_Path]]:
+    """Continue every unfinished candidate to the end; the foresight of a finished one is its newest step."""
+    flat = [each.state for group in groups for each in group if each.state.end == "step"]
+    drawn = iter(tools.generator.complete(flat, 1, temperature=temperature) if flat else [])
+    results = []
+    for group in groups:
+        paths = []
+        for each in group:
+            state = each.state
+            if state.end != "step":
+                paths.append(_Path(each, each.confidence, state.steps[-1], state))
+                continue
+            (end,) = next(drawn)
+            total = None if end.logprob is None or state.logprob is None else end.logprob - state.logprob
+            mean = _mean(total, len(end.token_ids) - len(state.token_ids))
+            paths.append(_Path(each, mean, end.text[len(state.text) :], end))
+        results.append(paths)
+    return results
+
+
+def _renamed(state: State) -> State:
+    """The state, from which something else is drawn than its foresight was."""
+    return replace(state, path=(*state.path, _COMPLETION)) if state.end == "step" else state
+
+
+def _mean(logprob: float | None, tokens: int) -> float:
+    """Mean log-probability of tokens.
+
+    Raises:
+        ConfigError: it is not known.
+    """
+    if logprob is None or not math.isfinite(logprob):
+        raise ConfigError(
+            f"phi-decoding reads the model's log-probabilities, and the engine gives {logprob}: take the transformers "
+            "engine, or with vLLM temperature 1 (foresight_temperature too) without top-p and top-k"
+        )
+    return logprob / max(1, tokens)
+
+
+def _softmax(x: FloatArray) -> FloatArray:
+    weights = np.exp(x - x.max())
+    return weights / weights.sum()
