@@ -35,7 +35,7 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
@@ -69,7 +69,7 @@ class _Path(NamedTuple):
 class PhiDecoding(Search):
     """phi-Decoding; needs an engine with log-probabilities."""
 
-    needs_scorer = False
+    needs_scorer: ClassVar[bool] = False
 
     variant: Literal["paper", "code"] = "paper"
     """Which of paper and released code, which differ in weights, pruning and the last choice, is followed."""
