@@ -34,6 +34,8 @@ A_TASK: Need = (
     "labeller or scorer",
 )
 """What the exact checker needs."""
+A_SOLUTION: Need = (("solution",), "has no 'solution', whose steps search.gold_steps wants: turn it off")
+"""What reference steps need."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

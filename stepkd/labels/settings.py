@@ -20,7 +20,7 @@ from stepkd.sampling.config import IN_PROCESS, EngineConfig
 from stepkd.sampling.engine import SamplingConfig
 from stepkd.scorers.load import load_scorer
 from stepkd.scorers.scorer import Reduction, ScorerConfig, StepScorer
-from stepkd.search.mcts import PairConfig, SearchConfig
+from stepkd.search.pairs import PairConfig, PairTreeConfig
 from stepkd.steps.confidence import SIGNALS
 from stepkd.steps.labels import Neutral, check_threshold
 from stepkd.steps.segment import get_segmenter, segmenter_settings
@@ -318,11 +318,20 @@ class StepScore(ValueConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class SelfEvaluation(ValueConfig):
-    """What the policy answers when it is asked whether each step is correct, with the reference before it: the paper's
+    """What the policy answers when it is asked whether the steps are correct, with the reference before it: the paper's
     value (of another model: StepScore, with a Judge and its reference)."""
 
+    whole: bool = False
+    """Ask one question about the whole partial solution and take the probability of a yes among all tokens, as the
+    released code does; false asks about each step, yes against no, and reduces the answers."""
     reduction: Reduction | None = None
-    """From the answers about all steps to one; null takes their product."""
+    """From the answers about all steps to one; null takes their product. Not with whole."""
+
+    def __post_init__(self) -> None:
+        if self.whole and self.reduction is not None:
+            raise ConfigError(
+                f"value.reduction={self.reduction}: value.whole asks one question, whose answer needs none; drop it"
+            )
 
     def build(self, bench: Any, generator: Any, scorer: StepScorer | None) -> Any:
         """A :class:`~stepkd.search.generate.ScorerValue`."""
@@ -330,8 +339,8 @@ class SelfEvaluation(ValueConfig):
         from stepkd.search.generate import ScorerValue
 
         how = {"engine": generator.engine, "max_rows": bench.config.engine.at_once, "name": bench.model}
-        scorer = scorer or PromptedJudge(bench.policy, reference=True, **how)
-        return ScorerValue(scorer, reduction=self.reduction, name="self_evaluation")
+        scorer = scorer or PromptedJudge(bench.policy, reference=True, whole=self.whole, **how)
+        return ScorerValue(scorer, reduction="last" if self.whole else self.reduction, name="self_evaluation")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,7 +350,7 @@ class TreePairing:
 
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How steps are sampled, above temperature 0; the search says how many."""
-    search: SearchConfig = field(default_factory=SearchConfig)
+    search: PairTreeConfig = field(default_factory=PairTreeConfig)
     """How trees are searched."""
     pairs: PairConfig = field(default_factory=PairConfig)
     """Which pairs a tree gives."""

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from stepkd.labels.labellers import A_TASK, PROBLEM_COLUMNS
+from stepkd.data.completion import Completion
+from stepkd.data.encode import with_end
+from stepkd.data.templates import PromptTemplate
+from stepkd.labels.labellers import A_SOLUTION, A_TASK, PROBLEM_COLUMNS
 from stepkd.labels.settings import StepScore, TreePairConfig
 from stepkd.labels.workbench import Workbench, pair_record
 from stepkd.models.policy import Policy
@@ -20,8 +23,63 @@ from stepkd.sampling.transformers_engine import encode_prompts, fixed_batches
 from stepkd.scorers.rules import Checker
 from stepkd.scorers.scorer import StepScorer
 from stepkd.search.generate import SampledSteps
-from stepkd.search.mcts import SearchTree, tree_pairs, tree_search
-from stepkd.search.state import Problem
+from stepkd.search.mcts import Reference, tree_search
+from stepkd.search.pairs import tree_pairs
+from stepkd.search.state import End, Problem, State, Step
+from stepkd.search.tree import SearchTree
+from stepkd.steps.segment import get_segmenter, segment
+from stepkd.steps.text import TokenizedText, tokenize_text
+
+
+@dataclass(frozen=True, eq=False)
+class GoldSteps:
+    """Steps of problems' reference solutions, with what the policy thinks of them."""
+
+    generator: SampledSteps
+    """Its engine scores them, its segmenter cuts them."""
+    template: PromptTemplate
+    """Has the token that ends a solution."""
+
+    def __call__(self, states: Sequence[State]) -> list[list[Step]]:
+        """What the ``solution`` of each state's problem goes on with, to its end.
+
+        Args:
+            states: unfinished solutions.
+
+        Returns:
+            For each its steps; none where the state does not say the solution's beginning up to the end of a token
+            (leading white space apart), or where there is no room for the rest.
+        """
+        rests = [self._rest(state) for state in states]
+        asked = [
+            Completion((*state.problem.prompt_ids, *state.token_ids), rest.token_ids)
+            for state, rest in zip(states, rests, strict=True)
+            if len(rest)
+        ]
+        scores = iter(self.generator.engine.score(asked) if asked else [])
+        told = [replace(rest, logprobs=tuple(next(scores).logps_T.tolist())) if len(rest) else rest for rest in rests]
+        return [self._steps(rest) for rest in told]
+
+    def _rest(self, state: State) -> TokenizedText:
+        tokenizer = self.generator.policy.tokenizer
+        whole = with_end(tokenize_text(tokenizer, str(state.problem.row["solution"])), self.template, tokenizer)
+        gold, said = whole.text.lstrip(), state.text.lstrip()
+        chars = len(whole.text) - len(gold) + len(said) if said else 0
+        start, room = whole.token_end(chars), self.generator.room(state)
+        at_a_token = not start or whole.char_ends[start - 1] == chars
+        if not gold.startswith(said) or not at_a_token or (room is not None and len(whole) - start > room):
+            return TokenizedText((), "", ())
+        return TokenizedText(
+            whole.token_ids[start:], whole.text[chars:], tuple(end - chars for end in whole.char_ends[start:])
+        )
+
+    def _steps(self, rest: TokenizedText) -> list[Step]:
+        steps = []
+        for start, end in segment(get_segmenter(self.generator.segmenter), rest):
+            logprob = None if rest.logprobs is None else sum(rest.logprobs[start:end])
+            how: End = "stop" if end == len(rest) else "step"
+            steps.append(Step(rest.span_text(start, end), rest.token_ids[start:end], logprob, how))
+        return steps
 
 
 class TreePairBuilder:
@@ -47,7 +105,7 @@ class TreePairBuilder:
         scorer: StepScorer | None = None,
     ) -> None:
         exact = isinstance(config.value, StepScore) and config.value.scorer in ("checker", Checker())
-        needs = (A_TASK,) if exact else ()
+        needs = (A_TASK,) * exact + (A_SOLUTION,) * config.search.gold_steps
         self.config = config
         self.bench = bench = Workbench(
             config, config.problems, config.model, needs, problems=True, job=job, policy=policy
@@ -60,6 +118,8 @@ class TreePairBuilder:
             max_step_tokens=config.max_step_tokens,
         )
         self.value = config.value.build(bench, self.generator, scorer)
+        follow = GoldSteps(self.generator, bench.template) if config.search.gold_steps else None
+        self.reference = Reference(bench.grader, config.search.outcome, follow)
         self.prompts = encode_prompts(bench.policy, bench.template, bench.rows)
         self.pairing = {
             "builder": "tree",
@@ -81,7 +141,7 @@ class TreePairBuilder:
         problems = [
             Problem(item, self.prompts[item].row, tuple(self.prompts[item].prompt_ids.tolist())) for item in items
         ]
-        trees = tree_search(problems, self.generator, self.value, self.bench.grader, self.config.search)
+        trees = tree_search(problems, self.generator, self.value.values, self.config.search, self.reference)
         return [self._record(tree) for tree in trees]
 
     def _record(self, tree: SearchTree) -> dict[str, Any]:

@@ -17,9 +17,11 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from stepkd.data.completion import Completion, Numbers
 from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, DataError
 from stepkd.losses.prm import label_token_logps
@@ -36,6 +38,7 @@ from stepkd.steps.format import marker_token_id
 JUDGE_TEMPLATE = PromptTemplate(plain="{prompt}\nAnswer:")
 """Chat style asks as a user; plain style ends where the answer begins."""
 QUESTION = "Is step {step} right, given the problem and the steps before it? Answer Yes or No."
+WHOLE_QUESTION = "Is this solution, as far as it goes, on the way to the correct answer? Answer Yes or No."
 USUAL = (("Yes", "No"), (" Yes", " No"), ("yes", "no"), (" yes", " no"))
 """Forms of yes and no."""
 _PLACE = "<<<the steps go here>>>"
@@ -47,9 +50,12 @@ class PromptedJudge(PolicyScorer):
     Args:
         policy: the model, any causal language model; in evaluation mode while it judges.
         template: how the question is put: the text built from problem and steps is the template's ``{prompt}``.
-        question: asked behind the steps; must hold ``{step}``, the step's number from 1.
+        question: asked behind the steps; must hold ``{step}``, the step's number from 1, unless it is about the whole;
+            None: a usual one.
         answers: pairs of a yes and a no, one token each, whose probabilities are added up; none: the usual ones.
         reference: show the row's ``solution`` (else its ``answer``) to the model.
+        whole: ask once, about all steps; the last one's score is then P(yes) among all tokens, as in the released code
+            of MCTS-DPO (arXiv 2405.00451), and those before it have none.
         engine: holds the policy's model and reads in place of this process; None: this process reads.
         **reading: settings of :class:`~stepkd.scorers.prm.PolicyScorer`. Without ``shared_prefix`` problem and solution
             are read again for every step (the same scores), and so it is done where the model's attention does not
@@ -67,9 +73,10 @@ class PromptedJudge(PolicyScorer):
         policy: Policy,
         *,
         template: str | PromptTemplate = JUDGE_TEMPLATE,
-        question: str = QUESTION,
+        question: str | None = None,
         answers: Sequence[tuple[str, str]] = (),
         reference: bool = False,
+        whole: bool = False,
         engine: Engine | None = None,
         **reading: Any,
     ) -> None:
@@ -77,9 +84,10 @@ class PromptedJudge(PolicyScorer):
         self.engine = engine or TransformersEngine(policy, max_rows=self.max_rows)
         self.shared_prefix &= isinstance(self.engine, TransformersEngine)  # an engine elsewhere has its own cache
         self.max_length = min(self.max_length, self.engine.scored_length or self.max_length)
-        if question.count("{step}") != 1:
+        self.whole = whole
+        self.question = question or (WHOLE_QUESTION if whole else QUESTION)
+        if not whole and self.question.count("{step}") != 1:
             raise ConfigError(f"the judge's question must hold {{step}} once, found {question!r}")
-        self.question = question
         self.yes_ids, self.no_ids = answer_ids(policy.tokenizer, answers)
         self.reference = reference
 
@@ -105,6 +113,7 @@ class PromptedJudge(PolicyScorer):
         forms = {"yes": list(self.yes_ids), "no": list(self.no_ids)}
         engine = {"name": type(self.engine).__name__, **self.engine.facts()}
         asked = {"scorer": "judge", "question": self.question, "reference": self.reference, "answer_ids": forms}
+        asked |= {"whole": True} if self.whole else {}
         return asked | {"engine": engine} | super().provenance()
 
     def _case(self, problem: Solutions, steps: Sequence[str]) -> Item:
@@ -123,6 +132,8 @@ class PromptedJudge(PolicyScorer):
                 break
             ids = longer
             places.append((k - 1, len(head) + len(ids), question))
+        if self.whole:
+            places = [place for place in places if place[0] == len(steps) - 1]
         return Item(name, head, ids, tuple(places), [math.nan] * len(steps))
 
     def _text(self, row: Row, name: str) -> str:
@@ -175,17 +186,25 @@ class PromptedJudge(PolicyScorer):
                 hidden_BTH = continue_rows(decoder, solved, owners, questions, cuts=cuts).hidden_PTH
                 last_B = torch.tensor([len(row) - 1 for row in questions], device=hidden_BTH.device)
                 hidden_SH = hidden_BTH[torch.arange(len(questions), device=hidden_BTH.device), last_B]
-                logps_SC = label_token_logps(self.policy.head, hidden_SH, [*self.no_ids, *self.yes_ids])
+                answers = [*self.no_ids, *self.yes_ids]
+                logps_SC = label_token_logps(self.policy.head, hidden_SH, answers, restricted=not self.whole)
                 self._answer([cases[b] for b in owners], steps, logps_SC)
 
     def _apart(self, cases: list[Item]) -> None:
         """Every question with all before it."""
         rows = [(case, *place) for case in cases for place in case.places]
+        answers = [*self.no_ids, *self.yes_ids]
         for whole in (True, False):
             part = [row for row in rows if (row[1] == row[0].places[-1][0]) is whole]
             texts = [(case.head + case.ids)[:cut] + question for case, _, cut, question in part]
-            logps_SC = self.engine.choice_logps(texts, [*self.no_ids, *self.yes_ids])
+            logps_SC = self._said(texts) if self.whole else self.engine.choice_logps(texts, answers)
             self._answer([row[0] for row in part], [row[1] for row in part], torch.from_numpy(logps_SC))
+
+    def _said(self, texts: Sequence[Ids]) -> Numbers:
+        """(S, C) log-probabilities of the answers among all tokens; those of no are not asked for."""
+        scores = self.engine.score([Completion(text, [yes]) for text in texts for yes in self.yes_ids])
+        logps_SY = np.array([each.logps_T[0] for each in scores]).reshape(len(texts), len(self.yes_ids))
+        return np.concatenate([np.full((len(texts), len(self.no_ids)), -np.inf), logps_SY], axis=1)
 
     def _answer(self, cases: Sequence[Item], steps: Sequence[int], logps_SC: Tensor) -> None:
         """Give each row's step P(yes) against P(no)."""

@@ -6,8 +6,8 @@
 * :mod:`~stepkd.search.generate`: `SampledSteps`, steps from a language model, cut by any segmenter; `ContinuationValue`
   (share of correct continuations), `ScorerValue` (a reward model, a prompted judge, an exact checker).
 * :mod:`~stepkd.search.mcts`: `tree_search`, Monte-Carlo tree search of many problems in lockstep: the leaves of all
-  trees are expanded in one batch, and every tree is as if it were searched alone; and `tree_pairs`, step preference
-  pairs along the chosen path with values and visit counts.
+  trees are expanded in one batch, and every tree is as if it were searched alone; and `MCTS`, an answer from a tree.
+  :mod:`~stepkd.search.pairs`: `tree_pairs`, step preference pairs along the chosen path with values and visit counts.
 * :mod:`~stepkd.search.revise` and :mod:`~stepkd.search.refine`: drafts that are verified and revised, by the policy
   itself or by a trained refiner.
 * :mod:`~stepkd.search.particles`: `ParticleFilter`, which draws solutions again by their scores at every step.
@@ -22,13 +22,14 @@ from stepkd.lazy import lazily
 
 _HOMES = {
     "generate": "ContinuationValue SampledSteps ScorerValue",
-    "mcts": "Decision FoundPairs Option PairConfig SearchConfig SearchTree tree_pairs tree_search",
+    "mcts": "MCTS Reference TreeConfig tree_search",
+    "pairs": "FoundPairs PairConfig PairTreeConfig tree_pairs",
     "particles": "ParticleFilter",
     "phi": "PhiDecoding",
     "refine": "Refine",
     "revise": "VerifyRevise",
     "state": "Costs Found Problem Search State StateValue Step StepGenerator Tools",
-    "tree": "Node",
+    "tree": "Decision Node Option SearchTree",
 }
 
 __getattr__ = lazily(__name__, _HOMES)

@@ -1,4 +1,4 @@
-"""Monte-Carlo tree search over steps, for many problems at once; and step preference pairs from a searched tree.
+"""Monte-Carlo tree search over steps, for many problems at once; an answer from a tree at test time (:class:`MCTS`).
 
 A *walk* starts at the node that is to be decided, goes down by PUCT, gives every leaf it meets its children, and ends
 where a solution ends or the look-ahead does; then it is backed up. After its walks the node's best child is taken, and
@@ -7,42 +7,54 @@ the search goes on from there, keeping the tree below, until a solution ends.
 Every tree runs in a coroutine that stops where a node needs children. The leaves of all trees that have stopped are
 expanded in one call of the generator, one of the grader and one of the value; no tree waits for another's walk.
 
-Source: Xie et al. 2024, arXiv 2405.00451, and its released code. What differs from the code:
+Source: Xie et al. 2024, arXiv 2405.00451, and its released code (YuxiXie/MCTS-DPO at fb23437, the script for
+mathematics). How MCTS-DPO differs from that code, with the option that comes nearest to it, which
+``recipes/mcts_dpo.yaml`` sets:
 
-* a step is a line, the look-ahead is three lines, and nothing ends a solution early; there a step is a share of the
-  whole solution, and the action at the last depth is forced to end it, so that nearly every walk meets an outcome;
-* candidates are samples only; there the reference's own next step is among them by default;
-* self-evaluation asks about every step and multiplies; there it is one question about the whole partial solution;
-* estimates are not divided by depth (``damp_after``) and come from continuations unless told otherwise; there both are
-  the other way round;
-* the best child has the highest value; there it has the most visits, weighted by the gap between its children's;
-* pairs need any correct solution in the tree; there the chosen path must be correct;
-* equal actions are merged; there near-duplicates by their embeddings, too;
-* a correct solution is not worth more for differing from the reference;
-* a walk visits the root once; there twice, and a node under expansion counts as unvisited.
+1. A step is one segment, by default a line. There it is as many lines as fit half of the reference solution's tokens,
+   at most 128, so that nearly every walk of depth 3 meets an outcome; a state of three steps gets one action, to the
+   end. ``search.force_end`` has that action too, and all walks go on to it; steps before it remain lines.
+2. Candidates are samples only. There the next steps of the reference solution stand first among them, by default and in
+   the script. ``search.gold_steps`` does the same: one step, not as many as fit, where no end is forced.
+3. Self-evaluation asks about every step, Yes against No, and multiplies. There one question is about the whole partial
+   solution, and the probability of "(B) correct" among all tokens counts. ``value.whole`` asks once, and takes that of
+   Yes; the words are ours, and the first token answers, where the code looks for the answer among four.
+4. Values come from continuations. There from self-evaluation: ``value: SelfEvaluation``.
+5. Estimates are not divided by depth. There by depth less 3: ``search.damp_after: 3``.
+6. The child of the highest Q is taken. There that of the most visits, weighted by the gap between its own children's:
+   ``search.choose: visits``. The sides of a pair go by Q in both, so the better one need not be the chosen one.
+7. Any correct solution in a tree lets it give pairs. There the chosen path must be correct: ``pairs.require: path``.
+8. A walk visits every node on its way once. There its first node counts twice, and a node under expansion counts as
+   unvisited, so that the first choice below it is by Q alone. No option has that.
+9. The loss is a mean over pairs. There over those of one problem, then over 64 problems; no option has that. Weight
+   decay 0.05 and warm-up 0.03 are the recipe's.
 
-Pairs are taken at every depth of the chosen path. At every decision the siblings are ranked by Q (equal ones by
-visits): the better side is the best, which is the one that was chosen; the worse side is the worst. A run of steps of
-which each is its parent's only child is one action, and its texts and ids are joined.
+Beside these: equal actions are merged, there near-duplicates by their embeddings, too; a correct solution is not worth
+more, there 1.25, for differing from the reference; siblings of equal value give no pair.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial, reduce
+from typing import Any, Literal, TypeAlias
 
 from stepkd.errors import ConfigError, DataError, check_bounds
 from stepkd.grading.pool import Grader
-from stepkd.search.state import START, Problem, StateValue, Step, StepGenerator
-from stepkd.search.tree import Node, back_up, best_child, select
+from stepkd.scorers.scorer import Reduction
+from stepkd.search.best_of_n import choice
+from stepkd.search.state import Found, Problem, Search, State, Step, StepGenerator, Tools, found
+from stepkd.search.tree import Decision, Node, Option, SearchTree, back_up, best_child, select
+
+Estimate: TypeAlias = Callable[[Sequence[State]], Sequence[float | None]]
+"""How good states are, in [0, 1]; None: no estimate."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchConfig:
-    """How trees are searched. Walks, actions, depth and exploration are the paper's for mathematics; the module's text
-    says what is not."""
+class TreeConfig:
+    """How trees are searched. Walks, actions, depth and exploration are MCTS-DPO's for mathematics (arXiv 2405.00451);
+    the module's text says what is not."""
 
     iterations: int = 64
     """Walks per decision, at least 1; the paper's number."""
@@ -52,18 +64,22 @@ class SearchConfig:
     """Steps sampled at every node, at least 2, of which equal ones are merged; the paper's number."""
     depth: int = 3
     """Look-ahead in steps from the node that is decided, at least 1; the paper's number."""
+    force_end: bool = False
+    """Whether all walks go on to an outcome: what follows a solution's first ``depth`` steps is drawn once, to the end,
+    as one action, so that at most depth steps are decided one by one; false ends a walk with its look-ahead."""
     max_steps: int = 32
-    """Longest solution in steps, not below depth, beyond which it stays unfinished; 32 is more than most have."""
+    """Longest solution in steps, not below depth, beyond which it stays unfinished; 32 is more than most have.
+    With force_end it has no effect."""
     exploration: float = 1.0
     """Weight c of the exploration term of PUCT, at least 0; the paper's number."""
     gamma: float = 1.0
     """Discount of what follows a step, in [0, 1]; 1 lets all steps of a walk count alike."""
-    outcome: float = 1.0
-    """What a correct solution's end adds to its value, and an incorrect one's takes away, at least 0; 1 is the range of
-    the estimates."""
     damp_after: int | None = None
     """Depth, at least 0, against solutions that go on and on: a step's estimate is divided by how much deeper than this
     the step before it is (the released code has 3); the default does not divide them."""
+    choose: Literal["value", "visits"] = "value"
+    """Which child a decision takes: that of the highest Q (value), or that of the most visits, weighted by how much its
+    own children's differ (visits, the released code's); by value a correct step wins wherever the scorer tells it."""
 
     def __post_init__(self) -> None:
         check_bounds(
@@ -75,69 +91,45 @@ class SearchConfig:
             depth="[1, inf)",
             exploration="[0, inf)",
             gamma="[0, 1]",
-            outcome="[0, inf)",
             damp_after="[0, inf)",
         )
         if self.max_steps < self.depth:
             raise ConfigError(f"search.max_steps={self.max_steps} is below the look-ahead, search.depth={self.depth}")
 
-
-@dataclass(frozen=True)
-class Option:
-    """A child at the time of the decision; later walks change its visits."""
-
-    node: Node
-    q: float
-    visits: int
+    @property
+    def deepest(self) -> int:
+        """Depth beyond which nothing is searched."""
+        return self.depth + 1 if self.force_end else self.max_steps
 
 
 @dataclass(frozen=True)
-class Decision:
-    """A step that was chosen, and what there was to choose from."""
+class Reference:
+    """What a search for training data knows of the answer; one at test time knows nothing."""
 
-    node: Node
-    """Where the choice was made."""
-    options: tuple[Option, ...]
-    """Its children then, in the order in which they were sampled; at least one."""
-    chosen: Node
-    """The best of them."""
-
-
-@dataclass(eq=False)
-class SearchTree:
-    """One problem's tree."""
-
-    problem: Problem
-    root: Node = field(default_factory=lambda: Node(START, None))
-    decisions: list[Decision] = field(default_factory=list)
-    """The chosen path, from the root on."""
-
-    @property
-    def solved(self) -> bool:
-        """Whether the tree holds a correct solution."""
-        return any(node.correct for node in self.root.subtree())
-
-    @property
-    def last(self) -> Node:
-        """Where the chosen path ends."""
-        return self.decisions[-1].chosen if self.decisions else self.root
+    grader: Grader
+    """Compares the final answers of finished solutions with the problem's."""
+    outcome: float = 1.0
+    """What a correct solution's end adds to its value, and an incorrect one's takes away, at least 0."""
+    follow: Callable[[Sequence[State]], Sequence[Sequence[Step]]] | None = None
+    """Steps of the reference solution behind each state, to its end, none where a state says something else; the first
+    of them is then among the candidates. None: candidates are samples only."""
 
 
 def tree_search(
     problems: Sequence[Problem],
     generator: StepGenerator,
-    value: StateValue,
-    grader: Grader,
-    settings: SearchConfig,
+    estimate: Estimate,
+    settings: TreeConfig,
+    reference: Reference | None = None,
 ) -> list[SearchTree]:
     """Search a tree for each problem.
 
     Args:
-        problems: problems with an ``answer`` each.
+        problems: any; with a reference each has an ``answer``.
         generator: proposes steps.
-        value: estimates states, in [0, 1].
-        grader: compares the final answers of finished solutions with the problem's.
-        settings: see :class:`SearchConfig`.
+        estimate: values states, finished ones among them.
+        settings: see :class:`TreeConfig`.
+        reference: grades finished solutions; None: their value is its estimate alone.
 
     Returns:
         One tree per problem, in order; a tree does not depend on the others.
@@ -145,7 +137,7 @@ def tree_search(
     Raises:
         DataError: a problem without an answer.
     """
-    for problem in problems:
+    for problem in problems if reference else []:
         if problem.row.get("answer") in (None, ""):
             raise DataError(
                 "the problem has no answer to grade solutions by",
@@ -158,28 +150,28 @@ def tree_search(
     while going:
         stopped = [(i, leaf) for i in going if (leaf := next(walks[i], None)) is not None]
         if stopped:
-            _expand([(trees[i], leaf) for i, leaf in stopped], generator, value, grader, settings)
+            _expand([(trees[i], leaf) for i, leaf in stopped], generator, estimate, settings, reference)
         going = [i for i, _ in stopped]
     return trees
 
 
-def _decide_all(tree: SearchTree, settings: SearchConfig) -> Iterator[Node]:
+def _decide_all(tree: SearchTree, settings: TreeConfig) -> Iterator[Node]:
     """Decide step after step; yields the nodes that need children and goes on when they have them."""
     node, walks = tree.root, settings.iterations * settings.root_factor
-    while not node.terminal and node.depth < settings.max_steps:
+    while not node.terminal and node.depth < settings.deepest:
         for _ in range(walks):
             yield from _walk(node, settings)
         if not node.children:
             return
         options = tuple(Option(child, child.q, child.visits) for child in node.children)
-        tree.decisions.append(Decision(node, options, best_child(node)))
+        tree.decisions.append(Decision(node, options, best_child(node, settings.choose)))
         node, walks = tree.decisions[-1].chosen, settings.iterations
 
 
-def _walk(start: Node, settings: SearchConfig) -> Iterator[Node]:
+def _walk(start: Node, settings: TreeConfig) -> Iterator[Node]:
     """One walk with its backup; yields the leaves it meets."""
     path = [start]
-    limit = min(start.depth + settings.depth, settings.max_steps)
+    limit = settings.deepest if settings.force_end else min(start.depth + settings.depth, settings.deepest)
     while True:
         node = path[-1]
         node.visits += 1
@@ -196,187 +188,134 @@ def _walk(start: Node, settings: SearchConfig) -> Iterator[Node]:
 def _expand(
     leaves: Sequence[tuple[SearchTree, Node]],
     generator: StepGenerator,
-    value: StateValue,
-    grader: Grader,
-    settings: SearchConfig,
+    estimate: Estimate,
+    settings: TreeConfig,
+    reference: Reference | None,
 ) -> None:
     """Give leaves, at most one of each tree, their children, and these their values."""
-    proposed = generator.propose([leaf.state(tree.problem) for tree, leaf in leaves], settings.actions)
-    for (_, leaf), steps in zip(leaves, proposed, strict=True):
-        leaf.children = _merged(leaf, steps)
+    _propose(leaves, generator, settings, reference)
     new = [(tree, child) for tree, leaf in leaves for child in leaf.children]
-    over = [(tree, node) for tree, node in new if node.terminal]
-    grades = grader.grade(
-        [node.state(tree.problem).text for tree, node in over],
-        [str(tree.problem.row["answer"]) for tree, _ in over],
-        rows=[tree.problem.row for tree, _ in over],
-    )
-    for (_, node), grade in zip(over, grades, strict=True):
-        node.correct = grade.verdict == "correct"
-    estimates = value.values([node.state(tree.problem) for tree, node in new]) if new else []
-    for (_, node), estimate in zip(new, estimates, strict=True):
+    if reference:
+        over = [(tree, node) for tree, node in new if node.terminal]
+        grades = reference.grader.grade(
+            [node.state(tree.problem).text for tree, node in over],
+            [str(tree.problem.row["answer"]) for tree, _ in over],
+            rows=[tree.problem.row for tree, _ in over],
+        )
+        for (_, node), grade in zip(over, grades, strict=True):
+            node.correct = grade.verdict == "correct"
+    estimates = estimate([node.state(tree.problem) for tree, node in new]) if new else []
+    for (_, node), value in zip(new, estimates, strict=True):
         assert node.parent is not None
         # Without an estimate the step neither gains nor loses.
         damping = 1 if settings.damp_after is None else max(node.parent.depth - settings.damp_after, 1)
-        node.value = node.parent.value if estimate is None else estimate / damping
-        if node.correct is not None:
-            node.value += settings.outcome * (1 if node.correct else -1)
+        node.value = node.parent.value if value is None else value / damping
+        if reference and node.correct is not None:
+            node.value += reference.outcome * (1 if node.correct else -1)
         node.q = node.reward
 
 
-def _merged(parent: Node, steps: Sequence[Step]) -> list[Node]:
-    """Children of a node; of steps that say the same and end alike only the first."""
-    children: dict[tuple[str, bool], Node] = {}
-    for step in steps:
-        key = (step.text, step.end == "step")
-        if key in children:
-            children[key].copies += 1
-        else:
-            children[key] = Node(step, parent)
-    return list(children.values())
+def _propose(
+    leaves: Sequence[tuple[SearchTree, Node]],
+    generator: StepGenerator,
+    settings: TreeConfig,
+    reference: Reference | None,
+) -> None:
+    """Give leaves their children: steps, or the rest of the solution where an end is forced; those of the reference
+    solution first."""
+    states = [leaf.state(tree.problem) for tree, leaf in leaves]
+    forced = [settings.force_end and leaf.depth >= settings.depth for _, leaf in leaves]
+    going = [state for state, end in zip(states, forced, strict=True) if not end]
+    ending = [state for state, end in zip(states, forced, strict=True) if end]
+    proposed = iter(generator.propose(going, settings.actions) if going else [])
+    completed = iter(generator.complete(ending, 1) if ending else [])
+    follow = reference and reference.follow
+    told: Sequence[Sequence[Step]] = follow(states) if follow else [()] * len(states)
+    for (_, leaf), state, end, steps in zip(leaves, states, forced, told, strict=True):
+        children = _ends(leaf, state, next(completed)) if end else [Node(step, leaf) for step in next(proposed)]
+        if steps:
+            # Its number is none of a sample's, so that what is drawn behind it is drawn for it alone.
+            first = replace(steps[0], sample=settings.actions)
+            whole = reduce(State.then, (first, *steps[1:]), state)
+            given = _ends(leaf, state, [whole])[0] if end else Node(first, leaf)
+            if _says(given) not in map(_says, children):
+                children.insert(0, given)
+        leaf.children = _merged(children)
 
 
-# --- pairs ------------------------------------------------------------------------------------------------------------
-
-_ROUNDING = 1e-9
-"""Values that differ by less are equal: sums of the same numbers in another order."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PairConfig:
-    """Which pairs a tree gives."""
-
-    max_pairs: int = 8
-    """Most pairs of a problem, the first ones along the path, at least 1; the released code's number."""
-    solved_only: bool = True
-    """Take pairs only from trees with a correct solution: elsewhere nothing but estimates tells the sides apart."""
-
-    def __post_init__(self) -> None:
-        check_bounds("pairs.", self, max_pairs="[1, inf)")
-
-
-@dataclass(frozen=True)
-class FoundPairs:
-    """What one tree gave."""
-
-    rows: tuple[dict[str, Any], ...]
-    """Step preference rows, by depth."""
-    dropped: Mapping[str, int]
-    """What was left out, by reason: ``unsolved_tree`` and ``no_steps`` (the whole tree), ``no_sibling``,
-    ``equal_values``, ``same_text``, ``blank_step`` (the solution ends without another word), ``cut_off`` (the better
-    side, whatever its answer), ``over_limit``."""
-
-
-def tree_pairs(
-    tree: SearchTree,
-    settings: PairConfig | None = None,
-    *,
-    columns: Sequence[str] = ("answer",),
-    provenance: Mapping[str, Any] | None = None,
-) -> FoundPairs:
-    """Pairs of a searched tree.
-
-    Args:
-        tree: after :func:`tree_search`.
-        settings: which pairs; None: the defaults.
-        columns: columns of the problem that the rows keep.
-        provenance: where the pairs come from, for the column ``pairing``; None: no such column.
-
-    Returns:
-        The rows, and what was left out. The column ``pair_facts`` holds values, siblings, and steps of each side.
-    """
-    settings = settings or PairConfig()
-    dropped: Counter[str] = Counter()
-    rows: list[dict[str, Any]] = []
-    if not tree.decisions:
-        return FoundPairs((), {"no_steps": 1})
-    if settings.solved_only and not tree.solved:
-        return FoundPairs((), {"unsolved_tree": 1})
-    for decision in _choices(tree.decisions):
-        found = _pair(decision)
-        if isinstance(found, str):
-            dropped[found] += 1
-        elif len(rows) == settings.max_pairs:
-            dropped["over_limit"] += 1
-        else:
-            row = _row(tree, decision, *found)
-            row |= {name: tree.problem.row[name] for name in columns if tree.problem.row.get(name) is not None}
-            if provenance is not None:
-                row["pairing"] = dict(provenance)
-            rows.append(row)
-    return FoundPairs(tuple(rows), dict(sorted(dropped.items())))
-
-
-def action(node: Node) -> list[Node]:
-    """A step, and those that follow it without an alternative: together they are one action.
-
-    Args:
-        node: the first step of the action.
-
-    Returns:
-        The nodes of the action, in order, this one first.
-    """
-    nodes = [node]
-    while len(nodes[-1].children) == 1:
-        nodes.append(nodes[-1].children[0])
+def _ends(leaf: Node, state: State, wholes: Sequence[State]) -> list[Node]:
+    """Children of a leaf that are whole rests of its solution, each as one action."""
+    nodes = []
+    for whole in wholes:
+        steps, ids = whole.steps[len(state.steps) :], whole.token_ids[len(state.token_ids) :]
+        logprob = None if whole.logprob is None or state.logprob is None else whole.logprob - state.logprob
+        step = Step("".join(steps), ids, logprob, whole.end, whole.path[len(state.path)])
+        nodes.append(Node(step, leaf, whole=whole))
     return nodes
 
 
-def _choices(decisions: Sequence[Decision]) -> Iterator[Decision]:
-    """The decisions, without those inside of an action."""
-    inside: set[int] = set()
-    for decision in decisions:
-        if id(decision.chosen) not in inside:
-            yield decision
-        inside.update(id(node) for node in action(decision.chosen))
+def _says(node: Node) -> tuple[str, bool]:
+    return node.step.text, node.step.end == "step"
 
 
-def _pair(decision: Decision) -> tuple[Option, Option] | str:
-    """The two sides, or why there are none."""
-    ranked = sorted(decision.options, key=lambda option: (-option.q, -option.visits))
-    if len(ranked) < 2:
-        return "no_sibling"
-    better, worse = ranked[0], ranked[-1]
-    if better.q - worse.q <= _ROUNDING:
-        return "equal_values"
-    sides = [action(option.node) for option in (better, worse)]
-    last, texts = sides[0][-1].step, [_text(side) for side in sides]
-    if last.end == "length":
-        return "cut_off"
-    if not all(text.strip() for text in texts):
-        return "blank_step"
-    return "same_text" if texts[0] == texts[1] else (better, worse)
+def _merged(children: Sequence[Node]) -> list[Node]:
+    """Of children that say the same and end alike only the first."""
+    kept: dict[tuple[str, bool], Node] = {}
+    for child in children:
+        if (same := kept.setdefault(_says(child), child)) is not child:
+            same.copies += 1
+    return list(kept.values())
 
 
-def _row(tree: SearchTree, decision: Decision, better: Option, worse: Option) -> dict[str, Any]:
-    problem, prefix = tree.problem, decision.node.state(tree.problem)
-    chosen, rejected = action(better.node), action(worse.node)
-    name = str(problem.row.get("id", problem.index))
+@dataclass(frozen=True, kw_only=True)
+class MCTS(TreeConfig, Search):
+    """Tree search for an answer: MCTS-DPO's search (arXiv 2405.00451) without the reference answer. No solution is
+    graded; a finished one is worth what the scorer says. The paper searches for training pairs only: this use is ours.
+    """
+
+    vote: Literal["path", "max", "majority", "weighted"] = "path"
+    """How the answer is taken: the end of the chosen path, or by the highest score, the most frequent answer or the
+    answer with the highest sum of scores among all finished solutions of the tree."""
+    reduction: Reduction | None = None
+    """From step scores to one: product, min, mean or last; null takes what suits the scorer's meaning."""
+
+    @property
+    def name(self) -> str:
+        """See :attr:`~stepkd.search.state.Search.name`."""
+        return f"mcts{'' if self.vote == 'path' else f'_{self.vote}'}@{self.iterations}x{self.actions}"
+
+    def run(self, problems: Sequence[Problem], tools: Tools) -> list[list[Found]]:
+        """See :meth:`~stepkd.search.state.Search.run`; behind the answer the other solutions that end in the tree."""
+        trees = tree_search(problems, tools.generator, partial(tools.scores, reduction=self.reduction), self)
+        ends = [[node for node in tree.root.subtree() if node.terminal] for tree in trees]
+        states = [[node.state(tree.problem) for node in nodes] for tree, nodes in zip(trees, ends, strict=True)]
+        keys = [[None] * len(nodes) for nodes in ends] if self.vote == "path" else tools.votes(states)
+        results = []
+        for tree, nodes, votes in zip(trees, ends, keys, strict=True):
+            trace = [_told(decision) for decision in tree.decisions]
+            answer = tree.last
+            # Solutions that were cut off have no part in a vote.
+            whole = [i for i, node in enumerate(nodes) if node.step.end == "stop"]
+            if self.vote != "path" and whole:
+                scores = [nodes[i].value for i in whole]
+                taken = choice(scores, [votes[i] for i in whole], self.vote)
+                answer = nodes[whole[taken]]
+                told = {"scores": scores, "votes": [votes[i] for i in whole], "kept": [taken]}
+                trace.append({"event": "choice", "vote": self.vote, **told})
+            first = found(answer.state(tree.problem), score=answer.value, trace=trace)
+            others = [found(node.state(tree.problem), score=node.value) for node in nodes if node is not answer]
+            results.append([first, *others])
+        return results
+
+
+def _told(decision: Decision) -> dict[str, Any]:
+    """A decision as an event of a trace."""
+    options = decision.options
     return {
-        "id": f"{name}/{decision.node.depth}",
-        "problem_id": name,
-        "prompt": problem.row["prompt"],
-        "prefix": list(prefix.steps),
-        "prefix_ids": list(prefix.token_ids),
-        "chosen": _text(chosen),
-        "chosen_ids": _ids(chosen),
-        "chosen_visits": better.visits,
-        "rejected": _text(rejected),
-        "rejected_ids": _ids(rejected),
-        "rejected_visits": worse.visits,
-        "pair_facts": {
-            "siblings": len(decision.options),
-            "chosen_value": better.q,
-            "rejected_value": worse.q,
-            "chosen_steps": len(chosen),
-            "rejected_steps": len(rejected),
-        },
+        "event": "decide",
+        "step": decision.node.depth,
+        "steps": [option.node.step.text for option in options],
+        "scores": [option.q for option in options],
+        "visits": [option.visits for option in options],
+        "kept": [next(i for i, option in enumerate(options) if option.node is decision.chosen)],
     }
-
-
-def _text(nodes: Sequence[Node]) -> str:
-    return "".join(node.step.text for node in nodes)
-
-
-def _ids(nodes: Sequence[Node]) -> list[int]:
-    return [token for node in nodes for token in node.step.token_ids]

@@ -14,9 +14,10 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
+from typing import Literal
 
 from stepkd.errors import ConfigError
-from stepkd.search.state import Problem, State, Step
+from stepkd.search.state import START, Problem, State, Step
 
 LENGTH_POWER = 1.25
 """Exponent of the token count in the prior; 1 would be the geometric mean of the tokens' probabilities."""
@@ -38,6 +39,8 @@ class Node:
     """Steps from the root."""
     copies: int = 1
     """How many of the samples said the same."""
+    whole: State | None = None
+    """The solution up to here, where the action has several steps: a forced end."""
     children: list[Node] = field(default_factory=list)
     """Next steps, in the order in which they were sampled."""
     visits: int = 0
@@ -88,8 +91,49 @@ class Node:
 
     def state(self, problem: Problem) -> State:
         """The solution so far."""
-        state = reduce(State.then, (node.step for node in self.path()), State(problem))
+        state = self.whole or reduce(State.then, (node.step for node in self.path()), State(problem))
         return replace(state, correct=self.correct)
+
+
+@dataclass(frozen=True)
+class Option:
+    """A child at the time of the decision; later walks change its visits."""
+
+    node: Node
+    q: float
+    visits: int
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A step that was chosen, and what there was to choose from."""
+
+    node: Node
+    """Where the choice was made."""
+    options: tuple[Option, ...]
+    """Its children then, in the order in which they were sampled; at least one."""
+    chosen: Node
+    """The best of them."""
+
+
+@dataclass(eq=False)
+class SearchTree:
+    """One problem's tree."""
+
+    problem: Problem
+    root: Node = field(default_factory=lambda: Node(START, None))
+    decisions: list[Decision] = field(default_factory=list)
+    """The chosen path, from the root on."""
+
+    @property
+    def solved(self) -> bool:
+        """Whether the tree holds a correct solution."""
+        return any(node.correct for node in self.root.subtree())
+
+    @property
+    def last(self) -> Node:
+        """Where the chosen path ends."""
+        return self.decisions[-1].chosen if self.decisions else self.root
 
 
 def puct(node: Node, exploration: float) -> float:
@@ -113,9 +157,24 @@ def select(node: Node, exploration: float) -> Node:
     return max(node.children, key=lambda child: puct(child, exploration))
 
 
-def best_child(node: Node) -> Node:
-    """The child with the highest Q; of equals the most visited, of those the first."""
-    return max(node.children, key=lambda child: (child.q, child.visits))
+def best_child(node: Node, choose: Literal["value", "visits"] = "value") -> Node:
+    """The child that a decision takes; of equals the first.
+
+    Args:
+        node: a node with children.
+        choose: ``value``: the highest Q, of equals the highest value, then the most visited. ``visits``: the highest
+            ``N * (1 + gap)``, of equals the highest Q, then V; the gap is that between the most and the least visited
+            of the child's own children, as in the released code of arXiv 2405.00451 at temperature 0.
+    """
+
+    def rank(child: Node) -> tuple[float, float, float]:
+        if choose == "visits":
+            visits = [each.visits for each in child.children] or [0]
+            return child.visits * (1 + max(visits) - min(visits)), child.q, child.v
+        # Under an exact checker a correct step to a dead end has the Q of an incorrect one.
+        return child.q, child.value, child.visits
+
+    return max(node.children, key=rank)
 
 
 def back_up(path: Sequence[Node], gamma: float) -> None:

@@ -25,7 +25,7 @@ SMALL = [
         "--engine.max-rows",
         "6",
     ),
-    *("--device", "cpu", "--dtype", "float64", "--grading.extractors", "last_number", "--pairs.solved_only", "false"),
+    *("--device", "cpu", "--dtype", "float64", "--grading.extractors", "last_number", "--pairs.require", "none"),
 ]
 SHARE = ["--value.continuations", "2"]
 

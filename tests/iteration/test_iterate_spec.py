@@ -28,7 +28,7 @@ from stepkd.labels.labellers import TaskChecker
 from stepkd.labels.monte_carlo import MonteCarlo
 from stepkd.labels.settings import Cut, LabelConfig, OwnSteps, Sampled, StepPairConfig, TreePairConfig
 from stepkd.runs.job import Job
-from stepkd.search.mcts import SearchConfig
+from stepkd.search.pairs import PairTreeConfig
 from stepkd.training.fit import check_fit
 from stepkd.yaml_files import find_recipe
 
@@ -221,7 +221,7 @@ def test_pair_jobs_share_the_labelling_jobs_settings(small: Any, write: Any) -> 
     assert pairs.sampling.max_new_tokens == 24
     assert spec.pairs is not None
     assert pairs.sampling.seed != spec.pairs.sampling.seed
-    tree = load_like(spec, pairs=TreePairs(max_step_tokens=9, search=SearchConfig(iterations=7)))
+    tree = load_like(spec, pairs=TreePairs(max_step_tokens=9, search=PairTreeConfig(iterations=7)))
     pairs = tree.pair_spec(1, tree.label_spec(1, out="labels", model="m"), out="pairs")
     assert isinstance(pairs, TreePairConfig)
     assert (pairs.problems, pairs.max_step_tokens, pairs.search.iterations) == (spec.problem_word(1), 9, 7)

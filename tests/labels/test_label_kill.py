@@ -42,7 +42,7 @@ JOBS = {
     "tree": [
         *("pairs", "tree", "--problems", PROBLEMS, "--model", "tiny-0.1m", "--search.iterations", "1"),
         *("--search.actions", "2", "--search.depth", "2", "--search.max_steps", "2", "--max_step_tokens", "8"),
-        *("--sampling.max_new_tokens", "8", "--value.continuations", "2", "--pairs.solved_only", "false"),
+        *("--sampling.max_new_tokens", "8", "--value.continuations", "2", "--pairs.require", "none"),
         *("--segmenter", CUT, "--engine.max_rows", "2"),
     ],
 }

@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from stepkd.data.completion import Completion
 from stepkd.data.config import parse_spec
 from stepkd.data.load import load_rows
 from stepkd.data.rows import STEP_PREFERENCE
+from stepkd.data.templates import get_template
 from stepkd.errors import ConfigError, DataError, ModelError
 from stepkd.grading.pool import GradingConfig
 from stepkd.labels.job import run_pair_job
 from stepkd.labels.settings import ContinuationShare, SelfEvaluation, StepScore, TreePairConfig
+from stepkd.labels.tree_pairs import GoldSteps
 from stepkd.models.policy import Policy
 from stepkd.randomness import generator
 from stepkd.runs.job import JobOptions, read_settings
@@ -25,7 +28,9 @@ from stepkd.sampling.config import Transformers
 from stepkd.sampling.engine import SamplingConfig
 from stepkd.sampling.transformers_engine import TransformersEngine
 from stepkd.scorers.judge import PromptedJudge
-from stepkd.search.mcts import PairConfig, SearchConfig
+from stepkd.search.generate import SampledSteps
+from stepkd.search.pairs import PairConfig, PairTreeConfig
+from stepkd.search.state import Problem, State, Step
 from stepkd.tasks.rows import check_row
 
 Run = Callable[..., dict[str, Any] | None]
@@ -39,8 +44,8 @@ def spec(tmp_path: Path) -> TreePairConfig:
         out=str(tmp_path / "job"),
         problems='task:task="modular:terms=3,modulus=2",n=5',
         model="tiny-0.1m",
-        search=SearchConfig(iterations=1, root_factor=2, actions=2, depth=2, max_steps=2),
-        pairs=PairConfig(solved_only=False),
+        search=PairTreeConfig(iterations=1, root_factor=2, actions=2, depth=2, max_steps=2),
+        pairs=PairConfig(require="none"),
         sampling=SamplingConfig(max_new_tokens=10),
         value=ContinuationShare(continuations=1),
         segmenter="regex:[a-m]",
@@ -163,7 +168,7 @@ def test_the_better_side_is_correct(spec: TreePairConfig, run: Run, policy: Poli
     noisy = replace(
         spec,
         problems="task:task=modular,n=6",
-        search=SearchConfig(iterations=4, root_factor=2, actions=3, depth=3),
+        search=PairTreeConfig(iterations=4, root_factor=2, actions=3, depth=3),
         pairs=PairConfig(),
         value=value,
         sampling=SamplingConfig(max_new_tokens=256),
@@ -185,6 +190,70 @@ def test_the_better_side_is_correct(spec: TreePairConfig, run: Run, policy: Poli
     assert len(pairs) >= 8
     assert correct == {"chosen": len(pairs), "rejected": 0}
     assert {len(row["prefix"]) for row in pairs} >= {0, 1}
+
+
+# ---- steps of the reference ------------------------------------------------------------------------------------------
+
+
+def test_reference_steps_behind_a_state(policy: Policy) -> None:
+    """Cut as sampled ones, with the model's own log-probabilities, where the state says the solution's beginning."""
+    steps = SampledSteps(TransformersEngine(policy), policy, SamplingConfig(), max_tokens=30)
+    gold = GoldSteps(steps, get_template("plain"))
+    row = {"id": "p", "prompt": "1+2+3=", "answer": "6", "solution": "1+2=3\n3+3=6\n#### 6"}
+    start = State(Problem(0, row, tuple(policy.tokenizer("1+2+3=")["input_ids"])))
+    whole = gold([start])[0]
+    assert [(step.text, step.end) for step in whole] == [("1+2=3\n", "step"), ("3+3=6\n", "step"), ("#### 6", "stop")]
+    assert whole[-1].token_ids[-1] == policy.tokenizer.eos_token_id
+    ids = [*start.problem.prompt_ids, *(token for step in whole for token in step.token_ids)]
+    with torch.no_grad():
+        logps = policy.causal_lm(torch.tensor([ids[:-1]])).logits[0].double().log_softmax(-1)
+    told = logps[torch.arange(len(ids) - 1), torch.tensor(ids[1:])][len(start.problem.prompt_ids) - 1 :]
+    place = 0
+    for step in whole:
+        assert step.logprob == pytest.approx(float(told[place : place + len(step.token_ids)].sum()), rel=1e-9)
+        place += len(step.token_ids)
+    behind, sampled = start.then(whole[0]), Step(" 1+2=3\n", (5, 6), -1.0, "step")
+    other, ahead = replace(sampled, text="1+2=4\n"), replace(sampled, text="1+2")
+    found = gold([behind, start.then(sampled), start.then(other), start.then(ahead)])
+    assert [[step.text for step in each] for each in found] == [
+        ["3+3=6\n", "#### 6"],
+        ["3+3=6\n", "#### 6"],
+        [],
+        ["=3\n", "3+3=6\n", "#### 6"],
+    ]
+    assert found[0][0].logprob == pytest.approx(whole[1].logprob)
+    assert gold([start.then(replace(sampled, text="", token_ids=(5,) * 15))]) == [[]], "no room for the rest"
+
+
+def test_an_untrained_model_is_led_along_the_reference(spec: TreePairConfig, run: Run, tmp_path: Path) -> None:
+    """With all options of the released code; only the reference steps end in correct answers."""
+    near = replace(
+        spec,
+        problems="task:task=modular,n=2",
+        search=PairTreeConfig(
+            **{"iterations": 8, "root_factor": 2, "depth": 2, "force_end": True, "gold_steps": True},
+            **{"choose": "visits", "damp_after": 3, "exploration": 0.5},  # type: ignore[arg-type]
+        ),
+        pairs=PairConfig(require="path"),
+        sampling=SamplingConfig(max_new_tokens=48),
+        segmenter="newline",
+        template="task",
+        grading=GradingConfig(),
+    )
+    summary = run(near)
+    assert summary is not None
+    problems = {row["id"]: row["solution"] for row in load_rows(parse_spec(near.problems))}
+    pairs = rows(near)
+    assert summary["facts"]["correct_paths"] == 2
+    assert len(pairs) >= 4
+    for row in pairs:
+        assert problems[row["problem_id"]].startswith("".join([*row["prefix"], row["chosen"]]))
+        assert not problems[row["problem_id"]].startswith("".join([*row["prefix"], row["rejected"]]))
+    assert pairs[0]["pairing"]["search"]["gold_steps"] is True
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"id": "r", "prompt": "1+1=", "answer": "2"}) + "\n")
+    with pytest.raises(DataError, match=r"'r' has no 'solution'.*gold_steps"):
+        run(replace(near, problems=str(path), out=near.out + "-bare"))
 
 
 # ---- ranks and interruptions ---------------------------------------------------------------------------------------
@@ -245,6 +314,12 @@ def test_self_evaluation_by_the_policy(spec: TreePairConfig, run: Run, policy: P
     assert (value["value"], value["scorer"]["reference"]) == ("self_evaluation", True)
     with pytest.raises((ConfigError, ModelError), match="single tokens"):
         run(replace(asked, out=asked.out + "-own"))
+    whole = replace(asked, value=SelfEvaluation(whole=True), out=asked.out + "-whole")
+    assert run(whole, scorer=PromptedJudge(policy, reference=True, whole=True, answers=[("y", "n")])) is not None
+    value = rows(whole)[0]["pairing"]["value"]
+    assert (value["reduction"], value["scorer"]["whole"]) == ("last", True)
+    with pytest.raises(ConfigError, match=r"reduction=min.*whole"):
+        SelfEvaluation(whole=True, reduction="min")
 
 
 @pytest.mark.parametrize(

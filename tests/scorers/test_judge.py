@@ -144,6 +144,27 @@ def test_a_reference_is_shown_when_asked_for(policy: Policy) -> None:
         judge.score([Solutions({"id": "x", "prompt": "1+1="}, [["3"]])])
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_one_question_about_the_whole(policy: Policy, problems: list[Solutions], shared: bool) -> None:
+    """P(yes) among all tokens behind the last step; a question needs no number, and steps before have no score."""
+    how = SHORT | {"question": "on the way?"}
+    judge = PromptedJudge(policy, whole=True, shared_prefix=shared, **how)
+    scores = judge.score(problems[:2])
+    for problem, of_problem in zip(problems[:2], scores, strict=True):
+        for steps, values in zip(problem.solutions, of_problem, strict=True):
+            lines = "".join(f"Step {i}: {step.strip()}\n" for i, step in enumerate(steps, start=1))
+            text = f"Problem:\n{problem.row['prompt']}\n\nSolution:\n{lines}\non the way?\nA:"
+            ids = policy.tokenizer(text, add_special_tokens=False)["input_ids"]
+            with torch.no_grad():
+                probs = policy.causal_lm(torch.tensor([ids])).logits[0, -1].softmax(-1)
+            expected = sum(float(probs[policy.tokenizer(c, add_special_tokens=False)["input_ids"][0]]) for c in "Yy")
+            assert values[-1] == pytest.approx(expected, abs=1e-10)
+            assert all(math.isnan(value) for value in values[:-1])
+    assert judge.provenance()["whole"] is True
+    short = PromptedJudge(policy, whole=True, shared_prefix=shared, max_length=60, **how)
+    assert all(math.isnan(value) for value in score_one(short, "p", ["abc"] * 9)), "not of a part of it"
+
+
 def test_steps_beyond_the_context_are_not_scored(policy: Policy) -> None:
     head, step, asked = len("Problem:\np\n\nSolution:\n"), len("Step 1: abc\n"), len("\n1 ok?\nA:")
     whole = score_one(PromptedJudge(policy, **SHORT), "p", ["abc"] * 3)

@@ -8,10 +8,11 @@ import pytest
 
 from stepkd.data.rows import STEP_PREFERENCE, validate
 from stepkd.errors import ConfigError
-from stepkd.search.mcts import Decision, Option, PairConfig, SearchConfig, SearchTree, tree_pairs
+from stepkd.search.mcts import Reference, TreeConfig
 from stepkd.search.mcts import tree_search as search
+from stepkd.search.pairs import PairConfig, tree_pairs
 from stepkd.search.state import START, Problem, Step
-from stepkd.search.tree import Node, best_child
+from stepkd.search.tree import Decision, Node, Option, SearchTree, best_child
 
 
 def grow(parent: Node, text: str, q: float, visits: int, *, end: str = "step", correct: bool | None = None) -> Node:
@@ -108,16 +109,50 @@ def test_unsolved_and_empty_trees(problem: Problem) -> None:
     grow(root, "#### 3", 0.1, 2, end="stop", correct=False)
     tree = decide(problem, root)
     assert tree_pairs(tree).dropped == {"unsolved_tree": 1}
-    assert len(tree_pairs(tree, PairConfig(solved_only=False)).rows) == 1
+    assert len(tree_pairs(tree, PairConfig(require="none")).rows) == 1
     assert tree_pairs(SearchTree(problem)).dropped == {"no_steps": 1}
+
+
+def test_the_chosen_path_may_have_to_be_correct(problem: Problem) -> None:
+    """The better-looking path is incorrect, and a correct solution stands beside it."""
+    root = Node(START, None)
+    grow(root, "#### 2", 0.9, 3, end="stop", correct=False)
+    grow(root, "#### 1", 0.1, 1, end="stop", correct=True)
+    tree = decide(problem, root)
+    assert len(tree_pairs(tree).rows) == 1
+    strict = tree_pairs(tree, PairConfig(require="path"))
+    assert (strict.rows, strict.dropped) == ((), {"incorrect_path": 1})
+    root.children[0].q = 0.05
+    assert len(tree_pairs(decide(problem, root), PairConfig(require="path")).rows) == 1
+
+
+def test_the_better_side_is_that_of_the_highest_q_whatever_was_chosen(problem: Problem) -> None:
+    """As in the released code: a choice by visits goes its way, and the sides of a pair are the best and the worst."""
+    root = Node(START, None)
+    grow(root, "a\n", 0.3, 9)
+    grow(root, "b\n", 0.7, 2)
+    grow(root, "c\n", 0.1, 1)
+    below = grow(root.children[0], "#### 1", 1.0, 5, end="stop", correct=True)
+    grow(root.children[0], "#### 2", -1.0, 3, end="stop", correct=False)
+    tree, node = SearchTree(problem, root), root
+    while node.children:
+        options = tuple(Option(child, child.q, child.visits) for child in node.children)
+        tree.decisions.append(Decision(node, options, best_child(node, "visits")))
+        node = tree.decisions[-1].chosen
+    assert tree.last is below
+    rows = tree_pairs(tree).rows
+    assert [(row["prefix"], row["chosen"], row["rejected"]) for row in rows] == [
+        ([], "b\n", "c\n"),
+        (["a\n"], "#### 1", "#### 2"),
+    ]
 
 
 def test_visits_are_those_of_the_decision(
     scripted: Any, known_tree: Any, known_values: Any, grader: Any, problem: Problem
 ) -> None:
     """The tree worked out by hand in test_mcts: walk 5 raises N(a) to 4 after a was chosen with 3."""
-    settings = SearchConfig(iterations=1, root_factor=4, depth=2, exploration=4.0)
-    (tree,) = search([problem], scripted(known_tree), known_values, grader, settings)
+    settings = TreeConfig(iterations=1, root_factor=4, depth=2, exploration=4.0)
+    (tree,) = search([problem], scripted(known_tree), known_values.values, settings, Reference(grader))
     rows = tree_pairs(tree).rows
     assert [(r["chosen"], r["chosen_visits"], r["rejected"], r["rejected_visits"]) for r in rows] == [
         ("a\n", 3, "b\n", 1),

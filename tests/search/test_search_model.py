@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,13 +17,13 @@ from stepkd.sampling.engine import SamplingConfig
 from stepkd.sampling.transformers_engine import TransformersEngine
 from stepkd.search.beam import Beam
 from stepkd.search.generate import ContinuationValue, SampledSteps
-from stepkd.search.mcts import SearchConfig, SearchTree, tree_search
+from stepkd.search.mcts import MCTS, Reference, TreeConfig, tree_search
 from stepkd.search.particles import ParticleFilter
 from stepkd.search.phi import PhiDecoding
 from stepkd.search.state import Found, Problem, Search, State, Tools
-from stepkd.search.tree import Node
+from stepkd.search.tree import Node, SearchTree
 
-SETTINGS = SearchConfig(iterations=2, root_factor=2, actions=3, depth=2, max_steps=3)
+SETTINGS = TreeConfig(iterations=2, root_factor=2, actions=3, depth=2, max_steps=3)
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +36,15 @@ def policy() -> Policy:
     return Policy(model, tokenizer)
 
 
-def search(policy: Policy, problems: list[Problem], *, max_rows: int = 64, seed: int = 0) -> list[SearchTree]:
+def search(
+    policy: Policy, problems: list[Problem], settings: TreeConfig = SETTINGS, *, max_rows: int = 64, seed: int = 0
+) -> list[SearchTree]:
     engine = TransformersEngine(policy, max_rows=max_rows)
     spec = SamplingConfig(max_new_tokens=8, seed=seed)
     generator = SampledSteps(engine, policy, spec, segmenter="regex:[a-m]", max_step_tokens=8)
     with Grader(extractors=("last_number",)) as grader:
-        return tree_search(problems, generator, ContinuationValue(generator, grader, continuations=2), grader, SETTINGS)
+        value = ContinuationValue(generator, grader, continuations=2)
+        return tree_search(problems, generator, value.values, settings, Reference(grader))
 
 
 def shape(node: Node) -> Any:
@@ -51,20 +55,21 @@ def shape(node: Node) -> Any:
 
 
 @pytest.mark.slow
-def test_trees_do_not_depend_on_what_else_is_searched(policy: Policy) -> None:
+@pytest.mark.parametrize("settings", [SETTINGS, replace(SETTINGS, force_end=True, choose="visits")])
+def test_trees_do_not_depend_on_what_else_is_searched(policy: Policy, settings: TreeConfig) -> None:
     texts = {0: "1+2=", 4: "a much longer problem: 17*3+4=", 7: "9"}
     problems = [
         Problem(index, {"id": str(index), "prompt": text, "answer": "3"}, tuple(policy.tokenizer(text)["input_ids"]))
         for index, text in texts.items()
     ]
-    together = [shape(tree.root) for tree in search(policy, problems)]
-    assert [shape(tree.root) for tree in search(policy, problems[::-1], max_rows=3)][::-1] == together
+    together = [shape(tree.root) for tree in search(policy, problems, settings)]
+    assert [shape(tree.root) for tree in search(policy, problems[::-1], settings, max_rows=3)][::-1] == together
     for problem, expected in zip(problems, together, strict=True):
-        (alone,) = search(policy, [problem])
+        (alone,) = search(policy, [problem], settings)
         assert shape(alone.root) == expected
         assert len(list(alone.root.subtree())) > 8
     assert len({str(tree) for tree in together}) == 3
-    assert shape(search(policy, problems[:1], seed=1)[0].root) != together[0]
+    assert shape(search(policy, problems[:1], settings, seed=1)[0].root) != together[0]
 
 
 class ByText:
@@ -88,6 +93,8 @@ def told(found: Sequence[Found]) -> str:
     "method",
     [
         Beam(n=4, width=2, max_steps=4),
+        MCTS(iterations=3, root_factor=2, actions=3, depth=2, max_steps=4),
+        MCTS(iterations=3, root_factor=2, depth=1, force_end=True, choose="visits", vote="weighted"),
         ParticleFilter(n=4, max_steps=4),
         ParticleFilter(n=4, max_steps=4, resample_finished=False, temperature=0.5),
         PhiDecoding(beams=2, rollouts=2, min_rounds=1, max_rounds=3),

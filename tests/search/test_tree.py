@@ -44,6 +44,31 @@ def test_select_and_best_child() -> None:
     assert best_child(root) is twin, "of equals the most visited"
 
 
+def test_best_child_of_equal_q_has_the_higher_value() -> None:
+    """A correct step (1) whose only next step is incorrect (0) against an incorrect one: both have Q 0."""
+    root = Node(START, None)
+    correct, incorrect = child(root, 1.0, visits=1), child(root, 0.0, visits=5)
+    back_up([root, correct, child(correct, 0.0)], gamma=1.0)
+    assert (correct.q, incorrect.q) == (0.0, 0.0)
+    assert best_child(root) is correct
+    assert best_child(Node(START, None, children=[incorrect, correct])) is correct
+
+
+def test_best_child_by_visits_weighs_by_the_gap_below() -> None:
+    """N * (1 + gap): 4 * (1 + 0), 3 * (1 + 2) and 9 * 1 without children; of equals the higher Q, then the higher V."""
+    root = Node(START, None)
+    even, torn, bare = (child(root, q, visits=n) for q, n in ((0.9, 4), (0.1, 3), (0.2, 9)))
+    for parent, visits in ((even, (2, 2)), (torn, (2, 0))):
+        for n in visits:
+            child(parent, 0.0, visits=n)
+    assert best_child(root) is even, "by Q"
+    assert best_child(root, "visits") is bare, "9 and 9: the higher Q"
+    torn.children[0].visits = 3
+    assert best_child(root, "visits") is torn, "3 * 4"
+    twins = [Node(bare.step, None, visits=2), Node(bare.step, None, visits=2, v=0.5)]
+    assert best_child(Node(START, None, children=twins), "visits") is twins[1]
+
+
 def test_back_up_by_hand() -> None:
     """Root, a with two children: V weighs by max(1, N), Q adds the reward, gamma discounts what follows."""
     root = Node(START, None)
