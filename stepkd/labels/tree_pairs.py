@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from stepkd.data.completion import Completion
 from stepkd.data.encode import with_end
 from stepkd.data.templates import PromptTemplate
@@ -52,7 +54,7 @@ class GoldSteps:
         """
         rests = [self._rest(state) for state in states]
         asked = [
-            Completion((*state.problem.prompt_ids, *state.token_ids), rest.token_ids)
+            Completion(np.array((*state.problem.prompt_ids, *state.token_ids)), np.array(rest.token_ids))
             for state, rest in zip(states, rests, strict=True)
             if len(rest)
         ]

@@ -202,7 +202,9 @@ class PromptedJudge(PolicyScorer):
 
     def _said(self, texts: Sequence[Ids]) -> Numbers:
         """(S, C) log-probabilities of the answers among all tokens; those of no are not asked for."""
-        scores = self.engine.score([Completion(text, [yes]) for text in texts for yes in self.yes_ids])
+        scores = self.engine.score(
+            [Completion(np.array(text), np.array([yes])) for text in texts for yes in self.yes_ids]
+        )
         logps_SY = np.array([each.logps_T[0] for each in scores]).reshape(len(texts), len(self.yes_ids))
         return np.concatenate([np.full((len(texts), len(self.no_ids)), -np.inf), logps_SY], axis=1)
 

@@ -289,7 +289,7 @@ class MCTS(TreeConfig, Search):
         trees = tree_search(problems, tools.generator, partial(tools.scores, reduction=self.reduction), self)
         ends = [[node for node in tree.root.subtree() if node.terminal] for tree in trees]
         states = [[node.state(tree.problem) for node in nodes] for tree, nodes in zip(trees, ends, strict=True)]
-        keys = [[None] * len(nodes) for nodes in ends] if self.vote == "path" else tools.votes(states)
+        keys: Sequence[Sequence[str | None]] = [()] * len(trees) if self.vote == "path" else tools.votes(states)
         results = []
         for tree, nodes, votes in zip(trees, ends, keys, strict=True):
             trace = [_told(decision) for decision in tree.decisions]
