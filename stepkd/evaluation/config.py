@@ -22,6 +22,7 @@ from stepkd.sampling.engine import SamplingConfig
 from stepkd.scorers.scorer import Reduction, ScorerConfig
 from stepkd.search.beam import Beam
 from stepkd.search.best_of_n import BestOfN, Greedy
+from stepkd.search.mcts import MCTS
 from stepkd.search.particles import ParticleFilter
 from stepkd.search.phi import PhiDecoding
 from stepkd.search.refine import Refine
@@ -161,7 +162,7 @@ class EvaluateConfig(BenchmarkJobConfig):
         return replace(self.limited(own), n=n)
 
 
-METHODS: tuple[type[Search], ...] = (Greedy, BestOfN, Beam, ParticleFilter, PhiDecoding, Refine, VerifyRevise)
+METHODS: tuple[type[Search], ...] = (Greedy, BestOfN, Beam, MCTS, ParticleFilter, PhiDecoding, Refine, VerifyRevise)
 """The methods that settings name by class alone; one of your own is named by its import path."""
 
 

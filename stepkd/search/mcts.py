@@ -284,6 +284,11 @@ class MCTS(TreeConfig, Search):
         """See :attr:`~stepkd.search.state.Search.name`."""
         return f"mcts{'' if self.vote == 'path' else f'_{self.vote}'}@{self.iterations}x{self.actions}"
 
+    @property
+    def at_once(self) -> int:
+        """See :attr:`~stepkd.search.state.Search.at_once`."""
+        return self.actions
+
     def run(self, problems: Sequence[Problem], tools: Tools) -> list[list[Found]]:
         """See :meth:`~stepkd.search.state.Search.run`; behind the answer the other solutions that end in the tree."""
         trees = tree_search(problems, tools.generator, partial(tools.scores, reduction=self.reduction), self)
