@@ -22,8 +22,8 @@ class ReportConfig:
     POSITIONAL: ClassVar = ("paths",)
 
     paths: tuple[str, ...] = ()
-    """Folders that commands left (fit, evaluate, evaluate-prm, label, score, best-of-n, iterate, claims, quickstart),
-    or that hold some."""
+    """Folders that commands left (fit, evaluate, search, evaluate-prm, label, score, best-of-n, iterate, claims,
+    quickstart), or that hold some."""
     out: str | None = None
     """The HTML file; null: report.html in the first folder."""
     solutions: int = 500

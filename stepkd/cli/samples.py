@@ -30,7 +30,7 @@ class SamplesConfig:
     POSITIONAL: ClassVar = ("paths",)
 
     paths: tuple[str, ...] = ()
-    """Folders that commands left (fit, evaluate, label, score, ...), or that hold some."""
+    """Folders that commands left (fit, evaluate, search, label, score, ...), or that hold some."""
     show: Filter | None = None
     """Only solutions of a kind: ``correct_with_incorrect_step`` (a correct answer with one), ``disagrees`` (scores and
     labels), ``incorrect``, ``clean`` (incorrect answer, no incorrect step), ``cut-off``, ``longest``; null: all."""

@@ -9,8 +9,19 @@ from itertools import chain, combinations, groupby, zip_longest
 from typing import Any
 
 from stepkd.errors import StepkdError
-from stepkd.report.folders import CLAIM, EVALUATION, ITERATED, JUDGEMENT, LABELS, SCORES, TRAINING, Folder, best_of_n
-from stepkd.report.plots import Figure, Series, bars, dots, plot, thinned
+from stepkd.report.folders import (
+    CLAIM,
+    EVALUATION,
+    ITERATED,
+    JUDGEMENT,
+    LABELS,
+    SCORES,
+    SEARCH,
+    TRAINING,
+    Folder,
+    best_of_n,
+)
+from stepkd.report.plots import Figure, Series, bars, dots, plot, scatter, thinned
 from stepkd.statistics import shown
 
 LENGTH_BINS = 16
@@ -19,6 +30,8 @@ METHODS = {"pass": "some sample correct (ceiling)", "majority": "majority vote"}
 MOST_COMPARED = 8
 """With more evaluations of one benchmark, each is compared with the first one of its sampling only."""
 ENDS = ("value", "low", "high")
+MOST_BANDS = 4
+"""With more curves in a plot of best-of-N their intervals stand in the table alone."""
 RESAMPLES = 2_000
 """Resamples of differences of step metrics: fewer than elsewhere, since there are many pairs."""
 DRAWN = {
@@ -43,8 +56,9 @@ def content(folders: Sequence[Folder]) -> dict[str, Any]:
     return {
         "of": of,
         "differing": {kind: _differing(same) for kind, same in of.items() if 1 < len(same) <= MOST_COMPARED},
-        "engines": list(_engines([*of[EVALUATION], *of[LABELS]])),
+        "engines": list(_engines([*of[EVALUATION], *of[SEARCH], *of[LABELS]])),
         "benchmarks": list(_benchmarks(of[EVALUATION])),
+        "searches": [_search(folder) for folder in of[SEARCH] if folder.summary],
         "best_of_n": [_curves_by_n(name, result) for name, result in best_of_n(folders)],
         "sets": sets,
         "f1_differences": list(_f1_differences(of[JUDGEMENT])),
@@ -67,7 +81,7 @@ def _differing(same: Sequence[Folder]) -> dict[str, list[Any]]:
 
 
 def _engines(folders: Sequence[Folder]) -> Iterator[dict[str, Any]]:
-    """What sampled for evaluations and labels: engine, its build, dtype, and tokens (of labels once they are done)."""
+    """What sampled for evaluations, searches and labels: engine, build, dtype, tokens (of labels at the end)."""
     for folder in folders:
         of = folder.settings.get
         if (engine := of("engine.name")) is not None:
@@ -78,6 +92,10 @@ def _engines(folders: Sequence[Folder]) -> Iterator[dict[str, Any]]:
             if folder.kind == LABELS:  # its rows are those that were labelled, without what was drawn for it
                 parts = {"sampling": "tokens_generated", "labelling": "generated_tokens"}
                 drawn = sum(folder.summary.get(part, {}).get(name, 0) for part, name in parts.items())
+            if folder.kind == SEARCH:  # what chooses among the shared samples draws nothing
+                chooses = {name for name in folder.settings if str(folder.settings[name]).endswith(".BestOfN")}
+                rows = [row for row in folder.rows if f"methods.{row['method']}.class_path" not in chooses]
+                drawn = sum(row["tokens"]["generated"] for row in rows)
             yield {"name": folder.name, "engine": engine, "build": build, "dtype": dtype, "tokens": drawn}
 
 
@@ -140,7 +158,7 @@ def _pairs(same: Sequence[Folder]) -> Iterator[tuple[Folder, Folder, dict[str, A
 
 
 def _percent(name: str, x: Sequence[float], metrics: Sequence[Mapping[str, Any]], style: int) -> Series:
-    y, low, high = ([None if at[end] is None else 100 * at[end] for at in metrics] for end in ENDS)
+    y, low, high = ([_scaled(at[end]) for at in metrics] for end in ENDS)
     return Series(name, x, y, low, high, style)
 
 
@@ -167,11 +185,14 @@ def _claim_plots(folder: Folder) -> Iterator[Figure]:
 
 def _curves_by_n(name: str, result: Mapping[str, Any]) -> dict[str, Any]:
     ks = result["ks"]
-    names = [METHODS.get(each, each.replace("_vote", ", weighted vote")) for each in result["curves"]]
-    curves = dict(zip(names, result["curves"].values(), strict=True))
+    names = {each: METHODS.get(each, each.replace("_vote", ", weighted vote")) for each in result["curves"]}
+    curves = {names[each]: curve for each, curve in result["curves"].items()}
     series = [_percent(each, range(len(ks)), curve, i) for i, (each, curve) in enumerate(curves.items())]
+    if len(series) > MOST_BANDS:
+        series = [replace(each, low=(), high=()) for each in series]
     figure = plot(name, series, "samples N", "correct, percent", ticks={i: str(k) for i, k in enumerate(ks)})
-    return {"name": name, "problems": result["problems"], "ks": ks, "curves": curves, "figure": figure}
+    peaks = {names[each]: found for each, found in result.get("peaks", {}).items()}  # older results have none
+    return {"name": name, "problems": result["problems"], "ks": ks, "curves": curves, "peaks": peaks, "figure": figure}
 
 
 def _sets(folder: Folder) -> dict[str, Any]:
@@ -222,6 +243,47 @@ def _score_plots(folder: str, sets: Mapping[str, Any]) -> Iterator[Figure]:
             parts.append(Series(chance.name, chance.x, chance.high, style=-1))
             words = f"Last step: {shown(argmin['share_last'])}; at random {argmin['expected_last']:.3f}"
             yield plot(f"{name}: lowest score", parts, "relative place in the solution", "solutions", note=words)
+
+
+# ---- search ----------------------------------------------------------------------------------------------------------
+
+
+def _search(folder: Folder) -> dict[str, Any]:
+    """Methods of a search at their cost, choosing among its samples, and accuracy by difficulty."""
+    summary = folder.summary
+    pool, methods = summary["pool"], summary["methods"]
+    points = {
+        name: [each["generated_tokens"]["value"], *(_scaled(each["accuracy"][end]) for end in ENDS)]
+        for name, each in methods.items()
+    }
+    names = {"pass": METHODS["pass"], "majority": METHODS["majority"]}
+    names |= {pool["reduction"]: "best of N", f"{pool['reduction']}_vote": "weighted vote"} if pool["reduction"] else {}
+    spent = [k * pool["generated_tokens"]["value"] for k in pool["ks"]]
+    lines = [
+        Series(title, spent, [_scaled(at["value"]) for at in pool["curves"][name]], style=-number)
+        for number, (name, title) in enumerate(names.items(), 1)
+    ]
+    title = f"{folder.name}: {summary['problems']} problems"
+    bins = {name: count for name, count in (summary["difficulty"] or {"bins": {}})["bins"].items() if count}
+    series = [
+        _percent(f"{i + 1} {name}", range(len(bins)), [each["by_difficulty"][at] for at in bins], i)
+        for i, (name, each) in enumerate(methods.items())
+    ]
+    series, ticks = [replace(each, low=(), high=()) for each in series], dict[float, str](enumerate(bins))
+    return {
+        "name": folder.name,
+        "summary": summary,
+        "figure": scatter(title, points, lines, "tokens drawn per problem", "correct, percent"),
+        "curves": _curves_by_n(f"{folder.name}: choice among N samples", {**pool, "problems": summary["problems"]}),
+        "bins": bins,
+        "by_difficulty": plot(f"{folder.name}: by pass rate", series, "pass rate", "correct, percent", ticks=ticks)
+        if bins
+        else None,
+    }
+
+
+def _scaled(share: float | None) -> float | None:
+    return None if share is None else 100 * share
 
 
 # ---- labels, curves, lengths -----------------------------------------------------------------------------------------

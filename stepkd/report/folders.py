@@ -14,13 +14,14 @@ from typing import Any
 from stepkd.data.config import LABELS_NAME
 from stepkd.data.io import SAMPLES_FILE, read_rows, read_samples
 from stepkd.errors import ConfigError, DataError, StepkdError
-from stepkd.report.solutions import Solution, rollout_rows, sampled_rows, solution, visible
+from stepkd.report.solutions import Solution, rollout_rows, sampled_rows, searched_rows, solution, visible
 from stepkd.runs.job import LOG, PARTS, RESULTS_NAME, SETTINGS_NAME, SUMMARY_NAME, flat, read_results, read_settings
 from stepkd.runs.rundir import newest_config, read_marker, recipe_settings
 from stepkd.safe import SECRET_NAME
 from stepkd.yaml_files import read_yaml
 
 TRAINING, EVALUATION, SCORES, JUDGEMENT = "fit", "evaluation", "scoring job", "judgement of a step scorer"
+SEARCH = "search"
 LABELS, CLAIM, ITERATED, QUICKSTART = "labelling job", "claim", "iterated training", "quick start"
 BEST_OF_N, BEST_OF_N_NAME, CACHE = "best of N", "best_of_n.json", "teacher's cache"
 LOGS = {"metrics.jsonl": "run", SAMPLES_FILE: "samples"}
@@ -53,8 +54,9 @@ class Folder:
 
     @cached_property
     def rows(self) -> list[Mapping[str, Any]]:
-        """Its rows: of an evaluation problems, of other jobs solutions, of a training entries of its rollouts."""
-        if self.kind in (EVALUATION, JUDGEMENT, SCORES):
+        """Its rows: of an evaluation problems, of a search problems by method, of other jobs solutions, of a training
+        entries of its rollouts."""
+        if self.kind in (EVALUATION, SEARCH, JUDGEMENT, SCORES):
             results = (RESULTS_NAME,) if self.kind == SCORES else (RESULTS_NAME, PARTS)
             return [*read_results(self.path)] if any((self.path / name).exists() for name in results) else []
         if self.kind == LABELS:
@@ -71,9 +73,12 @@ class Folder:
 
     @cached_property
     def solutions(self) -> list[Solution]:
-        """Its solutions; of a training its rollouts, as far as they were kept."""
-        rows = {EVALUATION: sampled_rows, TRAINING: rollout_rows}.get(self.kind, iter)(self.rows)
-        return [found for row in rows if (found := solution(self.name, row)) is not None]
+        """Its solutions; of a training its rollouts, as far as they were kept, of a search every method's answers."""
+        reading = {EVALUATION: sampled_rows, SEARCH: searched_rows, TRAINING: rollout_rows}.get(self.kind, iter)
+        each = (
+            (f"{self.name}, {row['method']}" if self.kind == SEARCH else self.name, row) for row in reading(self.rows)
+        )
+        return [found for name, row in each if (found := solution(name, row)) is not None]
 
 
 def find_folders(paths: Sequence[str | Path]) -> list[Folder]:

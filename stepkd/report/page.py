@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,9 @@ from stepkd.runs.job import REPORT_NAME
 from stepkd.statistics import shown
 
 TEXT_BYTES = 3_000_000
-"""Bytes of all solutions' texts; of a longer solution the page has the beginning."""
+"""Bytes of all solutions' texts and decisions; of a longer solution the page has the beginning."""
+CANDIDATE_BYTES = 400
+"""Bytes of a candidate's text among the decisions."""
 
 
 def write_report(paths: Sequence[str | Path], out: str | Path | None = None, *, solutions: int = 500) -> Path:
@@ -115,6 +117,8 @@ def _problems(solutions: Sequence[tuple[Solution, Sequence[str]]]) -> list[dict[
         own |= {"labels": each.labels[:kept], "scores": each.scores[:kept]}
         own |= {"disagrees": [i for i in each.disagrees if i < kept], "tags": tags, "steps": steps}
         own["more"] = f"… {missing:,} more steps" if missing else ""
+        left = room - sum(len(step.encode()) for step in steps)
+        own["trace"], own["untold"] = _first_rounds(each.trace, left)
         problems[each.problem_key]["solutions"].append(own)
     return list(problems.values())
 
@@ -128,6 +132,20 @@ def _beginning(steps: Sequence[str], room: int) -> list[str]:
         if room <= 0:
             break
     return kept
+
+
+def _first_rounds(trace: Sequence[Mapping[str, Any]], room: int) -> tuple[list[dict[str, Any]], str]:
+    """The first rounds of decisions, as far as there is room for them in bytes, and how many are missing."""
+    kept = list[dict[str, Any]]()
+    for each in trace:
+        cut = [(_cut(text, CANDIDATE_BYTES), *more) for text, *more in each["candidates"]]
+        kept.append({**each, "candidates": cut})
+        room -= len(_json(kept[-1]).encode())
+        if room < 0:
+            kept.pop()
+            break
+    missing = len(trace) - len(kept)
+    return kept, f"… {missing:,} more rounds" if missing else ""
 
 
 def _cut(text: str, room: int) -> str:

@@ -1,4 +1,4 @@
-"""Plots: lines, bands and bars over one axis, and rows of dots with intervals; the template draws them as SVG.
+"""Plots: lines, bands, bars and points over one axis, and rows of dots with intervals; the template draws them as SVG.
 
 Colours come from the page's style sheet (classes ``c0`` to ``c6``: the palette of Okabe & Ito, told apart by
 colour-blind readers), so that they follow its theme. Dashes, markers and hatching repeat every difference. All plots
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
 WIDTH, FLOOR = 360, 192
@@ -26,6 +26,10 @@ MARKERS = (
     "M0-4l4 4-4 4-4-4z",
     "M-3-3l6 6m0-6-6 6",
 )
+TALL = 280
+"""Where the horizontal axis of a plot of points is: they are many, and their values are near each other."""
+APART = 8
+"""How far points with intervals stand from each other at least, from left to right."""
 MOST_MARKED = 24
 """A line of more points has no markers."""
 MOST_POINTS = 160
@@ -76,8 +80,9 @@ class Series:
 
     @property
     def swatch(self) -> list[Shape]:
-        """What the legend shows, 28 by 16 pixels."""
-        return self.area("M0 2H28V14H0Z") if self.fill else [self.stroke("M0 8H28"), *self.markers([(14, 8)])]
+        """What the legend shows, 28 by 16 pixels; of a single point no line."""
+        line = [self.stroke("M0 8H28")] if len(self.x) > 1 else []
+        return self.area("M0 2H28V14H0Z") if self.fill else [*line, *self.markers([(14, 8)])]
 
 
 @dataclass(frozen=True)
@@ -89,9 +94,12 @@ class Axis:
     start: float
     end: float
     ticks: Mapping[float, str]
+    is_log: bool = False
+    """Whether equal ratios are equally far apart; all values are above 0 then."""
 
     def __call__(self, value: float) -> float:
-        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+        low, high, at = (math.log(each) if self.is_log else each for each in (self.low, self.high, value))
+        return self.start + (at - low) / (high - low) * (self.end - self.start)
 
 
 @dataclass(frozen=True)
@@ -114,10 +122,20 @@ class Figure:
     """What the legend names; empty where there is one thing."""
     note: str = ""
     """What a reader must know, below it."""
+    texts: Sequence[tuple[float, float, str]] = ()
+    """Words in it: where their middle is, from the left and from above, and what they say."""
 
 
 def plot(
-    title: str, parts: Sequence[Series], x: str, y: str, *, ticks: Mapping[float, str] | None = None, note: str = ""
+    title: str,
+    parts: Sequence[Series],
+    x: str,
+    y: str,
+    *,
+    ticks: Mapping[float, str] | None = None,
+    note: str = "",
+    is_log: bool = False,
+    floor: int = FLOOR,
 ) -> Figure:
     """Lines, bands and bars over one horizontal axis.
 
@@ -127,11 +145,14 @@ def plot(
         x, y: titles of the axes.
         ticks: place -> text on the horizontal axis; None: round numbers.
         note: text below.
+        is_log: whether the horizontal axis is logarithmic; its places are above 0 then.
+        floor: where it is, in pixels from above.
     """
     values = [at for part in parts for row in (part.y, part.low, part.high) for at in row if _is_number(at)]
     is_tight = ticks is not None or any(part.fill for part in parts)
     places, start = [at for part in parts for at in part.x], LEFT if any(part.fill for part in parts) else LEFT + 8
-    across, up = _axis(places, start, WIDTH - RIGHT, ticks, tight=is_tight), _axis(values, FLOOR, TOP)
+    up, end = _axis(values, floor, TOP), WIDTH - RIGHT
+    across = _log_axis(places, start, end) if is_log else _axis(places, start, end, ticks, tight=is_tight)
     shapes: list[Shape] = []
     for part in parts:
         both = zip(part.x, part.low, part.high, strict=False)
@@ -142,6 +163,55 @@ def plot(
         points = [(across(at), up(value)) for at, value in zip(part.x, part.y, strict=False) if _is_number(value)]
         shapes += [part.stroke(_path(points)), *part.markers(points)]
     return Figure(title, shapes, across, up, x, y, parts if len(parts) > 1 else (), note)
+
+
+def scatter(
+    title: str, points: Mapping[str, Sequence[float | None]], lines: Sequence[Series], x: str, y: str
+) -> Figure:
+    """Points with their intervals over a logarithmic axis, each with its number in the legend, and lines behind them.
+
+    Args:
+        title: what is shown.
+        points: name -> place (above 0), value, and the ends of the value's interval, None where it has none; one
+            without a place or a value is left out.
+        lines: what is drawn behind the points, at places above 0.
+        x, y: titles of the axes.
+    """
+    parts, values = list[Series](), list[float]()
+    for number, (name, (at, value, low, high)) in enumerate(points.items()):
+        if _is_number(at) and _is_number(value) and at > 0:
+            ends = [value if end is None else end for end in (low, high)]
+            parts.append(Series(f"{number + 1} {name}", [at], low=ends[:1], high=ends[1:], style=number))
+            values.append(value)
+    figure = plot(title, [*lines, *parts], x, y, is_log=True, floor=TALL)
+    across, up = apart([figure.across(part.x[0]) for part in parts], APART, LEFT + 8, WIDTH - RIGHT), figure.up
+    shapes, texts = [*figure.shapes], list[tuple[float, float, str]]()
+    for rank, i in enumerate(sorted(range(len(parts)), key=across.__getitem__)):
+        part, bottom, top = parts[i], *(up(end or 0.0) for end in (*parts[i].low, *parts[i].high))
+        shapes += [{"d": f"M{across[i]:.1f} {bottom:.1f}V{top:.1f}", "class": f"line {part.colour}"}]
+        shapes += part.markers([(across[i], up(values[i]))])
+        is_above = (rank % 2 == 0 or bottom > TALL - 14) and top > TOP + 8  # neighbours take turns
+        texts.append((across[i], top - 5 if is_above else min(bottom + 12, TALL - 4), part.name.partition(" ")[0]))
+    note = "Points at nearly the same place stand side by side."
+    return replace(figure, shapes=shapes, texts=texts, legend=[*parts, *lines], note=note)
+
+
+def apart(places: Sequence[float], gap: float, start: float, end: float) -> list[float]:
+    """Places, moved as little as it takes for neighbours to be a gap apart; those that meet keep their mean,
+    unless they would leave the range from start to end."""
+
+    def spread(group: Sequence[int]) -> list[float]:
+        width = gap * (len(group) - 1)
+        first = sum(places[i] for i in group) / len(group) - width / 2
+        return [max(start, min(first, end - width)) + gap * number for number in range(len(group))]
+
+    groups = list[list[int]]()
+    for i in sorted(range(len(places)), key=places.__getitem__):
+        groups.append([i])
+        while len(groups) > 1 and spread(groups[-1])[0] < spread(groups[-2])[-1] + gap:
+            groups[-2:] = [[*groups[-2], *groups[-1]]]
+    moved = dict(pair for group in groups for pair in zip(group, spread(group), strict=True))
+    return [moved[i] for i in range(len(places))]
 
 
 def dots(title: str, rows: Mapping[str, Sequence[Any]], x: str, scale: float = 1.0) -> Figure:
@@ -217,6 +287,21 @@ def _axis(
     marks = {at: _tick(at, digits) for at in places if low <= at <= high or not tight}
     ends = (low, high) if tight else (min(marks), max(marks))
     return Axis(*ends, start, end, marks if ticks is None else ticks)
+
+
+def _log_axis(values: Sequence[float], start: float, end: float) -> Axis:
+    """A logarithmic axis with some room beside the values; its ticks are 1, 2 and 5 times powers of ten."""
+    lowest, highest = math.log10(min(values, default=1.0)), math.log10(max(values, default=10.0))
+    room = max(0.06 * (highest - lowest), 0.05)
+    low, high = 10 ** (lowest - room), 10 ** (highest + room)
+    powers = range(math.floor(lowest - room), math.ceil(highest + room) + 1)
+    places = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
+    inside = [at for at in places if low <= at <= high]
+    if len(inside) < 3:  # all near each other
+        inside = [at for at in _axis([low, high], start, end).ticks if low <= at <= high]
+    elif len(inside) > 7:
+        inside = [at for at in places[::3] if low <= at <= high]
+    return Axis(low, high, start, end, {at: _tick(at, 4) for at in inside}, is_log=True)
 
 
 def _tick(value: float, digits: int) -> str:

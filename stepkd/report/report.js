@@ -45,8 +45,14 @@
   const make = (name, kind, ...content) => {
     const element = document.createElement(name);
     if (kind) element.className = kind;
-    element.append(...content.filter((each) => each !== null && each !== undefined && each !== ""));
+    element.append(...content.filter((each) => each !== null && each !== undefined && each !== "" && each !== false));
     return element;
+  };
+
+  const bar = (score) => {
+    const fill = make("span", `fill s${Math.min(4, Math.max(0, Math.floor(score * 5)))}`);
+    fill.style.width = `${Math.min(1, Math.max(0, score)) * 100}%`;
+    return make("span", "score", make("span", "bar", fill), score.toFixed(2));
   };
 
   const stepRow = (solution, text, i) => {
@@ -66,13 +72,29 @@
       words.append(make("em", "odd", `≠ ${solution.scored_by} says ${score >= 0.5 ? "correct" : "incorrect"}`));
     }
     if (score !== null) {
-      const fifth = Math.min(4, Math.max(0, Math.floor(score * 5)));
-      const fill = make("span", `fill s${fifth}`);
-      fill.style.width = `${Math.min(1, Math.max(0, score)) * 100}%`;
-      row.append(make("span", "score", make("span", "bar", fill), score.toFixed(2)));
-      if (label === null) row.classList.add(`s${fifth}`);
+      row.append(bar(score));
+      if (label === null) row.classList.add(`s${Math.min(4, Math.max(0, Math.floor(score * 5)))}`);
     }
     return row;
+  };
+
+  // The decisions that led to a solution: of every round its candidates, those that were kept marked.
+  const candidateRow = (told, [text, score, times, facts]) => {
+    const kind = told ? (times ? "kept" : "dropped") : "";
+    const mark = make("span", "mark", told ? (times ? "●" : "○") : "·");
+    mark.setAttribute("role", "img");
+    mark.setAttribute("aria-label", kind || "candidate");
+    const more = [times > 1 ? `kept ${times} times` : "", facts].filter(Boolean).join(", ");
+    return make("li", `candidate ${kind}`, mark, make("span", "text", text, more && make("em", "", more)), score !== null && bar(score));
+  };
+  const traceOf = (solution, isOpen) => {
+    if (!solution.trace.length && !solution.untold) return "";
+    const rounds = solution.trace.map(({ head, told, candidates }) =>
+      make("li", "", make("p", "facts", head), make("ol", "", ...candidates.map((each) => candidateRow(told, each)))));
+    const title = make("summary", "", `Decisions, ${solution.trace.length} ${solution.trace.length === 1 ? "round" : "rounds"}`);
+    const element = make("details", "trace", title, make("ol", "", ...rounds, solution.untold && make("li", "facts", solution.untold)));
+    element.open = isOpen;
+    return element;
   };
 
   // Solutions of a problem that differ in nothing that a card shows are one card, with the runs that gave it.
@@ -86,7 +108,7 @@
     return [...groups.values()].sort((a, b) => b[0][0].tags.length - a[0][0].tags.length);
   };
 
-  const card = (problem, group) => {
+  const card = (problem, group, all) => {
     const [solution, number] = group[0];
     const runs = new Map();
     for (const [each] of group) runs.set(each.run, [...(runs.get(each.run) ?? []), each.sample]);
@@ -101,12 +123,12 @@
       solution.tokens === null ? "" : `${solution.tokens} tokens`,
       solution.cut_off ? "cut off" : "",
       ...Object.entries(solution.values).map(([name, value]) =>
-        `${name} ${value === null ? "none" : Number(value.toPrecision(3))}`),
+        `${name} ${value === null ? "none" : Number.isInteger(value) ? value : Number(value.toPrecision(3))}`),
     ];
     const head = make("h4", "", make("span", "", ...names), verdict);
     const more = solution.more && make("li", "step", make("span", "text", solution.more));
     const steps = make("ol", "", ...solution.steps.map((text, i) => stepRow(solution, text, i)), more);
-    const element = make("article", "solution", head, facts.some(Boolean) ? make("p", "facts", facts.filter(Boolean).join(" · ")) : "", steps);
+    const element = make("article", "solution", head, facts.some(Boolean) ? make("p", "facts", facts.filter(Boolean).join(" · ")) : "", steps, traceOf(solution, all));
     element.id = `${problem.anchor}.${number}`;
     element.dataset.numbers = group.map(([, each]) => each).join(" ");
     element.tabIndex = -1;
@@ -125,7 +147,7 @@
     element.id = problem.anchor;
     element.tabIndex = -1;
     const groups = together(solutions);
-    const show = (from, to) => grid.append(...groups.slice(from, to).map((group) => card(problem, group)));
+    const show = (from, to) => grid.append(...groups.slice(from, to).map((group) => card(problem, group, all)));
     show(0, all ? groups.length : BESIDE);
     if (!all && groups.length > BESIDE) {
       const more = make("button", "rest", `${groups.length - BESIDE} more of this problem`);

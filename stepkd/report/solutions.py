@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from typing import Any
 
 from stepkd.grading.judge import solution_steps
@@ -21,6 +22,12 @@ OF_ONE_PROBLEM = 64
 """Most solutions of one problem that are shown."""
 SCORES = {"step_scores": "scorer", "scores": "scorer", "credit": "step credit", "step_values": "continuations"}
 """Columns of step scores -> what gave them."""
+COSTS = ("tokens drawn", "scorer calls")
+"""What an answer of a search cost, as columns of :func:`searched_rows`."""
+ROUND = ("event", "step", "steps", "scores", "kept")
+"""What of a decision has a place of its own; everything else is a fact of a candidate or of the round."""
+LONGEST_FACT = 80
+"""Characters of a fact; of a longer one there is the beginning."""
 _HIDDEN = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff"
     "\ud800-\udfff\U000e0000-\U000e007f]"
@@ -64,9 +71,12 @@ class Solution:
     tokens: int | None
     """Its tokens, where they were counted."""
     values: Mapping[str, float | None]
-    """Its reward with the parts of several, or its score as a whole; None where a reward passed it over."""
+    """Its reward with the parts of several, or its score as a whole, None where a reward passed it over; of a search
+    also what it cost."""
     step: int | None
     """Optimiser step at which it was sampled, for rollouts."""
+    trace: tuple[Mapping[str, Any], ...]
+    """Rounds of decisions that led to it (:func:`rounds`), of a search."""
     key: tuple[str, ...]
     """Equal where rows of several jobs hold one solution; empty: no other job has it."""
 
@@ -139,7 +149,7 @@ def solution(run: str, row: Row) -> Solution | None:
     fitting = {name: each for name, each in row.items() if isinstance(each, list) and len(each) == len(steps)}
     labels = next((fitting.get(column, ()) for column in ("step_labels", "labels") if row.get(column)), ())
     column = next((column for column in SCORES if column in fitting), None)
-    values = {name: _number(row[name]) for name in ("reward", "score") if name in row}
+    values = {name: _number(row[name]) for name in ("reward", "score", *COSTS) if name in row}
     rewards = row.get("rewards")
     rewards = rewards if isinstance(rewards, Mapping) else {}
     values |= {visible(str(name)): _number(value) for name, value in rewards.items()} if len(rewards) > 1 else {}
@@ -162,6 +172,7 @@ def solution(run: str, row: Row) -> Solution | None:
         tokens=tokens if isinstance(tokens, int) else len(row.get("token_ids") or ()) or None,
         values=values,
         step=step if isinstance(step, int) else None,
+        trace=rounds(row.get("trace")),
         key=(name, str(row["model"]), *steps) if "model" in row else (),
     )
 
@@ -170,12 +181,76 @@ def _number(value: Any) -> float | None:
     return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
+def rounds(trace: Any) -> tuple[dict[str, Any], ...]:
+    """A decision trace (:attr:`stepkd.search.state.Found.trace`) as a reader looks at it.
+
+    Lists of an event that are as long as its candidates are many say something of each.
+
+    Returns:
+        For each event its ``head``, a line; whether it has ``told`` which candidates were kept; and the ``candidates``:
+        text, score or None, how often kept, and facts, a line. All texts are :func:`visible`.
+    """
+    return tuple(_round(event) for event in trace if isinstance(event, Mapping)) if isinstance(trace, list) else ()
+
+
+def _round(event: Row) -> dict[str, Any]:
+    lists = {name: value for name, value in event.items() if isinstance(value, list) and name != "kept"}
+    size = max(map(len, lists.values()), default=0)
+    columns = {name: value for name, value in lists.items() if len(value) == size}
+    facts = {name: value for name, value in columns.items() if name not in ROUND}
+    steps, scores = (columns.get(name, [None] * size) for name in ("steps", "scores"))
+    kept = event.get("kept")
+    times = Counter(at for at in (kept if isinstance(kept, list) else [kept]) if isinstance(at, int))
+    candidates = [
+        (
+            f"solution {i + 1}" if steps[i] is None else visible(str(steps[i]).strip("\n")),
+            _number(scores[i]),
+            times[i],
+            ", ".join(_fact(name, value[i]) for name, value in facts.items() if value[i] is not None),
+        )
+        for i in range(size)
+    ]
+    head = [f"step {event['step'] + 1}"] if isinstance(event.get("step"), int) else []
+    head.append(visible(str(event.get("event", "decision")).replace("_", " ")))
+    head += [f"kept {sum(times[i] > 0 for i in range(size))} of {size}"] * (kept is not None and size > 0)
+    others = {name: value for name, value in event.items() if name not in (*ROUND, *columns) and value is not None}
+    head += [_fact(name, value) for name, value in others.items()]
+    return {"head": ", ".join(head), "told": kept is not None, "candidates": candidates}
+
+
+def _fact(name: str, value: Any) -> str:
+    if isinstance(value, float):
+        value = f"{value:.3g}"
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return visible(f"{name.replace('_', ' ')} {text[:LONGEST_FACT]}{'…' * (len(text) > LONGEST_FACT)}")
+
+
 def sampled_rows(problems: Iterable[Row]) -> Iterator[Row]:
     """Result rows of ``stepkd evaluate``, a row per sample."""
     for row in problems:
         shared = {"problem_id": row["id"], "prompt": row.get("prompt"), "answer": row.get("answer")}
         for number, sample in enumerate(row["samples"]):
             yield {**shared, **sample, "id": f"{row['id']}/{number}", "correct": sample["verdict"] == "correct"}
+
+
+def searched_rows(rows: Sequence[Row]) -> Iterator[Row]:
+    """Result rows of ``stepkd search``, a row per answer of a method; steps have scores where it is one of the shared
+    samples."""
+    from stepkd.evaluation.search_summary import DIFFICULTY, POOL
+
+    pool = {row["id"]: row["samples"] for row in rows if row["method"] == POOL}
+    for row in rows:
+        if row["method"] in (POOL, DIFFICULTY):
+            continue
+        answer = {name: value for name, value in row["samples"][0].items() if value is not None}
+        shared = {"problem_id": row["id"], **{name: row[name] for name in ("prompt", "answer", "method", "trace")}}
+        shared |= dict(zip(COSTS, (row["tokens"]["generated"], row["scorer_calls"]), strict=True))
+        for same in pool.get(row["id"], ()):
+            if same["completion"] == answer["completion"] and "step_scores" in same:
+                cuts = pairwise([0, *same["step_chars"]])
+                steps = [answer["completion"][start:end] for start, end in cuts]
+                shared |= {"steps": steps, "step_scores": same["step_scores"]}
+        yield {**shared, **answer, "id": f"{row['id']}/answer", "correct": answer["verdict"] == "correct"}
 
 
 def rollout_rows(entries: Iterable[Row]) -> Iterator[Row]:

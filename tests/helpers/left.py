@@ -74,3 +74,46 @@ def scored_rows(*, model: str = "student", scores: bool = True) -> list[dict[str
             own = {"step_scores": [0.9 if number == 3 else 0.2 if flawed else 0.8, 0.7, 0.95 - number / 20]}
             rows[-1] |= own | {"score": 0.5 - number / 50, "scorer": {"reduction": "product", "temperature": None}}
     return rows
+
+
+def search_rows(problems: int = 6) -> list[dict[str, Any]]:
+    """Rows of a search under four methods, with a pool of four samples and as many that tell the difficulty. Greedy
+    solves every third problem, majority every second one, best-of-N and the beam all but the first."""
+    rows = []
+    for number in range(problems):
+        shared = {"id": f"s{number}", "index": number, "prompt": "1+2", "answer": "3", "unscored": 0}
+
+        def sample(correct: bool, name: str, **more: Any) -> dict[str, Any]:
+            answer = "3" if correct else "4"
+            text = {"completion": f"{name}\n#### {answer}", "extracted": answer, "vote": answer}
+            verdict = {"verdict": "correct" if correct else "incorrect", "tokens": 10, "finish": "stop"}
+            return {**text, **verdict, "logprob": -1.0, "step_labels": [correct, correct], **more}
+
+        def row(
+            method: str, samples: list[Any], drawn: int, calls: int = 0, trace: Any = (), shared: Any = shared
+        ) -> None:
+            cost = {"tokens": {"generated": drawn, "scored": 20 * calls}, "scorer_calls": calls}
+            rows.append({**shared, "method": method, "samples": samples, **cost, "trace": [*trace]})
+
+        correct = [(number > 0 and at == 2) or number % 2 == 1 for at in range(4)]
+        pool = [sample(good, f"pool {at}") for at, good in enumerate(correct)]
+        for at, each in enumerate(pool):
+            score = 0.9 if at == 2 else 0.25
+            length = len(each["completion"])
+            each |= {"step_chars": [7, length], "step_scores": [score, None]}
+            each |= {"scores": dict.fromkeys(("product", "min", "mean", "last"), score)}
+        scores, votes = [each["scores"]["min"] for each in pool], [each["vote"] for each in pool]
+        choice = {"event": "choice", "scores": scores, "votes": votes}
+        most = choice | {"vote": "majority", "scores": [None] * 4, "kept": [0]}
+        row("pool", pool, 40, 4)
+        row("difficulty", [sample(number > at, "other") for at in range(4)], 40)
+        row("greedy", [sample(number % 3 == 0, "greedy", score=None)], 10)
+        row("self_consistency@4", [{**sample(correct[0], "pool 0"), "score": None}], 40, trace=[most])
+        best = {**sample(correct[2], "pool 2"), "score": 0.9}
+        row("best_of_n@4", [best], 40, 4, [choice | {"vote": "max", "kept": [2]}])
+        steps = ["first\n", "second\n", "<b>third</b>\n", "\u202efourth\n"]
+        prune = {"event": "prune", "step": 0, "steps": steps, "scores": [0.9, 0.8, 0.1, None], "kept": [0, 1]}
+        last = {"event": "choice", "vote": "weighted", "scores": [0.9, 0.2], "votes": ["3", None], "kept": [0]}
+        ends = [sample(number > 0, "beam", score=0.9), sample(False, "other", score=0.2)]
+        row("beam@4x2", ends, 60, 8, [prune, last])
+    return rows

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import yaml
-from left import begin, evaluation_rows, scored_rows
+from left import begin, evaluation_rows, scored_rows, search_rows
 
 from stepkd.evaluation.metrics import summarise
 from stepkd.evaluation.process import summarise_process
+from stepkd.evaluation.search_summary import summarise_search
 from stepkd.labels.quality import summarise_labels
 from stepkd.runs.files import write_json, write_jsonl
 
@@ -91,6 +92,21 @@ def judgement(tmp_path: Path) -> Path:
     write_jsonl(tmp_path / "judged" / "results.jsonl", rows)
     write_json(tmp_path / "judged" / "summary.json", summarise_process(rows))
     return tmp_path / "judged"
+
+
+@pytest.fixture
+def search(tmp_path: Path) -> Path:
+    """The folder of ``stepkd search``."""
+    names = ("greedy", "self_consistency@4", "best_of_n@4", "beam@4x2")
+    kinds = dict(zip(names, ("Greedy", "BestOfN", "BestOfN", "Beam"), strict=True))
+    methods = {name: {"class_path": f"stepkd.search.{kind}", "init_args": {}} for name, kind in kinds.items()}
+    engine = {"engine": {"name": "Transformers"}, "versions": {"transformers": "5.0.0"}, "samples": 4}
+    begin(tmp_path / "search", "search", 28, methods=methods, benchmark={"name": "task"}, **engine)
+    rows = search_rows()
+    write_jsonl(tmp_path / "search" / "results.jsonl", rows)
+    summary = summarise_search(rows, names, (1, 2, 4), reduction="product", n_resamples=100)
+    write_json(tmp_path / "search" / "summary.json", {"benchmark": "task", "model": "m", **summary})
+    return tmp_path / "search"
 
 
 @pytest.fixture

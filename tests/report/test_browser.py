@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def report(quickstart: Path, judgement: Path, claim: Path, iterated: Path) -> Path:
+def report(quickstart: Path, search: Path, judgement: Path, claim: Path, iterated: Path) -> Path:
     """A page of every kind of folder, with hostile texts and long lines."""
     rows = []
     for number, text in enumerate((*HOSTILE, "x" * 4000)):
@@ -154,6 +154,25 @@ def test_steps_are_told_apart_without_colour(opened: Callable[..., Any]) -> None
         "['good', 'bad'].map((kind) => getComputedStyle(document.querySelector(`.step.${kind}`)).borderLeftStyle)"
     )
     assert widths == ["solid", "double"]
+
+
+def test_decisions_open_by_the_keyboard_and_tell_what_was_kept_without_colour(opened: Callable[..., Any]) -> None:
+    page = opened("#problem-s2")
+    trace = page.locator("#problem-s2 .solution", has_text="beam@4x2").locator(".trace")
+    assert not trace.locator(".candidate").first.is_visible()
+    trace.locator("summary").focus()
+    page.keyboard.press("Enter")
+    first, _, third, last = trace.locator(".candidate").all()[:4]
+    assert "first" in first.inner_text()
+    assert first.locator(".mark").inner_text() == "●"
+    assert first.locator(".mark").get_attribute("aria-label") == "kept"
+    assert third.locator(".mark").inner_text() == "○"
+    assert "<b>third</b>" in third.inner_text()
+    assert last.locator(".score").count() == 0
+    weights = page.evaluate(
+        "['kept', 'dropped'].map((kind) => getComputedStyle(document.querySelector(`.candidate.${kind}`)).fontWeight)"
+    )
+    assert weights == ["600", "400"]
 
 
 def test_print_shows_all_that_is_selected_without_controls(opened: Callable[..., Any]) -> None:

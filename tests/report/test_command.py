@@ -42,6 +42,13 @@ def test_samples_shows_steps_with_marks_scores_and_disagreement(
     assert "1 of 1 (of 8 solutions)" in shown
 
 
+def test_samples_of_a_search_are_every_methods_answers(search: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["samples", str(search), "--number", "4"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "search, best_of_n@4, answer, ✗ incorrect: 4, 10 tokens, score 0.9, tokens drawn 40, scorer calls 4" in shown
+    assert "4 of 24 (of 24 solutions)" in shown
+
+
 def test_samples_says_which_kinds_there_are_where_one_has_none(
     scores: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

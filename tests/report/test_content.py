@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from left import begin, evaluation_rows, scored_rows
+from left import begin, evaluation_rows, scored_rows, search_rows
 
 from stepkd.evaluation.best_of_n import best_of_n_from_files
 from stepkd.evaluation.diagnostics import argmin_positions
 from stepkd.evaluation.metrics import compare_runs
+from stepkd.evaluation.search_summary import summarise_search
 from stepkd.evaluation.step_metrics import calibration_report, labelled_steps
 from stepkd.report.content import content
 from stepkd.report.folders import find_folders
@@ -114,6 +115,39 @@ def test_best_of_n_of_scored_samples_and_a_stored_one_in_its_place(
     assert found["curves"]["some sample correct (ceiling)"] == expected["curves"]["pass"]
     write(tmp_path / "best" / "best_of_n.json", expected | {"problems": 77})
     assert [each["problems"] for each in of(scores, tmp_path / "best")["best_of_n"]] == [77]
+
+
+def test_a_search_shows_methods_at_their_cost_over_lines_of_the_shared_samples(search: Path) -> None:
+    (found,) = of(search)["searches"]
+    figure, stored = found["figure"], found["summary"]
+    assert [part.name for part in figure.legend] == [
+        *("1 greedy", "2 self_consistency@4", "3 best_of_n@4", "4 beam@4x2"),
+        *("some sample correct (ceiling)", "majority vote", "best of N", "weighted vote"),
+    ]
+    assert [list(part.x) for part in figure.legend] == [[10], [40], [40], [60], *[[10, 20, 40]] * 4]
+    greedy, weighted = figure.legend[0], figure.legend[-1]
+    accuracy = stored["methods"]["greedy"]["accuracy"]
+    assert [*greedy.low, *greedy.high] == [100 * accuracy[end] for end in ("low", "high")]
+    assert weighted.y[-1] == 100 * stored["pool"]["curves"]["product_vote"][-1]["value"]
+    assert [text for *_, text in figure.texts] == ["1", "2", "3", "4"]
+    assert len(found["curves"]["curves"]) == 10  # the ceiling, the majority, four reductions with and without a vote
+    assert found["curves"]["peaks"]["product"] == stored["pool"]["peaks"]["product"]
+    assert found["bins"] == {"0": 1, "0 to 1/3": 1, "1/3 to 2/3": 1, "2/3 to 1": 1, "1": 2}
+    beam = found["by_difficulty"].legend[-1]
+    assert (beam.name, list(beam.y)) == ("4 beam@4x2", [0, 100, 100, 100, 100])
+
+
+def test_a_search_without_a_scorer_or_samples_that_tell_the_difficulty_has_no_such_parts(search: Path) -> None:
+    rows = [row for row in search_rows() if row["method"] in ("pool", "greedy", "self_consistency@4")]
+    (search / "summary.json").write_text(json.dumps(summarise_search(rows, ["greedy", "self_consistency@4"], [1, 4])))
+    (found,) = of(search)["searches"]
+    assert [part.name for part in found["figure"].legend][2:] == ["some sample correct (ceiling)", "majority vote"]
+    assert (found["bins"], found["by_difficulty"]) == ({}, None)
+
+
+def test_tokens_of_a_search_count_the_shared_samples_once(search: Path) -> None:
+    (found,) = of(search)["engines"]
+    assert (found["name"], found["tokens"]) == ("search", 6 * (40 + 40 + 10 + 60))
 
 
 def test_a_judgement_shows_its_stored_numbers(judgement: Path) -> None:

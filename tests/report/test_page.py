@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from left import HOSTILE, begin, evaluation_rows, scored_rows
+from left import HOSTILE, begin, evaluation_rows, scored_rows, search_rows
 
 from stepkd.report.folders import find_folders
 from stepkd.report.page import page_html, write_report
@@ -95,7 +95,7 @@ def test_the_policy_allows_the_pages_own_script_and_style_and_no_connection(quic
     assert not re.search(r"""(?:src|href)\s*=\s*["'](?!#)|url\((?!#)|@import|https?://""", html)
 
 
-def test_anchors_are_unique_and_every_link_has_its_target(tmp_path: Path, quickstart: Path) -> None:
+def test_anchors_are_unique_and_every_link_has_its_target(quickstart: Path, search: Path) -> None:
     rows = [row | {"id": name} for row, name in zip(evaluation_rows("ccc"), ("a b", "a/b", "a-b"), strict=True)]
     begin(quickstart / "odd", "evaluation", 40, benchmark={"name": "task", "data": "d"})
     write_jsonl(quickstart / "odd" / "results.jsonl", rows)
@@ -127,7 +127,9 @@ def test_every_kind_of_folder_has_its_sections(quickstart: Path, judgement: Path
     assert "modular:terms=4" in found.words
 
 
-@pytest.mark.parametrize("given", ["evaluation", "training", "labels", "scores", "judgement", "claim", "iterated"])
+@pytest.mark.parametrize(
+    "given", ["search", "evaluation", "training", "labels", "scores", "judgement", "claim", "iterated"]
+)
 def test_a_folder_alone_makes_a_page_without_the_sections_it_has_nothing_for(
     given: str, request: pytest.FixtureRequest
 ) -> None:
@@ -137,6 +139,7 @@ def test_a_folder_alone_makes_a_page_without_the_sections_it_has_nothing_for(
     expected = {
         "evaluation": {"accuracy", "lengths", "solutions"},
         "training": {"curves"},
+        "search": {"methods", "lengths", "solutions"},
         "labels": {"labels", "lengths", "solutions"},
         "scores": {"best-of-n", "scores", "lengths", "solutions"},
         "judgement": {"scores", "lengths", "solutions"},
@@ -154,6 +157,33 @@ def test_the_main_settings_are_short_and_secrets_are_hidden(quickstart: Path) ->
     assert "hub.token (hidden)" in found.words
 
 
+def test_a_search_has_its_table_of_methods_its_curves_and_its_bins(search: Path) -> None:
+    words = page(search).words
+    for text in ("search: methods and their cost", "minus best of N, points", "costs 6.0", "4.0", "by product of"):
+        assert text in words
+    assert re.search(r"4 beam@4x2 83\.3 [\d.]+ to [\d.]+ 60 160 8\.0 13\.89 .* ▲? ?\+50\.0", words)
+    assert "best N fall from there, points" in words
+    assert "0 (n = 1)" in words
+    assert "on 4 samples of every problem" in words
+
+
+def test_answers_of_a_search_have_their_decisions_as_text(search: Path) -> None:
+    found = page(search)
+    (problem,) = (each for each in found.data if each["id"] == "s2")
+    runs = {each["run"]: each for each in problem["solutions"]}
+    assert list(runs) == [f"search, {name}" for name in ("greedy", "self_consistency@4", "best_of_n@4", "beam@4x2")]
+    assert runs["search, greedy"]["trace"] == []
+    prune, choice = runs["search, beam@4x2"]["trace"]
+    assert (prune["head"], prune["told"]) == ("step 1, prune, kept 2 of 4", True)
+    assert prune["candidates"][0] == ["first", 0.9, 1, ""]
+    assert prune["candidates"][2:] == [["<b>third</b>", 0.1, 0, ""], ["⟨U+202E⟩fourth", None, 0, ""]]
+    assert choice["candidates"] == [["solution 1", 0.9, 1, "votes 3"], ["solution 2", 0.2, 0, ""]]
+    assert choice["head"] == "choice, kept 1 of 2, vote weighted"
+    best = runs["search, best_of_n@4"]
+    assert (best["steps"], best["scores"]) == (["pool 2", "#### 3"], [0.9, None])  # as the shared sample was scored
+    assert (best["labels"], best["values"]) == ([True, True], {"score": 0.9, "tokens drawn": 40, "scorer calls": 4})
+
+
 def test_filters_count_all_solutions_and_the_page_holds_some(quickstart: Path) -> None:
     found = page(quickstart, most=4)
     assert sum(len(each["solutions"]) for each in found.data) == 4
@@ -161,6 +191,28 @@ def test_filters_count_all_solutions_and_the_page_holds_some(quickstart: Path) -
     assert "all solutions 26" in found.words
     assert "correct answer with an incorrect step 4" in found.words
     assert page(quickstart, most=0).data == []
+
+
+@pytest.mark.slow
+def test_decisions_that_are_too_long_end_with_how_many_are_missing(tmp_path: Path, search: Path) -> None:
+    rows = []
+    for number in range(500):
+        row = search_rows(1)[-1] | {"id": f"s{number}", "index": number}
+        steps = [f"{i} " + "数" * 400 for i in range(16)]
+        row["trace"] = [{"event": "prune", "step": i, "steps": steps, "scores": [0.1] * 16} for i in range(40)]
+        rows.append(row)
+    write_jsonl(search / "results.jsonl", rows)
+    path = write_report([search])
+    assert path.stat().st_size < 5_000_000
+    found = Parsed(path.read_text()).data
+    assert sum(len(each["solutions"]) for each in found) == 500
+    assert found[7]["solutions"][0]["untold"] == "… 40 more rounds"
+    rows = rows[:50]
+    write_jsonl(search / "results.jsonl", rows)
+    (solution,) = page(search).data[7]["solutions"]
+    assert re.fullmatch(r"… \d+ more rounds", solution["untold"])
+    assert 0 < len(solution["trace"]) < 40
+    assert solution["trace"][0]["candidates"][0][0].endswith(" more characters")
 
 
 @pytest.mark.slow

@@ -3,10 +3,27 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 
-from stepkd.report.plots import FLOOR, LEFT, MOST_POINTS, RIGHT, TOP, WIDTH, Series, bars, dots, plot, thinned
+from stepkd.report.plots import (
+    APART,
+    FLOOR,
+    LEFT,
+    MOST_POINTS,
+    RIGHT,
+    TALL,
+    TOP,
+    WIDTH,
+    Series,
+    apart,
+    bars,
+    dots,
+    plot,
+    scatter,
+    thinned,
+)
 
 
 @pytest.mark.parametrize(
@@ -83,3 +100,56 @@ def test_values_that_differ_by_rounding_only_are_drawn_as_equal_ones(values: lis
     figure = plot("t", [Series("s", [0, 1], values)], "x", "y")
     assert len(figure.up.ticks) > 2
     assert all(TOP <= figure.up(value) <= FLOOR for value in values)
+
+
+@pytest.mark.parametrize(
+    ("places", "ticks"),
+    [
+        ([100.0, 1600.0], ["100", "200", "500", "1000"]),
+        ([40.0, 50_000.0], ["100", "1000", "10k"]),
+        ([90.0, 110.0], ["100", "120"]),
+        ([64.0, 64.0], ["60", "65", "70"]),
+    ],
+)
+def test_a_logarithmic_axis_has_equal_ratios_equally_far_apart_and_round_ticks(
+    places: list[float], ticks: list[str]
+) -> None:
+    across = plot("t", [Series("s", places, [0.0, 1.0])], "x", "y", is_log=True).across
+    assert across(4 * places[0]) - across(2 * places[0]) == pytest.approx(across(2 * places[0]) - across(places[0]))
+    assert list(across.ticks.values()) == ticks
+    assert all(across.start <= across(at) <= across.end for at in [*places, *across.ticks])
+
+
+def test_points_have_intervals_numbers_beside_them_and_a_legend_that_names_them() -> None:
+    points: dict[str, list[float | None]] = {
+        "greedy": [50.0, 0.5, 0.25, 0.75],
+        "beam": [400.0, 0.75, None, None],
+        "nowhere": [None, 0.5, 0.25, 0.75],
+        "nothing": [400.0, None, None, None],
+    }
+    figure = scatter("t", points, [Series("majority", [50.0, 400.0], [0.5, 0.7], style=-1)], "tokens", "correct")
+    assert [part.name for part in figure.legend] == ["1 greedy", "2 beam", "majority"]
+    assert [len(part.swatch) for part in figure.legend] == [1, 1, 1]  # a marker, a marker, a line
+    assert [text for *_, text in figure.texts] == ["1", "2"]
+    interval = f"M{figure.across(50):.1f} {figure.up(0.25):.1f}V{figure.up(0.75):.1f}"
+    assert [shape["class"] for shape in figure.shapes if shape["d"] == interval] == ["line c0"]
+    middle = f"translate({figure.across(400):.1f} {figure.up(0.75):.1f})"
+    assert [shape["class"] for shape in figure.shapes if shape.get("transform") == middle] == ["dot c1"]
+
+
+def test_points_of_one_place_stand_side_by_side_in_order_and_inside() -> None:
+    points: dict[str, list[float | None]] = {str(i): [1000.0 + i % 3, 0.5, 0.0, 1.0 - i / 20] for i in range(12)}
+    figure = scatter("t", {"greedy": [100.0, 0.5, 0.4, 0.6], **points}, [], "tokens", "correct")
+    places = sorted(x for x, _, text in figure.texts if text != "1")
+    assert [b - a for a, b in pairwise(places)] == pytest.approx([APART] * 11)
+    assert places[-1] <= WIDTH - RIGHT
+    assert [text for *_, text in figure.texts][:5] == ["1", "2", "5", "8", "11"]  # those of 1,000 first
+    assert all(TOP <= y < TALL for _, y, _ in figure.texts)
+
+
+def test_places_that_are_apart_stay_and_others_keep_their_mean() -> None:
+    assert apart([10.0, 50.0, 90.0], 8, 0, 100) == [10, 50, 90]
+    assert apart([52.0, 50.0, 90.0], 8, 0, 100) == [55, 47, 90]
+    assert apart([50.0, 51.0, 58.0], 8, 0, 100) == pytest.approx([45, 53, 61])
+    assert apart([99.0, 99.0], 8, 0, 100) == [92, 100]
+    assert apart([], 8, 0, 100) == []

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from left import evaluation_rows, scored_rows
+from left import evaluation_rows, scored_rows, search_rows
 
 from stepkd.report.folders import find_folders
 from stepkd.report.solutions import (
@@ -17,7 +17,9 @@ from stepkd.report.solutions import (
     merged,
     pick,
     rollout_rows,
+    rounds,
     sampled_rows,
+    searched_rows,
     solution,
     tags_of,
     visible,
@@ -115,6 +117,40 @@ def test_rollouts_have_their_step_credit_and_optimiser_step() -> None:
     assert (found.problem, found.sample, found.step) == ("r", "step 7, 0", 7)
     assert (found.scored_by, found.scores, found.values) == ("step credit", (0.5,), {"reward": 1.0})
     assert found.cut_off
+
+
+def test_a_round_tells_candidates_and_facts_of_any_event() -> None:
+    particles = {"event": "resample_all", "step": 2, "steps": ["a\n", "b"], "weights": [0.25, 1e-9], "kept": [0, 0]}
+    (first, second, third) = rounds(
+        [particles | {"ess": 1.5, "note": None}, "no event", {"steps": ["x"]}, {"event": "stop", "why": "x" * 100}]
+    )
+    assert first["head"] == "step 3, resample all, kept 1 of 2, ess 1.5"
+    assert first["candidates"] == [("a", None, 2, "weights 0.25"), ("b", None, 0, "weights 1e-09")]
+    assert (second["head"], second["told"], second["candidates"]) == ("decision", False, [("x", None, 0, "")])
+    assert third["head"] == f"stop, why {'x' * 80}…"
+    assert rounds(None) == rounds({"event": "stop"}) == ()
+
+
+def test_rounds_of_odd_rows_are_shown_as_far_as_they_go() -> None:
+    odd = {
+        "event": 3,
+        "step": "x",
+        "steps": [None, 4],
+        "scores": ["high", float("nan")],
+        "kept": "all",
+        "x": {"a": [1]},
+    }
+    (found,) = rounds([odd])
+    assert found["head"] == '3, kept 0 of 2, x {"a": [1]}'
+    assert found["candidates"] == [("solution 1", None, 0, ""), ("4", None, 0, "")]
+
+
+def test_answers_of_a_search_that_are_a_shared_sample_have_its_step_scores() -> None:
+    found = [row for row in searched_rows(search_rows(2)) if row["problem_id"] == "s1"]
+    assert [row["method"] for row in found] == ["greedy", "self_consistency@4", "best_of_n@4", "beam@4x2"]
+    assert [row.get("step_scores") for row in found] == [None, [0.25, None], [0.9, None], None]
+    assert [row["correct"] for row in found] == [False, True, True, True]
+    assert found[2]["steps"] == ["pool 2\n", "#### 3"]
 
 
 def test_a_chat_prompt_is_its_last_message() -> None:
