@@ -5,7 +5,9 @@ KG-RAR's prompted reward model. The wording of the question is ours.
 
 The text of step k+1's question goes on where the text of step k ended, so a solution is read once; every question is a
 short continuation that sees the solution up to its step. vLLM is asked in two rounds: about the last step of every
-solution, then about those before it, whose beginnings its prefix cache holds by then.
+solution, then about those before it, whose beginnings its prefix cache holds by then. Labelled steps of other problems
+(:mod:`stepkd.scorers.examples`) are other ones for every step, so they stand in the question, behind the solution:
+they make questions longer, and the solution is still read once.
 
 Axes: B rows, T padded length, S questions, H hidden size.
 """
@@ -31,6 +33,7 @@ from stepkd.sampling.branches import gap_limit
 from stepkd.sampling.decode import Decoder
 from stepkd.sampling.engine import Engine
 from stepkd.sampling.transformers_engine import TransformersEngine
+from stepkd.scorers.examples import StepExamples, problem_text
 from stepkd.scorers.prm import Ids, Item, PolicyScorer, continue_rows, packed
 from stepkd.scorers.scorer import Meaning, Row, Solutions
 from stepkd.steps.format import marker_token_id
@@ -39,6 +42,8 @@ JUDGE_TEMPLATE = PromptTemplate(plain="{prompt}\nAnswer:")
 """Chat style asks as a user; plain style ends where the answer begins."""
 QUESTION = "Is step {step} right, given the problem and the steps before it? Answer Yes or No."
 WHOLE_QUESTION = "Is this solution, as far as it goes, on the way to the correct answer? Answer Yes or No."
+EXAMPLES = "Steps of other problems:\n\n"
+EXAMPLE = "Problem: {problem}\nStep: {step}\nIs the step right? {answer}\n\n"
 USUAL = (("Yes", "No"), (" Yes", " No"), ("yes", "no"), (" yes", " no"))
 """Forms of yes and no."""
 _PLACE = "<<<the steps go here>>>"
@@ -56,6 +61,7 @@ class PromptedJudge(PolicyScorer):
         reference: show the row's ``solution`` (else its ``answer``) to the model.
         whole: ask once, about all steps; the last one's score is then P(yes) among all tokens, as in the released code
             of MCTS-DPO (arXiv 2405.00451), and those before it have none.
+        examples: labelled steps, of which the nearest ones are shown with every question, as far as the text has room.
         engine: holds the policy's model and reads in place of this process; None: this process reads.
         **reading: settings of :class:`~stepkd.scorers.prm.PolicyScorer`. Without ``shared_prefix`` problem and solution
             are read again for every step (the same scores), and so it is done where the model's attention does not
@@ -77,6 +83,7 @@ class PromptedJudge(PolicyScorer):
         answers: Sequence[tuple[str, str]] = (),
         reference: bool = False,
         whole: bool = False,
+        examples: StepExamples | None = None,
         engine: Engine | None = None,
         **reading: Any,
     ) -> None:
@@ -90,6 +97,8 @@ class PromptedJudge(PolicyScorer):
             raise ConfigError(f"the judge's question must hold {{step}} once, found {question!r}")
         self.yes_ids, self.no_ids = answer_ids(policy.tokenizer, answers)
         self.reference = reference
+        self.examples = examples
+        self._words = [form.strip() for form in (*answers, *USUAL)[0]]
 
     @torch.no_grad()
     def score(self, problems: Sequence[Solutions]) -> list[list[list[float]]]:
@@ -114,6 +123,7 @@ class PromptedJudge(PolicyScorer):
         engine = {"name": type(self.engine).__name__, **self.engine.facts()}
         asked = {"scorer": "judge", "question": self.question, "reference": self.reference, "answer_ids": forms}
         asked |= {"whole": True} if self.whole else {}
+        asked |= {} if self.examples is None else {"examples": self.examples.provenance()}
         return asked | {"engine": engine} | super().provenance()
 
     def _case(self, problem: Solutions, steps: Sequence[str]) -> Item:
@@ -123,12 +133,15 @@ class PromptedJudge(PolicyScorer):
         rendered = self.template.render({**problem.row, "prompt": self._text(problem.row, name)}, self.tokenizer)
         before, _, behind = rendered.partition(_PLACE)
         head = self._head_ids(before)
+        leads = self._examples(problem.row, steps)
         ids: Ids = ()
         places: list[tuple[int, int, Ids]] = []
         for k, step in enumerate(steps, start=1):
             longer = ids + self._ids(f"{_numbered(step.strip(), k)}\n")
-            question = self._ids(f"\n{self.question.replace('{step}', str(k))}{behind}")
-            if len(head) + len(longer) + len(question) > self.max_length:
+            room = self.max_length - len(head) - len(longer)
+            asked = (f"\n{shown}{self.question.replace('{step}', str(k))}{behind}" for shown in leads[k - 1])
+            question = next((each for each in map(self._ids, asked) if len(each) <= room), None)
+            if question is None:
                 break
             ids = longer
             places.append((k - 1, len(head) + len(ids), question))
@@ -138,9 +151,7 @@ class PromptedJudge(PolicyScorer):
 
     def _text(self, row: Row, name: str) -> str:
         """Problem and reference, with a place for the steps."""
-        prompt = row.get("prompt")
-        if isinstance(prompt, list):
-            prompt = "\n\n".join(str(message["content"]) for message in prompt)
+        prompt = problem_text(row)
         if not prompt:
             raise DataError("the row has no problem to show to the judge", path=name, column="prompt")
         shown = ""
@@ -152,7 +163,20 @@ class PromptedJudge(PolicyScorer):
                     path=name,
                 )
             shown = f"Reference {known[0][0]}:\n{str(known[0][1]).strip()}\n\n"
-        return f"Problem:\n{prompt.strip()}\n\n{shown}Solution:\n{_PLACE}"
+        return f"Problem:\n{prompt}\n\n{shown}Solution:\n{_PLACE}"
+
+    def _examples(self, row: Row, steps: Sequence[str]) -> list[tuple[str, ...]]:
+        """For every step what may stand before its question, the best first."""
+        if self.examples is None:
+            return [("",)] * len(steps)
+        leads: list[tuple[str, ...]] = []
+        for found in self.examples.nearest(row, steps):
+            shown = [
+                EXAMPLE.format(problem=each.problem, step=each.step, answer=self._words[not each.correct])
+                for each in found
+            ]
+            leads.append(("".join([EXAMPLES, *shown]), "") if shown else ("",))
+        return leads
 
     def _ids(self, text: str) -> Ids:
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from stepkd.data.config import check_training_use, parse_spec
 from stepkd.data.templates import TEMPLATES, PromptTemplate
 from stepkd.errors import ConfigError, check_bounds, nearest
 from stepkd.models.spec import DType, StepHeadConfig
@@ -166,9 +167,17 @@ class Judge(_Reader):
     """The two tokens for yes and for no; the default takes the usual forms of Yes and No."""
     reference: bool = False
     """Show the row's gold solution, else its answer, to the model; off, it judges by itself."""
+    examples: str | None = None
+    """Step-labelled rows, of which those steps of other problems are shown that are nearest to the one in question: a
+    file, the folder of a labelling job, or data settings in one word (prm800k:limit=2000); the default shows none."""
+    shots: int = 1
+    """Correct steps, and as many incorrect ones, that are shown of the examples, at least 1; questions grow with it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_bounds("scorer.", self, shots="[1, inf)")
+        if self.examples is not None:
+            check_training_use(parse_spec(self.examples))
         if isinstance(self.template, str) and self.template in TEMPLATES:
             raise ConfigError(
                 f"template {self.template!r} asks for a solution, and a judge is asked whether a step is correct: drop "
@@ -176,9 +185,12 @@ class Judge(_Reader):
             )
 
     def _load(self, weights: dict[str, Any], **reading: Any) -> Any:
+        from stepkd.data.load import load_rows
         from stepkd.models.checkpoint import load_trained
+        from stepkd.scorers.examples import StepExamples
         from stepkd.scorers.judge import JUDGE_TEMPLATE, PromptedJudge
 
+        rows = None if self.examples is None else load_rows(parse_spec(self.examples))
         holds = self.engine is None or self.engine.holds_weights
         policy = load_trained(self.path, **weights, weights=holds)
         return PromptedJudge(
@@ -186,6 +198,7 @@ class Judge(_Reader):
             template=JUDGE_TEMPLATE if self.template is None else self.template,
             answers=(self.answers,) if self.answers else (),
             reference=self.reference,
+            examples=None if rows is None else StepExamples(rows, shots=self.shots),
             engine=self._built(policy),
             **reading,
         )

@@ -91,7 +91,7 @@ class Gain(RuleScorer):
 
     def _of_solution(self, row: Row, steps: Sequence[str]) -> list[float]:
         solution = row.get("solution")
-        units = [Counter(words) for line in str(solution or "").splitlines() if (words := _words(line))]
+        units = [Counter(words) for line in str(solution or "").splitlines() if (words := words_of(line))]
         if not units:
             raise DataError(f"row {row.get('id')!r} has no 'solution': the scorer 'gain' compares steps with its lines")
         frequency = Counter(word for unit in units for word in unit)
@@ -99,7 +99,7 @@ class Gain(RuleScorer):
         seen: set[tuple[str, ...]] = set()
         scores = []
         for step in steps:
-            words = _words(step)
+            words = words_of(step)
             vector = Counter(words)
             found = [_cosine(vector, unit, frequency, len(units)) for unit in units]
             gain = math.fsum(max(c - m, 0.0) for c, m in zip(found, best, strict=True)) / len(units)
@@ -111,7 +111,8 @@ class Gain(RuleScorer):
         return scores
 
 
-def _words(text: str) -> list[str]:
+def words_of(text: str) -> list[str]:
+    """Words, numbers and marks of punctuation of a text, in lower case."""
     return _WORD.findall(text.lower())
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal, TypeAlias
 
 from stepkd.errors import ConfigError, check_bounds
@@ -98,8 +99,14 @@ class Beam(Population):
                 break
             scores = iter(tools.scores([state for states in new for state in states], self.reduction))
             for number, states in enumerate(new):
-                done = [each for each in beams[number] if each[0].end != "step"]
-                candidates = [*done, *((state, next(scores)) for state in states)]
+                # A finished solution stands where it stood, so that of equal scores the first path is sampling.
+                fresh = ((state, next(scores)) for state in states)
+                candidates = [
+                    each
+                    for old in beams[number]
+                    for each in ([old] if old[0].end != "step" else islice(fresh, self.width))
+                ]
+                candidates += fresh  # first steps
                 kept = ranked([score for _, score in candidates])[: keep // trees]
                 beams[number] = [candidates[i] for i in kept]
                 if states:

@@ -39,6 +39,8 @@ STEP_STOPS: dict[str, tuple[str, ...]] = {"newline": ("\n",), "blank_line": ("\n
 """Strings that end a step, by segmenter."""
 
 PROPOSE, COMPLETE = "search_step", "search_rest"
+DRAWN = {PROPOSE: "steps", COMPLETE: "continuations"}
+"""What tokens are counted as, by what they are drawn for."""
 _REMEMBERED = 100_000  # scored solutions
 _INDEX_BITS = 52  # sample numbers are added to it, and some engines keep the sum in 64 bits
 
@@ -58,7 +60,7 @@ class _Draft:
         return None if self.raw_logprobs is None else sum(self.raw_logprobs[start:end])
 
     def keep(self, room: int | None) -> None:
-        """Cut it off where there is no room: a batch draws as many tokens as its shortest state has room for."""
+        """Cut it off where there is no room: a batch draws as many tokens as some state of it has room for."""
         if room is not None and room < len(self.token_ids):
             self.token_ids, self.finish = self.token_ids[:room], "length"
             self.raw_logprobs = self.raw_logprobs and self.raw_logprobs[:room]
@@ -113,13 +115,13 @@ class SampledSteps:
         spec = replace(self._sampling(temperature), n=n, max_new_tokens=self.max_step_tokens, stop=stops)
         self._first(states, drafts, spec, PROPOSE)
         flat = [draft for group in drafts for draft in group]
+        for draft in flat:
+            draft.keep(self.room(draft.state))
         while blank := [draft for draft in flat if self._unfinished_blank(draft)]:
             for room in sorted({self._room(draft) for draft in blank}):
                 alike = [draft for draft in blank if self._room(draft) == room]
                 keys = [("sample", draft.sample, "token", len(draft.token_ids)) for draft in alike]
                 self._draw([[d] for d in alike], replace(spec, n=1, max_new_tokens=room), PROPOSE, keys)
-        for draft in flat:
-            self.costs[draft.state.problem.index]["steps"] += len(draft.token_ids)
         return [[self._step(draft) for draft in group] for group in drafts]
 
     def complete(self, states: Sequence[State], n: int, *, temperature: float | None = None) -> list[list[State]]:
@@ -133,7 +135,6 @@ class SampledSteps:
         longest = max((spec.longest if (room := self.room(state)) is None else room for state in states), default=1)
         self._first(states, drafts, replace(spec, max_new_tokens=max(1, min(spec.longest, longest))), COMPLETE)
         for draft in (draft for group in drafts for draft in group):
-            self.costs[draft.state.problem.index]["continuations"] += len(draft.token_ids)
             draft.keep(self.room(draft.state))
         return [[self._rest(draft) for draft in group] for group in drafts]
 
@@ -167,7 +168,7 @@ class SampledSteps:
 
     def room(self, state: State) -> int | None:
         """Tokens that a solution may still have behind a state; None: no limit is known."""
-        context, limit = self.policy.max_length, self.max_tokens
+        context, limit = self.engine.max_length, self.max_tokens
         left = [] if context is None else [context - len(state.problem.prompt_ids)]
         left += [] if limit is None else [limit]
         return min(left) - len(state.token_ids) if left else None
@@ -182,7 +183,7 @@ class SampledSteps:
             if (room := self.room(state)) is not None and room < 1:
                 raise DataError(
                     f"the solution so far has {len(state.token_ids)} tokens behind a prompt of "
-                    f"{len(state.problem.prompt_ids)}, which fills the model's context of {self.policy.max_length}",
+                    f"{len(state.problem.prompt_ids)}, which fills the model's context of {self.engine.max_length}",
                     path=str(state.problem.row.get("id", state.problem.index)),
                 )
         self._draw(drafts, spec, purpose, [()] * len(states))
@@ -202,6 +203,7 @@ class SampledSteps:
         for group, continuations in zip(drafts, drawn, strict=True):
             for draft, continuation in zip(group, continuations, strict=True):
                 draft.token_ids += continuation.token_ids.tolist()
+                self.costs[draft.state.problem.index][DRAWN.get(purpose, "tokens")] += len(continuation.token_ids)
                 if draft.raw_logprobs is None or continuation.raw_logprobs is None:
                     draft.raw_logprobs = None
                 else:

@@ -15,10 +15,14 @@ import torch
 
 from stepkd.data.completion import Completion
 from stepkd.errors import DataError
+from stepkd.grading.pool import Grader
 from stepkd.models.policy import Policy
 from stepkd.sampling.annotate import sampled_logps
 from stepkd.sampling.engine import Branch, Engine, SamplingConfig
 from stepkd.sampling.transformers_engine import TransformersEngine
+from stepkd.search.best_of_n import Greedy
+from stepkd.search.generate import SampledSteps
+from stepkd.search.state import Problem, State, Tools
 
 LONG = "1+2*3-4=" * 20
 """More than a block of a CPU's prefix cache (128 tokens)."""
@@ -177,10 +181,31 @@ def every_version_is_sampled_from(engine: Engine, policy: Policy) -> None:
     assert found < TOLERANCE, f"{found} nats"
 
 
+def greedy_search_finds_the_same(engine: Engine, policy: Policy) -> None:
+    """As in this process: whole solutions, and step after step."""
+    problems = [Problem(i, {"id": str(i)}, ids) for i, ids in enumerate(prompts(policy))]
+    found: list[Any] = []
+    for each in (TransformersEngine(policy), engine):
+        spec = SamplingConfig(max_new_tokens=8, seed=1)
+        generator = SampledSteps(each, policy, spec, segmenter="regex:.", max_step_tokens=4, max_tokens=8)
+        whole = Greedy().run(problems, Tools(generator, Grader()))
+        found.append([(one.token_ids.tolist(), one.text, one.finish) for (one,) in whole])
+        states = [State(problem) for problem in problems]
+        while going := [i for i, state in enumerate(states) if state.end == "step"]:
+            steps = generator.propose([states[i] for i in going], 1, temperature=0)
+            for i, (step,) in zip(going, steps, strict=True):
+                states[i] = states[i].then(step)
+        found.append([([*state.token_ids], state.text, state.end) for state in states])
+        assert any(len(state.steps) > 2 for state in states)
+    assert found[2:] == found[:2]
+    assert found[0] == found[1], "a solution is its steps"
+
+
 SAMPLES = [
     completions_have_one_schema,
     noise_is_keyed,
     greedy_tokens_are_equal,
+    greedy_search_finds_the_same,
     stop_strings_end_completions,
     the_context_ends_completions,
     samples_say_what_they_were_drawn_from,

@@ -70,7 +70,7 @@ class Watched:
 
     def __init__(self, policy: Policy, *, stop_at: int | None = None) -> None:
         self.inner = TransformersEngine(policy, max_rows=4)
-        self.stop_at = stop_at
+        self.max_length, self.stop_at = policy.max_length, stop_at
         self.prompts: list[set[str]] = []
         self.decode = policy.tokenizer.decode
 
@@ -132,7 +132,7 @@ class NoisySolver:
     """Types the row's own solution; a line slips now and then, and behind a slip all lines are incorrect."""
 
     def __init__(self, policy: Policy, problems: Sequence[dict[str, Any]]) -> None:
-        self.tokenizer = policy.tokenizer
+        self.tokenizer, self.max_length = policy.tokenizer, policy.max_length
         self.problems = problems
 
     def generate(

@@ -41,10 +41,10 @@ def test_beam_keeps_the_best_of_all_and_a_finished_solution_while_it_is_among_th
     answer, other = results
     assert (answer.text, answer.score, answer.finish) == ("a\n#### 1", 0.5, "stop")
     assert (other.text, other.score) == ("b\nf\n#### 2", 0.45)
-    # Of four first steps a and b; then b f (0.95) before the finished a 1 (0.5); then a 1 keeps its place.
-    assert kept(answer.trace) == [(0, [0, 1]), (1, [2, 0]), (2, [0, 1])]
-    assert answer.trace[2]["steps"] == ["#### 1", "#### 2", "#### 3"]
-    assert answer.trace[2]["scores"] == [0.5, 0.45, 0.2]
+    # Of four first steps a and b; then b f (0.95) before the finished a 1 (0.5); then a 1 is among the best still.
+    assert kept(answer.trace) == [(0, [0, 1]), (1, [2, 0]), (2, [2, 0])]
+    assert answer.trace[2]["steps"] == ["#### 2", "#### 3", "#### 1"]
+    assert answer.trace[2]["scores"] == [0.45, 0.2, 0.5]
     assert answer.trace[-1] == {
         "event": "choice", "vote": "weighted", "scores": [0.5, 0.45], "votes": ["1", "2"], "kept": [0]
     }  # fmt: skip

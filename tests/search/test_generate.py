@@ -40,7 +40,7 @@ class Typist:
     """An engine that types the given text behind whatever it is given, then the end token; stops as engines do."""
 
     def __init__(self, policy: Policy, text: str, start: str) -> None:
-        self.policy = policy
+        self.policy, self.max_length = policy, policy.max_length
         self.whole = (*ids_of(policy, start + text), policy.tokenizer.eos_token_id)
         self.calls: list[list[str]] = []
 
@@ -166,6 +166,13 @@ def test_long_steps_are_cut_off(policy: Policy) -> None:
     assert typed(policy, "abcdef\n", max_step_tokens=4) == [("abcd", "length")]
     assert typed(policy, "abc\ndef\n", max_step_tokens=4) == [("abc\n", "step"), ("def\n", "step"), ("", "stop")]
     assert typed(policy, "\n\n\n\n\n\nx", max_step_tokens=4) == [("\n\n\n\n", "length")]
+
+
+def test_long_solutions_are_cut_off(policy: Policy) -> None:
+    """Also where the end would have come within the step's own limit."""
+    assert typed(policy, "abc\ndef", max_tokens=6) == [("abc\n", "step"), ("de", "length")]
+    assert typed(policy, "abc\nd", max_tokens=6) == [("abc\n", "step"), ("d", "stop")]
+    assert typed(policy, "abc\nd", max_tokens=4) == [("abc\n", "length")]
 
 
 def test_a_full_context_ends_the_solution(policy: Policy) -> None:

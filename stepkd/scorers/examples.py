@@ -1,0 +1,161 @@
+"""Labelled steps of other problems for a prompted judge to see: those nearest to the step in question.
+
+After KG-RAR (Wu et al. 2025, arXiv 2503.01642), which retrieves, for a problem and then for its step, from a graph of
+labelled solutions, has the model rewrite what it found, and asks the same model about the step. Here the graph is a
+flat index, both retrievals are one sum, and nothing is rewritten. That as many correct as incorrect steps are shown,
+so that they lean to no answer, is ours, and so is the measure: the TF-IDF cosine of the problems plus that of the
+steps, with the weights of :class:`~stepkd.scorers.rules.Gain`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from stepkd.data.io import fingerprint
+from stepkd.data.sources.contract_rows import to_stepwise
+from stepkd.errors import ConfigError, DataError
+from stepkd.scorers.rules import words_of
+from stepkd.scorers.scorer import Row
+from stepkd.statistics import FloatArray
+from stepkd.steps.labels import verdicts
+
+_DIGITS = 12
+"""Of a similarity, so that rounding on another machine leaves the order as it is."""
+
+
+class LabelledStep(NamedTuple):
+    """A step of the index."""
+
+    problem: str
+    """Text of its problem."""
+    step: str
+    """Its text, without separators."""
+    correct: bool
+    """What its label says."""
+
+
+class StepExamples:
+    """Index of labelled steps.
+
+    A step that occurs several times in solutions of one problem, with one verdict, counts once.
+
+    Args:
+        rows: step-labelled rows (``prompt``, ``completions``, ``labels``, perhaps ``problem_id``), or labelled
+            completions. A soft label is correct from 0.5 on, a neutral one is, and a step without a label is left out.
+        shots: correct steps, and as many incorrect ones, that are found for a step, at least 1.
+
+    Raises:
+        ConfigError: no shots.
+        DataError: rows without labels, or no correct or no incorrect step among them.
+    """
+
+    def __init__(self, rows: Sequence[Row], *, shots: int = 1) -> None:
+        if shots < 1:
+            raise ConfigError(f"shots={shots}: must be at least 1")
+        self.shots = shots
+        self._places: dict[str, set[int]] = defaultdict(set)  # of problems, by what names them
+        problems: dict[str, int] = {}
+        steps: dict[tuple[int, str, bool], LabelledStep] = {}
+        for row in (to_stepwise(row, keep=("problem_id",)) for row in rows):
+            text = problem_text(row)
+            place = problems.setdefault(text, len(problems))
+            for key in _keys(row):
+                self._places[key].add(place)
+            for step, correct in zip(row["completions"], verdicts(row["labels"]), strict=True):
+                if correct is not None and step.strip():
+                    steps.setdefault((place, step.strip(), correct), LabelledStep(text, step.strip(), correct))
+        self.steps = list(steps.values())
+        self._owners = np.array([place for place, _, _ in steps], dtype=np.int64)
+        self._by_verdict = [
+            np.flatnonzero([each.correct is verdict for each in self.steps]) for verdict in (True, False)
+        ]
+        if not all(map(len, self._by_verdict)):
+            raise DataError(
+                f"{len(self.steps)} labelled steps, none of them {'in' * bool(len(self._by_verdict[0]))}correct: a "
+                "judge is shown steps of both kinds, give rows that have them",
+                path="examples",
+                column="labels",
+            )
+        self._problems, self._texts = _Vectors(list(problems)), _Vectors([each.step for each in self.steps])
+
+    def nearest(self, row: Row, steps: Sequence[str]) -> list[list[LabelledStep]]:
+        """The examples for steps of one problem.
+
+        Args:
+            row: the problem's row, whose own steps are never among them: rows with its prompt, up to case and spaces,
+                or its ``problem_id`` (or ``id``) are of the same problem.
+            steps: texts.
+
+        Returns:
+            For each step :attr:`shots` correct and as many incorrect ones, or all that there are, the nearest last;
+            of equally near ones the first in the rows stands first, and is taken first.
+        """
+        own = set().union(*(self._places.get(key, set()) for key in _keys(row)))
+        of_problems = self._problems.cosines([problem_text(row)])[0]
+        of_problems[list(own)] = -math.inf
+        near_SN = np.round(self._texts.cosines(steps) + of_problems[self._owners], _DIGITS)
+        return [[self.steps[i] for i in self._chosen(near_N)] for near_N in near_SN]
+
+    def provenance(self) -> dict[str, Any]:
+        """What a job notes of the index, as JSON values."""
+        found = {"steps": len(self.steps), "shots": self.shots}
+        return found | {"fingerprint": fingerprint([each._asdict() for each in self.steps])}
+
+    def _chosen(self, near_N: FloatArray) -> list[int]:
+        chosen: list[int] = []
+        for numbers in self._by_verdict:
+            values = near_N[numbers]
+            least = np.partition(values, -self.shots)[-self.shots] if len(values) > self.shots else -math.inf
+            able = numbers[(values >= least) & (values > -math.inf)]
+            chosen += able[np.argsort(-near_N[able], kind="stable")][: self.shots].tolist()
+        return sorted(chosen, key=lambda i: (near_N[i], i))
+
+
+def problem_text(row: Row) -> str:
+    """A row's problem as text; of chat messages all that they say."""
+    prompt = row.get("prompt") or ""
+    return (prompt if isinstance(prompt, str) else "\n\n".join(str(each["content"]) for each in prompt)).strip()
+
+
+def _keys(row: Row) -> set[str]:
+    """What names a row's problem: its text, of chat messages also the last one alone, and its ids."""
+    prompt = row.get("prompt")
+    last = [prompt[-1]["content"]] if isinstance(prompt, list) and prompt else []
+    texts = {f"text {' '.join(words_of(text))}" for text in (problem_text(row), *last)}
+    problem = row.get("problem_id")
+    return texts | {f"id {name}" for name in ((row.get("id") if problem is None else problem),) if name is not None}
+
+
+class _Vectors:
+    """TF-IDF vectors of texts, of length 1."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        counts = [Counter(words_of(text)) for text in texts]
+        self._frequency = Counter(word for each in counts for word in each)
+        self._columns = {word: column for column, word in enumerate(self._frequency)}
+        self._units = len(texts)
+        self._matrix = self._of(counts).T.tocsr()
+
+    def cosines(self, texts: Sequence[str]) -> FloatArray:
+        """(texts, units) cosines to all of them."""
+        found: FloatArray = (self._of([Counter(words_of(text)) for text in texts]) @ self._matrix).toarray()
+        return found
+
+    def _of(self, counts: Sequence[Counter[str]]) -> Any:
+        """(texts, words) sparse rows; a word of no unit counts for the length alone, as if one unit had it."""
+        from scipy.sparse import csr_array
+
+        values, columns, starts = [], [], [0]
+        for each in counts:
+            weights = {word: n * math.log(1 + self._units / max(self._frequency[word], 1)) for word, n in each.items()}
+            length = math.sqrt(math.fsum(weight**2 for weight in weights.values()))
+            known = [word for word in weights if word in self._columns]
+            values += [weights[word] / length for word in known]
+            columns += [self._columns[word] for word in known]
+            starts.append(len(values))
+        return csr_array((np.array(values), np.array(columns), starts), shape=(len(counts), len(self._columns)))
