@@ -188,26 +188,35 @@ def _flat(file: str | None, name: str, value: Any) -> Iterator[tuple[str | None,
 
 def settings_of(parser: Any, given: Sequence[tuple[str | None, str, Any]]) -> dict[str, Any]:
     """Dotted name -> type of every setting, those of the classes that were chosen included."""
-    return {action.dest: getattr(action, "_typehint", None) for _, action in _actions(parser, given)}
+    found: dict[str, Any] = {}
+    for _, action in _actions(parser, given):
+        hint, known = getattr(action, "_typehint", None), found.get(action.dest)
+        found[action.dest] = Union[known, hint] if known and hint else hint  # noqa: UP007 (of classes in a list)
+    return found
 
 
 def _actions(parser: Any, given: Sequence[tuple[str | None, str, Any]]) -> list[tuple[Any, Any]]:
     """Every setting's action behind the parser that has it: this one, or that of a class that was chosen."""
-    named = {name.removesuffix(".class_path"): value for _, name, value in given if isinstance(value, str)}
-    found: dict[str, tuple[Any, Any]] = {}
-    pending = [(parser, action) for action in parser._actions]
+    named: dict[str, list[Any]] = {name.removesuffix(".class_path"): [v] for _, name, v in given if isinstance(v, str)}
+    for _, name, value in given:
+        if isinstance(value, list) and all(isinstance(each, dict) and "class_path" in each for each in value):
+            named[name] = list(dict.fromkeys(each["class_path"] for each in value))
+    found: dict[tuple[str, Any], tuple[Any, Any]] = {}
+    pending = [(parser, action, None) for action in parser._actions]
     while pending:
-        holder, action = pending.pop(0)
-        if (name := action.dest) in found or name.rpartition(".")[2] in ("help", "print_config", "print_shtab"):
+        (holder, action, owner), name = pending[0], pending.pop(0)[1].dest
+        if (name, owner) in found or name.rpartition(".")[2] in ("help", "print_config", "print_shtab"):
             continue
-        found[name] = holder, action
-        class_path = named.get(name) or getattr(action.default, "get", lambda _: None)("class_path")
-        for kind in _classes(getattr(action, "_typehint", None)):
-            chosen = kind if is_dataclass(kind) else _class(class_path, kind) if class_path else None
-            if chosen is not None:
-                inner = type(parser)(prog=parser.prog)
-                inner.add_class_arguments(chosen, name, fail_untyped=False)
-                pending += [(inner, each) for each in inner._actions]
+        found[name, owner] = holder, action
+        paths = named.get(name) or [getattr(action.default, "get", lambda _: None)("class_path")]
+        for class_path in paths:
+            for kind in _classes(getattr(action, "_typehint", None)):
+                chosen = kind if is_dataclass(kind) else _class(class_path, kind) if class_path else None
+                if chosen is not None:
+                    inner = type(parser)(prog=parser.prog)
+                    inner.add_class_arguments(chosen, name, fail_untyped=False)
+                    member = class_path if len(paths) > 1 else owner  # of a list, in which names may occur again
+                    pending += [(inner, each, member) for each in inner._actions if each.dest != name]
     return list(found.values())
 
 

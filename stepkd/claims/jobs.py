@@ -19,7 +19,7 @@ from typing import Any, get_type_hints
 import pydantic
 
 from stepkd.errors import ConfigError, DataError, StepkdError, nearest
-from stepkd.evaluation.config import EvaluateConfig, ScoreConfig
+from stepkd.evaluation.config import EvaluateConfig, ScoreConfig, SearchJobConfig
 from stepkd.iteration.spec import IterateConfig
 from stepkd.labels.convert import ConverterConfig, convert_rows
 from stepkd.labels.settings import PAIR_JOBS, LabelConfig, PairJobConfig
@@ -322,6 +322,19 @@ def _evaluate(out: Path, config: EvaluateConfig) -> Measured:
     return Measured(problem_columns(rows), [str(row["id"]) for row in rows])
 
 
+def _search(out: Path, config: SearchJobConfig) -> Measured:
+    """As ``stepkd search``. Columns: :func:`~stepkd.evaluation.search_summary.search_columns`."""
+    from stepkd.evaluation.search import search_benchmark
+    from stepkd.evaluation.search_summary import POOL, search_columns
+    from stepkd.runs.job import read_results
+
+    reduction = search_benchmark(config)["pool"]["reduction"]
+    rows, names = read_results(out), [method.name for method in config.all_methods]
+    columns = search_columns(rows, names, reduction=reduction, seed=config.sampling.seed)
+    pool = sorted((row for row in rows if row["method"] == POOL), key=lambda row: row["index"])
+    return Measured(columns, [str(row["id"]) for row in pool])
+
+
 def problem_columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
     """Per-problem values of what an evaluation's metrics are made of.
 
@@ -398,7 +411,7 @@ def _call(out: Path, *, function: str, **settings: Any) -> Measured:
 _KINDS = (
     *(_fit, _validate, _cache_teacher, _iterate),
     *(_label, _pairs, _convert, _draw, _consensus, _quality),
-    *(_evaluate, _score, _best_of_n, _call),
+    *(_evaluate, _search, _score, _best_of_n, _call),
 )
 KINDS: Mapping[str, Callable[..., Measured]] = {run.__name__.removeprefix("_"): run for run in _KINDS}
 """Kinds of jobs by name; the one setting of some is ``config``, a settings class."""

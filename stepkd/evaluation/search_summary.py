@@ -148,6 +148,34 @@ def summarise_search(
     }
 
 
+def search_columns(
+    rows: Sequence[Row], methods: Sequence[str], *, reduction: Reduction | None = None, seed: int = 0
+) -> dict[str, Any]:
+    """Numbers of a search in the order of its problems.
+
+    Args:
+        rows, methods, reduction: as for :func:`summarise_search`.
+        seed: seed of the drawn subsets of large weighted votes.
+
+    Returns:
+        For every method ``NAME`` (1 where its answer is correct), ``NAME.tokens``, ``NAME.scored_tokens``,
+        ``NAME.scorer_calls``; ``NAME.over_majority``, and with a scorer ``NAME.over_max`` and ``NAME.over_weighted``:
+        what it has more than best-of-N at its mean generated tokens; one entry per problem each. ``NAME.samples``: how
+        many samples cost what it costs, one number.
+    """
+    pool = _Pool(_sorted(rows, POOL), reduction, {"seed": seed})
+    columns: dict[str, Any] = {}
+    for name in methods:
+        own = _sorted(rows, name)
+        correct, (budget, others) = _correct(own), pool.beside(own)
+        columns |= {name: correct.tolist(), f"{name}.tokens": _generated(own).tolist()}
+        columns[f"{name}.scored_tokens"] = [float(row["tokens"]["scored"]) for row in own]
+        columns[f"{name}.scorer_calls"] = [float(row["scorer_calls"]) for row in own]
+        columns |= {f"{name}.over_{vote}": (correct - values).tolist() for vote, values in others.items()}
+        columns[f"{name}.samples"] = budget.samples
+    return columns
+
+
 def _sorted(rows: Sequence[Row], method: str) -> list[Row]:
     return sorted((row for row in rows if row["method"] == method), key=lambda row: row["index"])
 
@@ -200,18 +228,20 @@ class _Pool:
     def scores(self, reduction: Reduction) -> list[list[float | None]]:
         return [[sample["scores"][reduction] for sample in row["samples"]] for row in self.rows]
 
-    def compared(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """A method beside best-of-N at its token budget."""
+    def beside(self, rows: Sequence[Row]) -> tuple[Budget, dict[str, FloatArray]]:
+        """How many samples cost what a method costs, and what best-of-N by each vote is worth there in every
+        problem."""
         budget = budget_of(_generated(rows), _generated(self.rows) / self.size, self.size)
         ks = sorted({math.floor(budget.used), math.ceil(budget.used)})
         scores = {} if self.reduction is None else {"max": self.scores(self.reduction)}
         curves = expected_accuracies(self.problems, ks, scores, seed=self.seed)
         names = {"majority": MAJORITY} | ({"max": "max", "weighted": "max_vote"} if scores else {})
-        correct = _correct(rows)
-        minus = {
-            vote: _mean(correct - at_budget(curves[name], ks, budget.used), self.settings)
-            for vote, name in names.items()
-        }
+        return budget, {vote: at_budget(curves[name], ks, budget.used) for vote, name in names.items()}
+
+    def compared(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """A method beside best-of-N at its token budget."""
+        correct, (budget, others) = _correct(rows), self.beside(rows)
+        minus = {vote: _mean(correct - values, self.settings) for vote, values in others.items()}
         return {"budget": budget.to_dict(), "minus_best_of_n": minus}
 
     def told(self, ks: Sequence[int]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from stepkd.search.beam import Beam
 from stepkd.search.best_of_n import BestOfN, Greedy
 from stepkd.search.refine import Refine
 from stepkd.search.revise import VerifyRevise
+from stepkd.settings import build_settings
 
 OUTPUTS = ("settings.json", "results.jsonl", "summary.json")
 METHODS = ("greedy", "self_consistency@2", "best_of_n@3", "beam@2x2")
@@ -198,3 +199,15 @@ def test_methods_that_revise_drafts_ask_the_policy_or_a_model_of_their_own(
     again = replace(config, out=str(tmp_path / "again"), engine=Transformers(1))
     search_benchmark(again, policy=policy)
     assert read_results(again.out) == read_results(config.out), "what is found does not depend on the batch"
+
+
+def test_methods_of_different_classes_are_read_from_a_file_and_an_unknown_setting_is_named(tmp_path: Path) -> None:
+    """As in a claim: the keys of one class may be unknown to the others, or have other values."""
+    beam = {"class_path": "Beam", "init_args": {"n": 4, "width": 2}}
+    soft = {"class_path": "BestOfN", "init_args": {"n": 4, "vote": "soft"}}
+    values = {"model": "m", "scorer": "checker", "out": str(tmp_path), "methods": [beam, soft]}
+    names = [method.name for method in build_settings(SearchJobConfig, values, "search").methods]
+    assert names == ["beam@4x2", "best_of_n_soft@4"]
+    incorrect = {"class_path": "Beam", "init_args": {"wdth": 2}}
+    with pytest.raises(ConfigError, match="'wdth' is not a setting of methods; did you mean 'width'"):
+        build_settings(SearchJobConfig, values | {"methods": [incorrect, soft]}, "search")

@@ -16,6 +16,7 @@ from stepkd.evaluation.search_summary import (
     at_budget,
     budget_of,
     difficulty_bin,
+    search_columns,
     summarise_search,
 )
 
@@ -63,6 +64,17 @@ def test_best_of_n_at_a_budget_lies_on_the_line_between_whole_numbers_of_samples
     assert beam["minus_greedy"]["value"] == 0.5
     assert summary["methods"]["greedy"]["minus_greedy"] is None
     assert list(summarised(rows(), reduction=None)["methods"]["beam"]["minus_best_of_n"]) == ["majority"]
+
+
+def test_columns_are_the_summary_problem_by_problem() -> None:
+    columns = search_columns(rows(generated=15)[::-1], ["greedy", "beam"], reduction="product")
+    assert (columns["beam"], columns["beam.tokens"], columns["beam.samples"]) == ([1.0, 0.0], [15.0, 15.0], 1.5)
+    assert (columns["beam.scored_tokens"], columns["beam.scorer_calls"]) == ([4.0, 4.0], [1.0, 1.0])
+    summary = summarised(rows(generated=15))["methods"]["beam"]["minus_best_of_n"]
+    for vote, minus in summary.items():
+        assert sum(columns[f"beam.over_{vote}"]) / 2 == pytest.approx(minus["value"])
+    assert columns["beam.over_max"] == pytest.approx([1 - 0.75, 0])
+    assert "greedy.over_max" not in search_columns(rows(), ["greedy"])
 
 
 def test_a_budget_beyond_the_pool_is_compared_with_all_of_it_and_says_so() -> None:
