@@ -39,6 +39,8 @@ class Completion:
     where it was not drawn."""
     raw_logprobs: Numbers = field(default=UNKNOWN, kw_only=True)
     """Log-probability of each token under the model at temperature 1, nothing cut off; None: the engine has none."""
+    entropies: Numbers = field(default=UNKNOWN, kw_only=True)
+    """Entropy in nats, at temperature 1, of the distribution that each token was drawn from; None: not asked for."""
     finish: Finish = field(default="stop", kw_only=True)
     """``stop``: end token or stop string; ``length``: cut at max_new_tokens or the context's end."""
     text: str = field(default="", kw_only=True)
@@ -63,7 +65,7 @@ class Completion:
         ends = whole if self.step_ends is None else self.step_ends
         for name, values in (("prompt_ids", self.prompt_ids), ("token_ids", self.token_ids), ("step_ends", ends)):
             object.__setattr__(self, name, np.asarray(values, dtype=np.int64))
-        for name in ("logprobs", "raw_logprobs"):
+        for name in ("logprobs", "raw_logprobs", "entropies"):
             if (values := getattr(self, name)) is not None:
                 object.__setattr__(self, name, np.asarray(values, dtype=np.float64))
                 assert len(values) == len(self.token_ids), f"{len(values)} {name} for {len(self.token_ids)} tokens"

@@ -140,6 +140,7 @@ class TreePairBuilder:
 
     def work(self, items: Sequence[int]) -> list[dict[str, Any]]:
         """One record per item (:func:`~stepkd.labels.workbench.pair_record`)."""
+        self.generator.engine.forget()
         problems = [
             Problem(item, self.prompts[item].row, tuple(self.prompts[item].prompt_ids.tolist())) for item in items
         ]

@@ -22,6 +22,7 @@ from stepkd.losses.divergence import tempered
 from stepkd.losses.linear import DEFAULT_CHUNK, chunked_head, target_logps
 from stepkd.models.head import evaluation_mode
 from stepkd.models.policy import Policy
+from stepkd.sampling.draw import entropies
 from stepkd.sampling.engine import Scores, check_scored
 
 Ids = Sequence[int]
@@ -159,6 +160,4 @@ def _read(
 
 
 def _signals(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
-    # entr(0) is 0, so tokens that a model rules out (logits of -inf) add nothing.
-    entropy_C = torch.special.entr(logits_CV.softmax(-1)).sum(-1).clamp(min=0)
-    return torch.stack([target_logps(logits_CV, targets_C).clamp(max=0), entropy_C], dim=-1)
+    return torch.stack([target_logps(logits_CV, targets_C).clamp(max=0), entropies(logits_CV)], dim=-1)

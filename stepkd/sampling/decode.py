@@ -5,11 +5,7 @@ cache is repeated for the rows that continue it, rows that are finished leave th
 own stream by the inverse of the cumulative distribution. That needs a single number per token, so a row's draw depends
 only on its own logits and its own stream: the same for any batch size, order or rank.
 
-transformers' own cache layer copies all columns for every new token. Here columns are written into a larger tensor, and
-only when it is full are they copied into one a quarter larger.
-
-Axes: P sequences read, B rows decoded, T padded length (columns of the cache), H hidden size, V vocabulary,
-K key-value heads, D head size.
+Axes: P sequences read, B rows decoded, T padded length (columns of the cache), H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,12 +14,12 @@ import copy
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache
 
 from stepkd.data.completion import Completion, Ids
 from stepkd.errors import ConfigError, ModelError
@@ -31,116 +27,9 @@ from stepkd.models.head import backbone_of, positions_from_mask
 from stepkd.models.packed import is_worth_it, packed_weights, unpadded_hidden
 from stepkd.models.policy import Policy
 from stepkd.randomness import generator
-from stepkd.sampling.draw import Draw, draw
+from stepkd.sampling.cache import close_up, make_room, room_for
+from stepkd.sampling.draw import Draw, draw, entropies
 from stepkd.sampling.engine import Progress, SamplingConfig, before_stop, decode_text
-
-LEAST_ROOM = 32
-"""Columns by which a room grows, or an eighth to a quarter of those it holds where that is more."""
-
-
-def room_for(width: int) -> int:
-    """Columns of the tensor in which so many are kept."""
-    step = max(LEAST_ROOM, (1 << width.bit_length()) // 8)
-    return math.ceil(width / step) * step
-
-
-class RoomyLayer(DynamicLayer):
-    """Keys and values of one layer as views (B, K, T, D) of larger tensors.
-
-    Args:
-        layer: what is kept so far.
-        whole: whether attention gets the larger tensors, of :func:`room_for` columns, the last of which are empty: a
-            view of them would be copied in every matrix product.
-    """
-
-    def __init__(self, layer: DynamicLayer, whole: bool = False) -> None:
-        super().__init__()
-        self.whole = whole
-        self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
-        self.keys, self.values = layer.keys, layer.values
-        self._rooms: tuple[Tensor, Tensor] | None = None
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append columns; see ``DynamicLayer.update``."""
-        seen = self.keys.shape[-2]
-        width = seen + key_states.shape[-2]
-        if self._rooms is None or width > self._rooms[0].shape[-2] or not self._is_in(self._rooms):
-            size = room_for(width)
-            self._rooms = (_roomy(self.keys, size), _roomy(self.values, size))
-        for room, new in zip(self._rooms, (key_states, value_states), strict=True):
-            room[..., seen:width, :] = new
-        self.keys, self.values = (room[..., :width, :] for room in self._rooms)
-        return self._rooms if self.whole else (self.keys, self.values)
-
-    def _is_in(self, rooms: tuple[Tensor, Tensor]) -> bool:
-        """Whether the columns still lie in their rooms: rows may have been repeated, reordered or replaced."""
-        return len(self.keys) == len(rooms[0]) and self.keys.data_ptr() == rooms[0].data_ptr()
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows.
-
-        Where they stay in their places, save those from behind that take the places of rows which are left out, only
-        these are copied; the room of all is let go of once half of it is empty.
-        """
-        number = len(indices)
-        holes = (indices != torch.arange(number, device=indices.device)).nonzero().squeeze(-1)
-        fits = self._rooms is not None and self._is_in(self._rooms) and 2 * number > self._capacity(self._rooms[0])
-        if self._rooms is None or not fits or bool((indices[holes] < number).any()):
-            super().batch_select_indices(indices)
-            self._rooms = None
-            return
-        for columns in (self.keys, self.values):
-            columns[holes] = columns[indices[holes]]
-        self.keys, self.values = self.keys[:number], self.values[:number]
-        self._rooms = (self._rooms[0][:number], self._rooms[1][:number])
-
-    @staticmethod
-    def _capacity(room: Tensor) -> int:
-        """Rows that a room was made for."""
-        return room.untyped_storage().nbytes() // (room.stride(0) * room.element_size())
-
-
-def _roomy(columns: Tensor, size: int) -> Tensor:
-    """The columns at the beginning of a tensor of ``size`` columns."""
-    room = columns.new_zeros(*columns.shape[:-2], size, columns.shape[-1])  # attention multiplies empty ones by 0
-    room[..., : columns.shape[-2], :] = columns
-    return room
-
-
-def make_room(cache: Any, whole: bool = False) -> bool:
-    """Let the layers of a cache grow in place, where they are of transformers' plain growing kind; others stay.
-
-    Args:
-        cache: changed in place.
-        whole: see :class:`RoomyLayer`; not where a layer stays.
-
-    Returns:
-        Whether attention gets whole rooms.
-    """
-    plain = [type(x) is DynamicLayer and x.is_initialized for x in cache.layers]
-    whole = whole and all(plain)
-    cache.layers = [RoomyLayer(x, whole) if own else x for x, own in zip(cache.layers, plain, strict=True)]
-    return whole
-
-
-def close_up(cache: Any, going: Sequence[int], device: torch.device) -> list[int]:
-    """Keep some rows of a cache, copying as little as can be: the last of them take the places of those that leave.
-
-    Args:
-        cache: with room (:func:`make_room`), changed in place.
-        going: numbers of the rows that are kept, increasing.
-        device: of the cache.
-
-    Returns:
-        The rows that are kept, in their new order.
-    """
-    kept = list(range(len(going)))
-    holes = sorted(set(kept).difference(going))
-    for hole, row in zip(holes, (row for row in going if row >= len(going)), strict=True):
-        kept[hole] = row
-    cache.batch_select_indices(torch.tensor(kept, device=device))
-    return kept
-
 
 _STOP_WINDOW = 8  # tokens looked at beyond the longest stop string's bytes
 
@@ -160,6 +49,8 @@ class Row:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     raw_logprobs: list[float] = field(default_factory=list)
+    entropies: list[float] | None = None
+    """None: they are not asked for."""
     finish: Literal["stop", "length"] | None = None
 
 
@@ -195,6 +86,22 @@ class Reading(NamedTuple):
     """1 for tokens, 0 for padding."""
     cache: Any
     """Keys and values of every layer."""
+
+
+class Keeps(Protocol):
+    """Keeps what is read and drawn (:class:`~stepkd.sampling.prefixes.Prefixes`)."""
+
+    def read(self, decoder: Decoder, sequences: Sequence[Sequence[int]]) -> Reading:
+        """What :meth:`Decoder.read` gives with padding on the left, where columns between may be padding, too."""
+        ...
+
+    def add(self, ids: Sequence[int], start: int, cache: Any, row: int, end: int) -> None:
+        """Keep the last columns before ``end`` of a row of a cache, those of ``ids[start:]``."""
+        ...
+
+
+Ended = Callable[[Row, Any, int, int], None]
+"""Told of a row that is finished: the row, the cache, its place in it, and the columns that are filled."""
 
 
 @dataclass(eq=False)
@@ -246,6 +153,7 @@ class Decoder:
         rows_of: Sequence[list[Row]],
         spec: SamplingConfig,
         on_progress: Progress | None,
+        kept: Keeps | None = None,
     ) -> None:
         """Read each prompt once, then decode its rows, at most ``max_rows`` at a time.
 
@@ -254,10 +162,20 @@ class Decoder:
             rows_of: for each prompt its rows without a token yet; filled in place.
             spec: how to draw.
             on_progress: called with the number of rows just finished.
+            kept: reads prompts from where it knows them, and keeps what is read and drawn.
         """
         size = max(1, self.max_rows // spec.n)
+        prompt_of = {id(row): prompt for prompt, rows in zip(prompts, rows_of, strict=True) for row in rows}
+
+        def keep(row: Row, cache: Any, place: int, width: int) -> None:
+            prompt = prompt_of[id(row)]
+            assert kept is not None
+            kept.add((*prompt, *row.token_ids[:-1]), len(prompt), cache, place, width)
+
+        ended = None if kept is None else keep
         for first in range(0, len(prompts), size):
-            reading = self.read(prompts[first : first + size], padding="left")
+            part_of = prompts[first : first + size]
+            reading = self.read(part_of, padding="left") if kept is None else kept.read(self, part_of)
             hidden_PH = reading.hidden_PTH[:, -1]
             rows = [(row, p) for p, own in enumerate(rows_of[first : first + size]) for row in own]
             for start in range(0, len(rows), self.max_rows):
@@ -266,7 +184,8 @@ class Decoder:
                 source_B = torch.tensor(sources, device=hidden_PH.device)
                 cache = reading.cache if last else copy.deepcopy(reading.cache)
                 cache.batch_select_indices(source_B)
-                self.decode(list(part), cache, hidden_PH[source_B], reading.mask_PT[source_B], spec, on_progress)
+                mask_BT = reading.mask_PT[source_B]
+                self.decode(list(part), cache, hidden_PH[source_B], mask_BT, spec, on_progress, ended)
 
     def decode(
         self,
@@ -276,6 +195,7 @@ class Decoder:
         mask_BT: Tensor,
         spec: SamplingConfig,
         on_progress: Progress | None,
+        ended: Ended | None = None,
     ) -> None:
         """Decode rows to their ends.
 
@@ -286,6 +206,7 @@ class Decoder:
             mask_BT: the columns that belong to a row; their number is the position of its first new token.
             spec: how to draw.
             on_progress: called with the number of rows just finished.
+            ended: told of every row that is finished, while its columns are still there.
         """
         head, device, eos = self.policy.head, mask_BT.device, self.policy.eos_ids
         whole = make_room(cache, self.policy.can_unpad and device.type == "cpu")
@@ -297,12 +218,18 @@ class Decoder:
         with packed_weights(self.policy.causal_lm, len(rows), longest):
             for t in range(longest):
                 uniform_B = torch.tensor([uniforms[id(row)][t] for row in active], dtype=torch.float64, device=device)
-                step = draw(head(hidden_BH), uniform_B, spec)
-                self._record(active, step, spec, eos)
+                logits_BV = head(hidden_BH)
+                self.record(active, step := draw(logits_BV, uniform_B, spec), spec, eos)
+                if active[0].entropies is not None:
+                    for row, entropy in zip(active, entropies(logits_BV).tolist(), strict=True):
+                        cast("list[float]", row.entropies).append(entropy)
                 if self.breaks_off is not None and self.breaks_off():
                     for row in active:
                         row.finish = row.finish or "length"
                 going = [i for i, row in enumerate(active) if row.finish is None]
+                for place, row in enumerate(active if ended is not None else ()):
+                    if row.finish is not None:
+                        cast("Ended", ended)(row, cache, place, width)
                 if on_progress is not None and len(going) < len(active):
                     on_progress(len(active) - len(going))
                 if not going:
@@ -338,6 +265,7 @@ class Decoder:
                 np.asarray(row.token_ids),
                 logprobs=np.asarray(row.logprobs),
                 raw_logprobs=np.asarray(row.raw_logprobs),
+                entropies=None if row.entropies is None else np.asarray(row.entropies),
                 finish=row.finish or "length",
                 text=before_stop(decode_text(self.policy.tokenizer, row.token_ids), spec.stop),
                 sample=row.sample_index,
@@ -352,7 +280,12 @@ class Decoder:
         uniforms: list[float] = generator(spec.seed, str(row.key[0]), *row.key[1:]).random(row.limit).tolist()
         return uniforms
 
-    def _record(self, rows: list[Row], step: Draw, spec: SamplingConfig, eos: Collection[int]) -> None:
+    def record(self, rows: list[Row], step: Draw, spec: SamplingConfig, eos: Collection[int]) -> None:
+        """Write what was drawn into rows, and say of those that are finished how.
+
+        Raises:
+            ModelError: log-probabilities that are no numbers.
+        """
         for row, token, logprob, raw in zip(
             rows, step.tokens_B.tolist(), step.logprobs_B.tolist(), step.raw_logprobs_B.tolist(), strict=True
         ):

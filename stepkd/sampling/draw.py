@@ -48,6 +48,15 @@ def sampling_logprobs(logits_BV: Tensor, spec: SamplingConfig) -> Tensor:
     return logprobs_BV
 
 
+def entropies(logits_BV: Tensor) -> Tensor:
+    """(B,) entropies in nats, at least 0, of the distributions at temperature 1.
+
+    Args:
+        logits_BV: float logits; entropy of a token that a model rules out (-inf) is 0.
+    """
+    return torch.special.entr(logits_BV.softmax(-1)).sum(-1).clamp(min=0)
+
+
 def draw(logits_BV: Tensor, uniform_B: Tensor, spec: SamplingConfig) -> Draw:
     """Draw one token per row, by the inverse of the cumulative distribution; greedy takes the argmax.
 
@@ -108,14 +117,14 @@ class _Masses(NamedTuple):
     def tokens(self, uniform_B1: Tensor) -> Tensor:
         """The first token of each row up to which the mass exceeds ``uniform`` times the row's."""
         last = self.mass_BV.shape[-1] - 1
-        block_B1, wanted_B1 = _first_above(self.blocks_BM, uniform_B1 * self.blocks_BM.sum(-1, keepdim=True))
+        block_B1, wanted_B1 = first_above(self.blocks_BM, uniform_B1 * self.blocks_BM.sum(-1, keepdim=True))
         tokens_BX = block_B1 * _BLOCK + torch.arange(_BLOCK, device=block_B1.device)
         mass_BX = self.mass_BV.gather(-1, tokens_BX.clamp(max=last)).double().masked_fill(tokens_BX > last, 0)
         # NaN logits find nothing; the caller says so
-        return tokens_BX.gather(-1, _first_above(mass_BX, wanted_B1)[0]).clamp(max=last)
+        return tokens_BX.gather(-1, first_above(mass_BX, wanted_B1)[0]).clamp(max=last)
 
 
-def _first_above(mass_BX: Tensor, wanted_B1: Tensor) -> tuple[Tensor, Tensor]:
+def first_above(mass_BX: Tensor, wanted_B1: Tensor) -> tuple[Tensor, Tensor]:
     """The first entry whose running sum exceeds what is wanted, and how much is wanted of it.
 
     No more is wanted than there is, so that an entry without mass is never found.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -134,6 +134,8 @@ class Wanted(NamedTuple):
     key: tuple[int | str, ...]
     """Purpose, step and its global number (of a prefix: the sequence's, and the cut): what the noise of its completions
     is keyed by, with the seed."""
+    entropies: bool = False
+    """Whether the entropies of its completions are asked for."""
 
 
 class Scores(NamedTuple):
@@ -158,6 +160,11 @@ class Engine(ABC):
     """The :class:`~stepkd.models.policy.Policy` that is sampled from; None where it only scores."""
     cut_off: int = 0
     """Completions so far that ended before an id that no token has, which a padded vocabulary head can draw."""
+    keeps_prefixes: bool = False
+    """Whether an engine without a prefix cache of its own keeps what it reads and draws, for calls that go on from
+    there; what searches sets it. Memory is bounded, and tokens are the same up to rounding."""
+    gives_entropies: ClassVar[bool] = False
+    """Whether it knows the whole distribution that a token is drawn from."""
     _version: int | None = None
 
     @property
@@ -174,6 +181,7 @@ class Engine(ABC):
         purpose: str = "rollout",
         step: int = 0,
         indices: Sequence[int] | None = None,
+        entropies: bool = False,
         on_progress: Progress | None = None,
     ) -> list[list[Completion]]:
         """Draw ``spec.n`` completions of each prompt.
@@ -185,6 +193,7 @@ class Engine(ABC):
             step: optimiser step (or iteration); with ``purpose`` and the index it keys the noise.
             indices: global number of each prompt; None counts from 0. Sample j of prompt g uses the stream of
                 ``g * n + j`` whatever the batch, its order, or the rank.
+            entropies: whether the completions are to have :attr:`~stepkd.data.completion.Completion.entropies`.
             on_progress: called with the number of completions just finished.
 
         Returns:
@@ -193,15 +202,22 @@ class Engine(ABC):
         Raises:
             DataError: an empty prompt, or one that leaves no room for a single token in the model's context.
             ModelError: the model's logits are not numbers, or a server's answer is no completion.
-            ConfigError: a server whose log-probabilities are not those of what it samples from.
+            ConfigError: a server whose log-probabilities are not those of what it samples from, or entropies that the
+                engine cannot tell.
             MachineError: no server answers in time.
         """
+        if entropies and not self.gives_entropies:
+            raise ConfigError(
+                f"{type(self).__name__} tells the most likely tokens only, and an entropy takes the probabilities of "
+                "all: take --engine Transformers"
+            )
         indices = range(len(prompts)) if indices is None else indices
         wanted = [
             Wanted(
                 np.asarray(prompt).tolist(),
                 spec.room(f"prompt {index}", len(prompt), self.max_length),
                 (purpose, step, index),
+                entropies,
             )
             for prompt, index in zip(prompts, indices, strict=True)
         ]
@@ -301,6 +317,10 @@ class Engine(ABC):
     def facts(self) -> dict[str, Any]:
         """What decides samples beside model and settings and is not of this process, for a job's ``settings.json``."""
         return {}
+
+    def forget(self) -> None:  # noqa: B027
+        """Let go of what is kept of earlier calls. A job does so before every unit of work: what was read in another
+        shape differs by rounding, and a job that is resumed has not read it."""
 
     def update(self, version: int) -> None:
         """Have it sample from the policy's weights as they are now; all ranks call it.

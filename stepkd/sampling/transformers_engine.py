@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from stepkd.sampling.annotate import likeliest
 from stepkd.sampling.branches import continued, gap_limit
 from stepkd.sampling.decode import Decoder, Row, padded
 from stepkd.sampling.engine import Branch, BranchContinuations, Engine, Progress, SamplingConfig, Scores, Wanted
+from stepkd.sampling.prefixes import Prefixes
 from stepkd.steps.segment import get_segmenter
 
 
@@ -39,21 +41,55 @@ class TransformersEngine(Engine):
         self.policy, self.max_rows = policy, max_rows
         self._decoder = Decoder(policy, max_rows=max_rows, breaks_off=breaks_off)
         self._gap_limit: float | None = None
+        self._prefixes, self._weights = Prefixes(), -1
+
+    gives_entropies = True
+
+    def forget(self) -> None:
+        """See :meth:`~stepkd.sampling.engine.Engine.forget`."""
+        self._prefixes.clear()
+
+    def _send(self, version: int) -> None:
+        self.forget()
 
     @torch.no_grad()
     def _draw(
         self, wanted: Sequence[Wanted], spec: SamplingConfig, on_progress: Progress | None
     ) -> list[list[Completion]]:
         rows_of = [
-            [Row(p, j, limit, (*key[:-1], int(key[-1]) * spec.n + j)) for j in range(spec.n)]
-            for p, (_, limit, key) in enumerate(wanted)
+            [
+                Row(p, j, limit, (*key[:-1], int(key[-1]) * spec.n + j), entropies=[] if entropies else None)
+                for j in range(spec.n)
+            ]
+            for p, (_, limit, key, entropies) in enumerate(wanted)
         ]
         with evaluation_mode(self.policy):
-            self._decoder.decode_prompts([each.prompt for each in wanted], rows_of, spec, on_progress)
+            kept = self._kept()
+            # Prompts that are read as a whole are not padded to those of which a few tokens are left to read.
+            whole = [kept is None or 2 * kept.known(each.prompt) < len(each.prompt) for each in wanted]
+            for alike in (True, False):
+                numbers = [number for number, each in enumerate(whole) if each == alike]
+                prompts, rows = [wanted[i].prompt for i in numbers], [rows_of[i] for i in numbers]
+                self._decoder.decode_prompts(prompts, rows, spec, on_progress, kept)
         return [
             list(self._decoder.finished(rows, np.asarray(each.prompt), spec))
             for rows, each in zip(rows_of, wanted, strict=True)
         ]
+
+    def _kept(self) -> Prefixes | None:
+        """What is kept of earlier calls; None: nothing is, or the model cannot go on from it."""
+        if not self.keeps_prefixes or self._gaps() < math.inf:
+            return None
+        weights = sum(each._version for each in self.policy.parameters())  # torch counts changes in place
+        if weights != self._weights:
+            self.forget()
+            self._weights = weights
+        return self._prefixes
+
+    def _gaps(self) -> float:
+        if self._gap_limit is None:
+            self._gap_limit = gap_limit(self._decoder)
+        return self._gap_limit
 
     @torch.no_grad()
     def _continue(
@@ -63,9 +99,7 @@ class TransformersEngine(Engine):
         the sequence, recurrent layers), the prefixes of that sequence are read one by one: same noise, same result,
         more work, as ``prefill_tokens`` says."""
         with evaluation_mode(self.policy):
-            if self._gap_limit is None:
-                self._gap_limit = gap_limit(self._decoder)
-            return continued(self._decoder, branches, spec, key, self._gap_limit, on_progress)
+            return continued(self._decoder, branches, spec, key, self._gaps(), on_progress)
 
     def _score(self, completions: Sequence[Completion], top_k: int) -> list[Scores]:
         return likeliest(self.policy, completions, top_k)

@@ -21,6 +21,7 @@ from __future__ import annotations
 from stepkd.lazy import lazily
 
 _HOMES = {
+    "entropy": "EntropyBranching",
     "generate": "ContinuationValue SampledSteps ScorerValue",
     "mcts": "MCTS Reference TreeConfig tree_search",
     "pairs": "FoundPairs PairConfig PairTreeConfig tree_pairs",
@@ -28,8 +29,10 @@ _HOMES = {
     "phi": "PhiDecoding",
     "refine": "Refine",
     "revise": "VerifyRevise",
+    "speculative": "Speculative",
     "state": "Costs Found Problem Search State StateValue Step StepGenerator Tools",
     "tree": "Decision Node Option SearchTree",
+    "value_guided": "ValueGuided",
 }
 
 __getattr__ = lazily(__name__, _HOMES)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from stepkd.data.encode import Encoder
 from stepkd.data.templates import PromptTemplate
@@ -53,7 +53,7 @@ class _Draft:
     sample: int
     token_ids: list[int] = field(default_factory=list)
     raw_logprobs: list[float] | None = field(default_factory=list)
-    finish: Literal["stop", "length"] = "length"
+    finish: End = "length"
 
     def logprob(self, start: int, end: int) -> float | None:
         """Sum over some of its tokens."""
@@ -103,6 +103,7 @@ class SampledSteps:
                 "adaptive_step and a threshold, or with a segmenter of plain text"
             )
         self._cut = get_segmenter(self.segmenter)
+        self.engine.keeps_prefixes = True  # steps go on from steps
 
     def propose(self, states: Sequence[State], n: int, *, temperature: float | None = None) -> list[list[Step]]:
         """See :class:`~stepkd.search.state.StepGenerator`.
@@ -151,6 +152,18 @@ class SampledSteps:
         ids = Encoder(self.policy.tokenizer, self.template, self._cut, max_length=10**9).prompt_ids(row)
         room = self.room(State(new := replace(problem, row=row, prompt_ids=ids)))
         return new if room is None or room >= 1 else None
+
+    def cut(self, problem: Problem, token_ids: Sequence[int], raw_logprobs: Sequence[float] | None, end: End) -> State:
+        """A solution that was drawn token by token as a state.
+
+        Args:
+            problem: what it solves.
+            token_ids: its tokens.
+            raw_logprobs: their log-probabilities at temperature 1; None: nobody has them.
+            end: how its last step ends.
+        """
+        raw = None if raw_logprobs is None else list(raw_logprobs)
+        return self._rest(_Draft(State(problem), 0, list(token_ids), raw, end))
 
     def provenance(self) -> dict[str, Any]:
         """See :class:`~stepkd.search.state.StepGenerator`."""

@@ -16,7 +16,8 @@ from stepkd.errors import DataError, ModelError
 from stepkd.models.policy import Policy
 from stepkd.models.spec import build_tiny, tiny_tokenizer
 from stepkd.sampling import branches
-from stepkd.sampling.decode import Decoder, room_for
+from stepkd.sampling.cache import room_for
+from stepkd.sampling.decode import Decoder
 from stepkd.sampling.engine import Branch, BranchContinuations, Engine, SamplingConfig
 from stepkd.sampling.transformers_engine import TransformersEngine
 

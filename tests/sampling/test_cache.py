@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
-from stepkd.sampling.decode import LEAST_ROOM, RoomyLayer, close_up, make_room, room_for
+from stepkd.sampling.cache import LEAST_ROOM, RoomyLayer, close_up, make_room, room_for
 
 
 def columns(width: int, rows: int = 3, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

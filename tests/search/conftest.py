@@ -6,14 +6,19 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 
+from stepkd.data.completion import Completion
+from stepkd.models.spec import tiny_tokenizer
 from stepkd.randomness import generator
+from stepkd.sampling.engine import Engine, Progress, SamplingConfig, Scores, Wanted
 from stepkd.scorers.scorer import Solutions
-from stepkd.search.generate import ScorerValue
-from stepkd.search.state import Costs, Problem, State, Step
+from stepkd.search.generate import SampledSteps, ScorerValue
+from stepkd.search.state import Costs, Problem, State, Step, Tools
 
 Script = Mapping[str, Sequence[tuple[str, float, str]]]
 """Text so far -> next steps: text, probability of its one token, how it ends."""
@@ -172,6 +177,122 @@ class LastWordGrader:
             _Grade("correct" if text.split()[-1:] == [answer] else "incorrect")
             for text, answer in zip(texts, answers, strict=True)
         ]
+
+
+class TableEngine(Engine):
+    """Types tokens by tables: text behind the prompt (one token) -> next characters with their probabilities.
+
+    Args:
+        table: ``$`` is the end token; a text that is not there is followed by it.
+        samples: text so far -> what is sampled behind it, one after the other.
+        entropies: text so far -> entropy; 0 where it is not there.
+    """
+
+    gives_entropies = True
+
+    def __init__(
+        self,
+        table: Mapping[str, Mapping[str, float]],
+        samples: Mapping[str, Sequence[str]] | None = None,
+        entropies: Mapping[str, float] | None = None,
+    ) -> None:
+        tokenizer = tiny_tokenizer()
+        eos = frozenset([tokenizer.eos_token_id])
+        self.policy = SimpleNamespace(tokenizer=tokenizer, eos_ids=eos, max_length=None, vocab_size=100, spec=None)
+        self.table, self.entropies = table, entropies or {}
+        self.samples = {text: list(each) for text, each in (samples or {}).items()}
+        self.calls: list[list[str]] = []
+
+    def _id(self, character: str) -> int:
+        known = self.policy.tokenizer
+        return int(known.eos_token_id if character == "$" else known.convert_tokens_to_ids(character))
+
+    def _next(self, text: str) -> Mapping[str, float]:
+        return self.table.get(text, {"$": 1.0})
+
+    def _draw(
+        self, wanted: Sequence[Wanted], spec: SamplingConfig, on_progress: Progress | None
+    ) -> list[list[Completion]]:
+        decode = self.policy.tokenizer.decode
+        self.calls.append([decode(each.prompt[1:]) for each in wanted])
+        return [[self._type(each, spec) for _ in range(spec.n)] for each in wanted]
+
+    def _type(self, wanted: Wanted, spec: SamplingConfig) -> Completion:
+        start = text = self.policy.tokenizer.decode(wanted.prompt[1:])
+        sampled = iter(self.samples[text].pop(0)) if spec.temperature else iter(())
+        ids, raw, entropies, finish = [], [], [], "length"
+        while len(ids) < wanted.limit and finish == "length":
+            likely = max(self._next(text), key=self._next(text).__getitem__)
+            character = next(sampled, "$") if spec.temperature else likely
+            ids.append(self._id(character))
+            raw.append(math.log(self._next(text)[character]))
+            entropies.append(self.entropies.get(text, 0.0))
+            text += character
+            if character == "$" or any(stop in text[len(start) :] for stop in spec.stop):
+                finish = "stop"
+        told: dict[str, Any] = {"raw_logprobs": raw, "entropies": entropies if wanted.entropies else None}
+        return Completion(np.array(wanted.prompt), np.array(ids), finish=finish, **told)  # type: ignore[arg-type]
+
+    def _score(self, completions: Sequence[Completion], top_k: int) -> list[Scores]:
+        found = []
+        for each in completions:
+            texts = [
+                self.policy.tokenizer.decode([*each.prompt_ids[1:], *each.token_ids[:i]]) for i in range(each.length)
+            ]
+            rows = []
+            for text in texts[: len(each.token_ids)]:
+                known = sorted(self._next(text).items(), key=lambda item: -item[1])
+                ids = [self._id(character) for character, _ in known]
+                ids += [i for i in range(100) if i not in ids]
+                logps = [math.log(chance) for _, chance in known] + [-99.0] * (100 - len(known))
+                rows.append((ids[:top_k], logps[:top_k]))
+            best = np.array([ids for ids, _ in rows]), np.array([logps for _, logps in rows])
+            found.append(Scores(np.zeros(len(rows)), *best))
+        return found
+
+    def choice_logps(self, prompts: Sequence[Sequence[int]], token_ids: Sequence[int]) -> Any:
+        raise NotImplementedError
+
+
+@dataclass
+class CountedValue:
+    """Values of texts, 0.5 where none is given, and all texts that were asked for."""
+
+    known: Mapping[str, float | None]
+    asked: list[str] = field(default_factory=list)
+
+    def values(self, states: Sequence[State], reduction: str | None = None) -> list[float | None]:
+        self.asked += [state.text for state in states]
+        return [self.known.get(state.text, 0.5) for state in states]
+
+    def provenance(self) -> dict[str, Any]:
+        return {"value": "counted"}
+
+
+def tabled(engine: TableEngine, value: Any = None, **sampling: Any) -> Tools:
+    """Tools over a table."""
+    tools = Tools(None, LastWordGrader(), value)  # type: ignore[arg-type]
+    steps = {name: sampling.pop(name) for name in ("segmenter", "max_step_tokens", "max_tokens") if name in sampling}
+    tools.generator = SampledSteps(engine, engine.policy, SamplingConfig(**sampling), costs=tools.costs, **steps)
+    return tools
+
+
+@pytest.fixture
+def table_engine() -> type[TableEngine]:
+    """Class of the engine by tables."""
+    return TableEngine
+
+
+@pytest.fixture
+def counted() -> type[CountedValue]:
+    """Class of the value that remembers what it was asked."""
+    return CountedValue
+
+
+@pytest.fixture
+def tools_of() -> Any:
+    """Tools over an engine by tables."""
+    return tabled
 
 
 @pytest.fixture

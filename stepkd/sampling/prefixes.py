@@ -1,0 +1,168 @@
+"""What the transformers backend has read and drawn, kept by prefix: a prompt that goes on from there is read on.
+
+Searches ask for continuations of continuations. A tree over token ids knows of every token that was read where its keys
+and values lie, so that a prompt is read from the first token that differs, or from its last one, whose hidden state is
+needed. Siblings share the columns of what they have in common. Rows of a batch go on from prefixes of different
+lengths: their columns are laid out with padding before and between them, which the mask hides (the model must be one
+that can skip a part of its cache, :func:`~stepkd.sampling.branches.gap_limit`).
+
+Axes: P sequences read, K key-value heads, T columns, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from stepkd.models.head import positions_from_mask
+from stepkd.sampling.cache import RoomyLayer, room_for
+from stepkd.sampling.decode import Decoder, Reading, padded
+
+KEPT_BYTES = 2**30
+"""Most bytes of keys and values that are kept. Beyond it all are let go of, and what goes on from them is read anew."""
+
+Segment: TypeAlias = list[tuple[Tensor, Tensor]]
+"""Keys and values (K, T, D) of each layer, for the columns of tokens that were kept together."""
+
+
+@dataclass(slots=True, eq=False)
+class _Token:
+    """A token behind those on the way to it."""
+
+    segment: Segment
+    column: int
+    following: dict[int, _Token] = field(default_factory=dict)
+
+
+@dataclass(slots=True, eq=False)
+class _Run:
+    """Columns of a segment, one after the other."""
+
+    segment: Segment
+    start: int
+    end: int
+
+
+class Prefixes:
+    """Keys and values of one model's tokens, found by the ids up to them.
+
+    Args:
+        most_bytes: bound of what is kept, > 0.
+    """
+
+    def __init__(self, most_bytes: int = KEPT_BYTES) -> None:
+        self.most_bytes = most_bytes
+        self.clear()
+
+    def clear(self) -> None:
+        """Let go of everything."""
+        self._first: dict[int, _Token] = {}
+        self.bytes = 0
+
+    def known(self, ids: Sequence[int]) -> int:
+        """How many of a prompt's tokens need not be read; never its last one."""
+        return sum(run.end - run.start for run in self._runs(ids))
+
+    def add(self, ids: Sequence[int], start: int, cache: Any, row: int, end: int) -> None:
+        """Keep columns of a cache.
+
+        Args:
+            ids: from the beginning of the prompt on.
+            start: the columns are those of ``ids[start:]``; where what comes before is not kept, neither are they.
+            cache: whose layers have ``keys`` and ``values``, which are copied.
+            row: of the cache.
+            end: the last column's number, and one.
+        """
+        following, known = self._first, 0
+        while known < len(ids) and (token := following.get(ids[known])) is not None:
+            following, known = token.following, known + 1
+        if known < start or known == len(ids):
+            return
+        columns = slice(end - len(ids) + known, end)
+        segment = [(x.keys[row, :, columns].clone(), x.values[row, :, columns].clone()) for x in cache.layers]
+        self.bytes += sum(each.nbytes for layer in segment for each in layer)
+        if self.bytes > self.most_bytes:
+            self.clear()
+            return
+        for column, token_id in enumerate(ids[known:]):
+            following[token_id] = token = _Token(segment, column)
+            following = token.following
+
+    @torch.no_grad()
+    def read(self, decoder: Decoder, sequences: Sequence[Sequence[int]]) -> Reading:
+        """Read what is not known of sequences in one forward pass, and keep it.
+
+        Args:
+            decoder: of the model that everything here was read with, in evaluation mode.
+            sequences: ids of each, at least one.
+
+        Returns:
+            The hidden states of what was read, the mask of all columns, and the cache; every sequence ends in the last
+            column.
+        """
+        runs = [self._runs(ids) for ids in sequences]
+        known = [sum(run.end - run.start for run in own) for own in runs]
+        if any(known):
+            reading = self._read_on(decoder, sequences, runs, known)
+        else:
+            reading = decoder.read(sequences, padding="left")
+        for row, (ids, start) in enumerate(zip(sequences, known, strict=True)):
+            self.add(ids, start, reading.cache, row, reading.mask_PT.shape[1])
+        return reading
+
+    def _runs(self, ids: Sequence[int]) -> list[_Run]:
+        runs: list[_Run] = []
+        following = self._first
+        for token_id in ids[:-1]:
+            if (token := following.get(token_id)) is None:
+                break
+            if runs and runs[-1].segment is token.segment and runs[-1].end == token.column:
+                runs[-1].end += 1
+            else:
+                runs.append(_Run(token.segment, token.column, token.column + 1))
+            following = token.following
+        return runs
+
+    @staticmethod
+    def _read_on(
+        decoder: Decoder, sequences: Sequence[Sequence[int]], runs: Sequence[Sequence[_Run]], known: Sequence[int]
+    ) -> Reading:
+        width = max(known)
+        ids_PT, new_PT = padded(
+            decoder.policy, [ids[start:] for ids, start in zip(sequences, known, strict=True)], "left"
+        )
+        decoder.policy.check_ids(ids_PT)
+        columns = torch.arange(width, device=ids_PT.device)
+        kept_PT = columns >= width - torch.tensor(known, device=ids_PT.device)[:, None]
+        mask_PT = torch.cat([kept_PT.to(new_PT.dtype), new_PT], 1)
+        cache = DynamicCache()
+        segment = next(run.segment for own in runs for run in own)
+        cache.layers = [
+            RoomyLayer.within(_laid_out(runs, known, layer, width, room_for(mask_PT.shape[1])), width)
+            for layer in range(len(segment))
+        ]
+        output = decoder.forward(ids_PT, mask_PT, positions_from_mask(mask_PT)[:, width:], cache)
+        return Reading(output.last_hidden_state, mask_PT, output.past_key_values)
+
+
+def _laid_out(
+    runs: Sequence[Sequence[_Run]], known: Sequence[int], layer: int, width: int, size: int
+) -> tuple[Tensor, Tensor]:
+    """Keys and values (P, K, size, D) of one layer: those of every row end at column ``width``; zeros elsewhere."""
+    keys, values = (
+        each.new_zeros(len(runs), each.shape[0], size, each.shape[2])
+        for each in next(run.segment for own in runs for run in own)[layer]
+    )
+    for row, own in enumerate(runs):
+        column = width - known[row]
+        for run in own:
+            end = column + run.end - run.start
+            for room, kept in zip((keys, values), run.segment[layer], strict=True):
+                room[row, :, column:end] = kept[:, run.start : run.end]
+            column = end
+    return keys, values

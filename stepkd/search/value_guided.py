@@ -1,0 +1,156 @@
+"""Value-guided decoding: a step scorer decides on the tokens that the model is unsure of."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from stepkd.data.completion import Completion
+from stepkd.errors import check_bounds
+from stepkd.randomness import generator as stream
+from stepkd.scorers.scorer import Reduction
+from stepkd.search.beam import event
+from stepkd.search.state import Found, Problem, Search, Tools, found, ranked
+from stepkd.search.tokens import Drafter, Drawn, Writing
+
+if TYPE_CHECKING:
+    from stepkd.sampling.engine import Scores
+
+
+@dataclass(eq=False)
+class _Guided(Writing):
+    """A solution whose next tokens have been drafted."""
+
+    places: frozenset[int] | None = None
+    """Numbers of the tokens to decide on; None: those that are unsure."""
+    draft: Drawn = field(default_factory=lambda: Drawn([], [], [], "step"))
+    likely: Scores | None = None
+    """The most likely tokens at every position of the draft."""
+
+    def take(self, number: int) -> None:
+        """Have the first tokens of the draft stand."""
+        self.add(self.draft.part(0, number))
+        self.draft = self.draft.part(number, len(self.draft.token_ids))
+        self.likely = self.likely and self.likely._make(each[number:] for each in self.likely)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValueGuided(Search):
+    """Greedy decoding in which a step scorer decides on tokens that the model is unsure of (AdaptiveStep's token-level
+    value-guided decoding, Liu et al. 2025, arXiv 2502.13943).
+
+    Where the most likely token's probability is below the threshold, each of the most likely tokens is put behind the
+    solution so far, which is scored as if its last step ended there, and the best stands; of equal ones the likeliest.
+
+    As in the paper's released code (Lux0926/ASPRM, ``evaluation/math/TVD/tvd.py``), save for how an end token is told
+    (by its id), and that the scorer is given the solution cut into steps; theirs reads one step with its mark at the
+    end, and takes the score there: ``reduction: last``. An end token that is the most likely one ends the solution
+    without a call; as a candidate it is scored as the solution without it.
+    """
+
+    threshold: float = 0.55
+    """Probability of the most likely token below which the scorer is asked, in [0, 1]; 0.55 is the released code's for
+    mathematics, and 0.28 that for programs. Take it from your model's own probabilities; 0 is greedy decoding."""
+    candidates: int = 8
+    """Tokens that are scored, at least 1, which is greedy decoding; 8 in the released code."""
+    placement: Literal["unsure", "random"] = "unsure"
+    """Whether the scorer is asked where the model is unsure, or as often at tokens drawn at random, which tells what
+    the placement is worth."""
+    ahead: int = 32
+    """Tokens that are drafted at a time, at least 1; what is behind another choice is thrown away, and counted."""
+    reduction: Reduction | None = None
+    """From step scores to one: product, min, mean or last; null takes what suits the scorer's meaning."""
+    seed: int = 0
+    """Seed of the random placement, at least 0."""
+
+    def __post_init__(self) -> None:
+        check_bounds("", self, threshold="[0, 1]", candidates="[1, inf)", ahead="[1, inf)", seed="[0, inf)")
+
+    @property
+    def name(self) -> str:
+        """See :attr:`~stepkd.search.state.Search.name`."""
+        return f"value_guided{'_random' if self.placement == 'random' else ''}@{self.candidates}"
+
+    def run(self, problems: Sequence[Problem], tools: Tools) -> list[list[Found]]:
+        """See :meth:`~stepkd.search.state.Search.run`."""
+        drafter = Drafter(tools, self.name)
+        solutions = [_Guided(problem) for problem in problems]
+        if self.placement == "random":
+            for each, places in zip(solutions, self._places(problems, tools, drafter.eos), strict=True):
+                each.places = places
+        going: list[_Guided] = solutions
+        while going := [each for each in going if each.end == "step"]:
+            self._look_ahead(drafter, [each for each in going if not each.draft.token_ids])
+            asked = []
+            for each in going:
+                at = self._next(each, drafter.eos)
+                each.take(len(each.draft.token_ids) if at is None else at)
+                asked += [] if at is None else [each]
+            self._decide(drafter, tools, asked)
+        return [[found(drafter.state(each), trace=each.trace)] for each in solutions]
+
+    def _places(self, problems: Sequence[Problem], tools: Tools, eos: frozenset[int]) -> list[frozenset[int]]:
+        """As many tokens of every problem as are unsure, anywhere in a solution as long as the one that they are in.
+        Finding out how many that is costs the method nothing: its rival has paid for it."""
+        before = {problem.index: Counter(tools.costs[problem.index]) for problem in problems}
+        guided = replace(self, placement="unsure").run(problems, tools)
+        tools.costs |= before
+        places = []
+        for problem, (answer, *_) in zip(problems, guided, strict=True):
+            length = len(answer.token_ids) - (int(answer.token_ids[-1]) in eos)
+            drawn = stream(self.seed, "value-guided", problem.index).permutation(length)[: len(answer.trace)]
+            places.append(frozenset(drawn.tolist()))
+        return places
+
+    def _look_ahead(self, drafter: Drafter, new: Sequence[_Guided]) -> None:
+        """Draft; where something is to be decided on, with the most likely tokens at every position."""
+        for each, draft in zip(new, drafter.draw([(each, ()) for each in new], self.ahead, greedy=True), strict=True):
+            each.draft, each.likely = draft, None
+        asking = [each for each in new if self._next(each, drafter.eos) is not None]
+        texts = [
+            Completion(np.array([*each.problem.prompt_ids, *each.token_ids]), np.array(each.draft.token_ids))
+            for each in asking
+        ]
+        engine, most = drafter.generator.engine, min(self.candidates, drafter.generator.policy.vocab_size)
+        for each, likely in zip(asking, engine.score(texts, most) if texts else [], strict=True):
+            each.likely = likely
+
+    def _next(self, each: _Guided, eos: frozenset[int]) -> int | None:
+        """The first token of the draft that is to be decided on; an end token never is."""
+        for number, (token_id, logprob) in enumerate(zip(each.draft.token_ids, each.draft.raw_logprobs, strict=True)):
+            unsure = math.exp(logprob) < self.threshold
+            asks = unsure if each.places is None else len(each.token_ids) + number in each.places
+            if asks and token_id not in eos:
+                return number
+        return None
+
+    def _decide(self, drafter: Drafter, tools: Tools, asked: Sequence[_Guided]) -> None:
+        """Choose the first token of every draft."""
+        options = [self._options(drafter, each) for each in asked]
+        states = [drafter.state(each, option) for each, own in zip(asked, options, strict=True) for option in own]
+        scored = iter(zip(states, tools.scores(states, self.reduction), strict=True))
+        for each, own in zip(asked, options, strict=True):
+            shown = [next(scored) for _ in own]
+            best = ranked([score for _, score in shown])[0]
+            about = {
+                "step": len(shown[best][0].steps) - 1,
+                "token": len(each.token_ids),
+                "confidence": math.exp(own[0].raw_logprobs[0]),
+            }
+            each.trace.append(event("rerank", shown, **about, kept=[best]))
+            if best:
+                each.draft = own[best]
+            each.take(1)
+
+    def _options(self, drafter: Drafter, each: _Guided) -> list[Drawn]:
+        """The draft's token, and the other most likely ones."""
+        assert each.likely is not None
+        first = each.draft.part(0, 1)
+        others = zip(each.likely.ids_Tk[0].tolist(), each.likely.logps_Tk[0].tolist(), strict=True)
+        rest = [drafter.one(each, *other) for other in others if other[0] != first.token_ids[0]]
+        return [drafter.one(each, first.token_ids[0], first.raw_logprobs[0]), *rest][: self.candidates]

@@ -1,0 +1,173 @@
+"""Going on from what is kept gives what reading everything anew gives, and reads less."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from stepkd.data.completion import Completion
+from stepkd.models.policy import Policy
+from stepkd.models.spec import build_tiny, tiny_tokenizer
+from stepkd.sampling.annotate import annotate
+from stepkd.sampling.engine import SamplingConfig
+from stepkd.sampling.prefixes import Prefixes
+from stepkd.sampling.transformers_engine import TransformersEngine
+
+SPEC = SamplingConfig(n=2, max_new_tokens=9, seed=3)
+PROMPTS = ["1+2=", "a much longer text than the others: 17*3=51\nso", "7"]
+
+
+def peaked(dtype: str = "float64") -> Policy:
+    model, tokenizer = build_tiny("tiny-0.1m", seed=0, dtype=dtype)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.mul_(4)
+    return Policy(model, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    return peaked()
+
+
+def engine_of(policy: Policy, *, keeps: bool, max_rows: int = 64) -> TransformersEngine:
+    engine = TransformersEngine(policy, max_rows=max_rows)
+    engine.keeps_prefixes = keeps
+    return engine
+
+
+def encode(text: str) -> list[int]:
+    return list(tiny_tokenizer()(text, add_special_tokens=False)["input_ids"])
+
+
+def searched(engine: TransformersEngine, rounds: int = 3, more: str = "") -> list[Completion]:
+    """Continuations of continuations, cut at different lengths, beside a new prompt in every round."""
+    prompts, found = [encode(text) for text in PROMPTS], []
+    for number in range(rounds):
+        new = encode(f"new in round {number}: ")
+        drawn = engine.generate([*prompts, new], SPEC, step=number, entropies=True)
+        flat = [each for own in drawn for each in own]
+        found += flat
+        cuts = [each.token_ids[: 1 + i % len(each.token_ids)].tolist() for i, each in enumerate(flat)]
+        prompts = [[*each.prompt_ids.tolist(), *cut, *encode(more)] for each, cut in zip(flat, cuts, strict=True)]
+        prompts = prompts[:6]
+    return found
+
+
+def assert_same(actual: Sequence[Completion], expected: Sequence[Completion], within: float) -> None:
+    assert [each.key for each in actual] == [each.key for each in expected]
+    for a, b in zip(actual, expected, strict=True):
+        for name in ("logprobs", "raw_logprobs", "entropies"):
+            assert getattr(a, name) == pytest.approx(getattr(b, name), rel=within, abs=within)
+
+
+@pytest.mark.parametrize(("dtype", "within"), [("float64", 1e-10), ("float32", 1e-5)])
+@pytest.mark.parametrize("more", ["", " so"])
+def test_going_on_equals_reading_anew(dtype: str, within: float, more: str) -> None:
+    policy = peaked(dtype)
+    expected = searched(engine_of(policy, keeps=False), more=more)
+    assert len({each.key for each in expected}) > 20
+    assert_same(searched(engine_of(policy, keeps=True), more=more), expected, within)
+    assert_same(searched(engine_of(policy, keeps=True, max_rows=3), more=more), expected, within)
+
+
+def tokens_read(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Places of each forward pass of more than one column."""
+    read: list[int] = []
+    forward, unpadded = engine._decoder.forward, engine._decoder.read
+
+    def counted(input_ids: torch.Tensor, *arguments: Any, **more: Any) -> Any:
+        read.append(input_ids.numel())
+        return forward(input_ids, *arguments, **more)
+
+    def whole(sequences: Sequence[Sequence[int]], **more: Any) -> Any:
+        read.append(sum(map(len, sequences)))
+        return unpadded(sequences, **more)
+
+    monkeypatch.setattr(engine._decoder, "forward", counted)
+    monkeypatch.setattr(engine._decoder, "read", whole)
+    return read
+
+
+def test_what_is_known_is_not_read(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of(policy, keeps=True)
+    greedy = SamplingConfig(temperature=0, max_new_tokens=8)
+    prompt = encode(PROMPTS[1])
+    ((first,),) = engine.generate([prompt], greedy)
+    read = tokens_read(engine, monkeypatch)
+    engine.generate([[*prompt, *first.token_ids[:4].tolist()]] * 2, greedy)
+    assert read[0] == 2, "the last token of both"
+    engine.generate([[*prompt, *first.token_ids.tolist(), *encode("abc")]], greedy)
+    assert len(first.token_ids) == 8
+    assert read[8] == 4, "the token that was drawn last, and three new ones"
+    engine.forget()
+    engine.generate([prompt], greedy)
+    assert max(read[9:]) == len(prompt)
+
+
+def test_other_weights_are_read_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = peaked()
+    engine = engine_of(policy, keeps=True)
+    before = searched(engine)
+    with torch.no_grad():
+        policy.causal_lm.get_input_embeddings().weight.add_(0.05)
+    after = searched(engine)
+    assert [each.key for each in after] != [each.key for each in before]
+    assert_same(after, searched(engine_of(policy, keeps=False)), 1e-10)
+    engine.update(1)
+    assert engine._prefixes.bytes == 0
+
+
+@pytest.mark.parametrize("most_bytes", [1, 100_000])
+def test_memory_is_bounded(policy: Policy, most_bytes: int) -> None:
+    engine = engine_of(policy, keeps=True)
+    engine._prefixes = Prefixes(most_bytes)
+    assert_same(searched(engine), searched(engine_of(policy, keeps=False)), 1e-10)
+    assert engine._prefixes.bytes <= most_bytes
+
+
+def test_models_that_cannot_skip_columns_keep_nothing(policy: Policy) -> None:
+    engine = engine_of(policy, keeps=True)
+    engine._gap_limit = 100  # as of a sliding window
+    searched(engine, rounds=1)
+    assert engine._prefixes.bytes == 0
+
+
+def test_others_keep_nothing(policy: Policy) -> None:
+    engine = TransformersEngine(policy)
+    searched(engine, rounds=1)
+    assert engine._prefixes.bytes == 0
+
+
+def test_siblings_share_what_they_have_in_common() -> None:
+    kept = Prefixes()
+
+    def cache(columns: int) -> Any:
+        layer = SimpleNamespace(keys=torch.ones(2, 3, columns, 4), values=torch.ones(2, 3, columns, 4))
+        return SimpleNamespace(layers=[layer])
+
+    kept.add([5, 6, 7], 0, cache(5), 1, 5)
+    one_token = 2 * 3 * 4 * 4
+    assert kept.bytes == 3 * one_token
+    assert [kept.known(ids) for ids in ([5], [5, 6], [5, 6, 7], [5, 6, 7, 8], [5, 9, 7], [6])] == [0, 1, 2, 3, 1, 0]
+    kept.add([5, 6, 8, 9], 2, cache(2), 0, 2)
+    kept.add([5, 6, 8, 9], 2, cache(2), 0, 2)
+    assert (kept.bytes, kept.known([5, 6, 8, 9, 1])) == (5 * one_token, 4)
+    kept.add([1, 2, 3], 1, cache(2), 0, 2)
+    assert (kept.bytes, kept.known([1, 2, 3])) == (5 * one_token, 0), "what it goes on from is not kept"
+
+
+def test_entropies_are_those_of_the_whole_distribution(policy: Policy) -> None:
+    prompt = encode(PROMPTS[0])
+    ((one, two),) = engine_of(policy, keeps=False).generate([prompt], SPEC, entropies=True)
+    told = annotate(policy, [prompt, prompt], [one.token_ids.tolist(), two.token_ids.tolist()])
+    for each, signals in zip((one, two), told, strict=True):
+        assert each.entropies == pytest.approx(np.array(signals.entropies), rel=1e-9, abs=1e-9)
+    ((plain, _),) = engine_of(policy, keeps=False).generate([prompt], SPEC)
+    assert plain.entropies is None
