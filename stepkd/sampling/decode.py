@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from stepkd.data.completion import Completion, Ids
+from stepkd.data.completion import UNKNOWN, Completion, Ids
 from stepkd.errors import ConfigError, ModelError
 from stepkd.models.head import backbone_of, positions_from_mask
 from stepkd.models.packed import is_worth_it, packed_weights, unpadded_hidden
@@ -265,7 +265,7 @@ class Decoder:
                 np.asarray(row.token_ids),
                 logprobs=np.asarray(row.logprobs),
                 raw_logprobs=np.asarray(row.raw_logprobs),
-                entropies=None if row.entropies is None else np.asarray(row.entropies),
+                entropies=UNKNOWN if row.entropies is None else np.asarray(row.entropies),
                 finish=row.finish or "length",
                 text=before_stop(decode_text(self.policy.tokenizer, row.token_ids), spec.stop),
                 sample=row.sample_index,

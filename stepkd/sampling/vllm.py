@@ -269,7 +269,7 @@ class ServerEngine(Engine):
                     if not self._stops():
                         raise
             # The step is given up, and the one before it saved.
-            prompt, limit, _ = wanted[place[0]]
+            prompt, limit, *_ = wanted[place[0]]
             return "", to_completion(self, spec, place, prompt, [min(self.policy.eos_ids)], [0.0], limit)
 
         # Each sample by itself: as long as its own tokens take, and lost alone.
@@ -289,7 +289,7 @@ class ServerEngine(Engine):
         return found
 
     def _ask(self, place: tuple[int, int], wanted: Wanted, spec: SamplingConfig) -> Completion:
-        prompt, limit, key = wanted
+        prompt, limit, key, _ = wanted
         body = {
             "model": self.client.name,
             "prompt": prompt,

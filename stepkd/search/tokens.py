@@ -37,8 +37,8 @@ class Drawn(NamedTuple):
 
     def part(self, start: int, end: int) -> Drawn:
         """Some of them; the solution goes on where others follow."""
-        ids, raw, entropies = (each[start:end] for each in self[:3])
-        return Drawn(ids, raw, entropies, self.end if end >= len(self.token_ids) else "step")
+        how = self.end if end >= len(self.token_ids) else "step"
+        return Drawn(self.token_ids[start:end], self.raw_logprobs[start:end], self.entropies[start:end], how)
 
 
 @dataclass(eq=False)

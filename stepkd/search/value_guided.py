@@ -30,13 +30,12 @@ class _Guided(Writing):
     """Numbers of the tokens to decide on; None: those that are unsure."""
     draft: Drawn = field(default_factory=lambda: Drawn([], [], [], "step"))
     likely: Scores | None = None
-    """The most likely tokens at every position of the draft."""
+    """The most likely tokens at every position of the draft as it was drawn."""
 
     def take(self, number: int) -> None:
         """Have the first tokens of the draft stand."""
         self.add(self.draft.part(0, number))
         self.draft = self.draft.part(number, len(self.draft.token_ids))
-        self.likely = self.likely and self.likely._make(each[number:] for each in self.likely)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +149,8 @@ class ValueGuided(Search):
     def _options(self, drafter: Drafter, each: _Guided) -> list[Drawn]:
         """The draft's token, and the other most likely ones."""
         assert each.likely is not None
-        first = each.draft.part(0, 1)
-        others = zip(each.likely.ids_Tk[0].tolist(), each.likely.logps_Tk[0].tolist(), strict=True)
-        rest = [drafter.one(each, *other) for other in others if other[0] != first.token_ids[0]]
-        return [drafter.one(each, first.token_ids[0], first.raw_logprobs[0]), *rest][: self.candidates]
+        place = -len(each.draft.token_ids)
+        first, logprob = each.draft.token_ids[0], each.draft.raw_logprobs[0]
+        likely = zip(each.likely.ids_Tk[place].tolist(), each.likely.logps_Tk[place].tolist(), strict=True)
+        options = [(first, logprob), *((other, own) for other, own in likely if other != first)]
+        return [drafter.one(each, *option) for option in options[: self.candidates]]

@@ -82,6 +82,10 @@ class Watched:
             raise KeyboardInterrupt
         return self.inner.generate(prompts, spec, **options)
 
+    def forget(self) -> None:
+        """See the one inside."""
+        self.inner.forget()
+
 
 def content(spec: TreePairConfig) -> list[bytes]:
     return [(Path(spec.out) / name).read_bytes() for name in FILES]
@@ -134,6 +138,9 @@ class NoisySolver:
     def __init__(self, policy: Policy, problems: Sequence[dict[str, Any]]) -> None:
         self.tokenizer, self.max_length = policy.tokenizer, policy.max_length
         self.problems = problems
+
+    def forget(self) -> None:
+        """Nothing is kept."""
 
     def generate(
         self, prompts: Sequence[Sequence[int]], spec: SamplingConfig, *, purpose: str, indices: Sequence[int]

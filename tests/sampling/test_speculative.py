@@ -279,7 +279,7 @@ def test_a_head_learns_what_stands(target: Policy, draft: Policy, tmp_path: Path
     """On what it was trained on, its cross-entropy is below that of the best constant."""
     drawn = TransformersEngine(target).generate([PROMPT, PROMPT[::-1]], SamplingConfig(n=4, max_new_tokens=40))
     completions = [each for own in drawn for each in own]
-    head = train_acceptance_head(target, draft, completions, epochs=30, batch=4, layers=2, rejection_weight=1.0)
+    head = train_acceptance_head(target, draft, completions, epochs=30, batch=4, lr=5e-3, rejection_weight=1.0)
     pairs = [acceptance_examples(target, draft, each, SamplingConfig(), i) for i, each in enumerate(completions)]
     hidden, accepted = (torch.cat(each) for each in zip(*pairs, strict=True))
     rate = accepted.mean()

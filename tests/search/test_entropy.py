@@ -19,7 +19,7 @@ from stepkd.search.state import Problem, State, Tools
 
 TABLE = {
     "": {"a": 1.0},
-    "a": {"1": 0.25, "2": 0.5, "3": 0.25},
+    "a": {"1": 0.375, "2": 0.375, "3": 0.25},
     "a1": {".": 1.0},
     "a2": {".": 0.5, "0": 0.5},
     "a20": {".": 0.5, "$": 0.5},
@@ -45,7 +45,7 @@ def test_the_trial_of_least_perplexity_stands(table_engine: Any, tools_of: Any, 
     (event,) = answer.trace
     assert (event["event"], event["token"], event["entropy"], event["kept"]) == ("branch", 1, 1.0, [2])
     assert event["steps"] == ["a20.", "a3,", "a1."]
-    geometric = [(0.5 * 0.5 * 0.5) ** (1 / 3), (0.25 * 0.25) ** 0.5, (0.25 * 1.0) ** 0.5]
+    geometric = [(0.375 * 0.5 * 0.5) ** (1 / 3), (0.25 * 0.25) ** 0.5, (0.375 * 1.0) ** 0.5]
     assert event["scores"] == pytest.approx(geometric)
     assert engine.calls == [[""], ["a", "a"], ["a1."]], "all trials at once; the rest of the draft is one of them"
     assert tools.costs[0] == {"tokens": 4 + 2 + 2 + 2}
