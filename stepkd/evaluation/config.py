@@ -22,12 +22,15 @@ from stepkd.sampling.engine import SamplingConfig
 from stepkd.scorers.scorer import Reduction, ScorerConfig
 from stepkd.search.beam import Beam
 from stepkd.search.best_of_n import BestOfN, Greedy
+from stepkd.search.entropy import EntropyBranching
 from stepkd.search.mcts import MCTS
 from stepkd.search.particles import ParticleFilter
 from stepkd.search.phi import PhiDecoding
 from stepkd.search.refine import Refine
 from stepkd.search.revise import VerifyRevise
+from stepkd.search.speculative import Speculative
 from stepkd.search.state import Search
+from stepkd.search.value_guided import ValueGuided
 from stepkd.statistics import percent
 from stepkd.steps.labels import check_threshold
 from stepkd.steps.segment import SEGMENTERS, get_segmenter
@@ -162,7 +165,10 @@ class EvaluateConfig(BenchmarkJobConfig):
         return replace(self.limited(own), n=n)
 
 
-METHODS: tuple[type[Search], ...] = (Greedy, BestOfN, Beam, MCTS, ParticleFilter, PhiDecoding, Refine, VerifyRevise)
+METHODS: tuple[type[Search], ...] = (
+    *(Greedy, BestOfN, Beam, MCTS, ParticleFilter, PhiDecoding, Refine, VerifyRevise),
+    *(ValueGuided, EntropyBranching, Speculative),
+)
 """The methods that settings name by class alone; one of your own is named by its import path."""
 
 

@@ -210,6 +210,8 @@ class _Bench:
 
     def work(self, unit: Unit) -> list[dict[str, Any]]:
         """The rows of a unit."""
+        for engine in (self.opened.engine, *(model.engine for model in self.models.values())):
+            engine.forget()
         what, batch = unit
         prompts = self.opened.prompts
         problems = [Problem(i, self.opened.rows[i], tuple(prompts[i].prompt_ids.tolist())) for i in batch]

@@ -29,8 +29,8 @@ _HOMES = {
     "phi": "PhiDecoding",
     "refine": "Refine",
     "revise": "VerifyRevise",
-    "speculative": "Speculative",
     "state": "Costs Found Problem Search State StateValue Step StepGenerator Tools",
+    "speculative": "Speculative",
     "tree": "Decision Node Option SearchTree",
     "value_guided": "ValueGuided",
 }

@@ -62,7 +62,7 @@ class EntropyBranching(Search):
             raise ConfigError(f"reduction={self.reduction}: perplexity has no scores to reduce; drop it")
 
     @property
-    def needs_scorer(self) -> bool:  # type: ignore[override]
+    def needs_scorer(self) -> bool:
         """Whether it asks a step scorer."""
         return self.choose == "scorer"
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from stepkd.errors import ConfigError, check_bounds
 from stepkd.search.state import Found, Problem, Search, Tools, found
@@ -43,18 +42,23 @@ class Speculative(Search):
     def __post_init__(self) -> None:
         check_bounds("", self, length="[1, inf)", threshold="(0, 1)", shortest="[1, inf)", n="[1, inf)")
 
+    @property
+    def models(self) -> tuple[str, ...]:
+        """See :attr:`~stepkd.search.state.Search.models`."""
+        return (self.draft,)
+
     def run(self, problems: Sequence[Problem], tools: Tools) -> list[list[Found]]:
         """See :meth:`~stepkd.search.state.Search.run`; one solution after the other.
 
         Raises:
             ConfigError: another engine, or a head of another draft.
-            ModelError: a draft that cannot be loaded, or of another vocabulary.
+            ModelError: a draft of another vocabulary.
         """
         from stepkd.sampling.acceptance import AcceptanceHead
         from stepkd.sampling.speculative import Speculator, Stop
         from stepkd.sampling.transformers_engine import TransformersEngine
 
-        generator = sampled_steps(tools, self.name)
+        generator, drafts = (sampled_steps(each, self.name) for each in (tools.generator, tools.generators[self.draft]))
         if not isinstance(generator.engine, TransformersEngine):
             raise ConfigError(
                 f"{self.name} reads the probabilities of all tokens, which {type(generator.engine).__name__} does not "
@@ -62,8 +66,7 @@ class Speculative(Search):
             )
         head = None if self.head is None else AcceptanceHead.load(self.head).to(generator.policy.device)
         stop = Stop(self.length, head, self.threshold, self.shortest)
-        draft = _loaded(self.draft, str(generator.policy.causal_lm.dtype).removeprefix("torch."))
-        speculator = Speculator(generator.policy, draft.to(generator.policy.device), stop)
+        speculator = Speculator(generator.policy, drafts.policy, stop)
         results: list[list[Found]] = []
         for problem in problems:
             results.append([])
@@ -79,10 +82,3 @@ class Speculative(Search):
                 told = {"event": "speculation", **new, "accepted": accepted}
                 results[-1].append(found(state, trace=[told]))
         return results
-
-
-@lru_cache(maxsize=1)
-def _loaded(path: str, dtype: str) -> Any:
-    from stepkd.models.checkpoint import load_trained
-
-    return load_trained(path, dtype=dtype)

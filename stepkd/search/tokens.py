@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stepkd.data.completion import Completion
 from stepkd.errors import ConfigError
-from stepkd.search.state import End, Problem, State, Tools
+from stepkd.search.state import End, Problem, State, StepGenerator, Tools
 from stepkd.steps.text import text_from_ids
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Writing:
         self.end = drawn.end if drawn.token_ids else self.end
 
 
-def sampled_steps(tools: Tools, method: str) -> SampledSteps:
+def sampled_steps(generator: StepGenerator, method: str) -> SampledSteps:
     """The generator, where it is one that samples from an engine.
 
     Raises:
@@ -66,11 +66,9 @@ def sampled_steps(tools: Tools, method: str) -> SampledSteps:
     """
     from stepkd.search.generate import SampledSteps
 
-    if isinstance(tools.generator, SampledSteps):
-        return tools.generator
-    raise ConfigError(
-        f"{method} decides on tokens, and {type(tools.generator).__name__} gives steps: take SampledSteps"
-    )
+    if isinstance(generator, SampledSteps):
+        return generator
+    raise ConfigError(f"{method} decides on tokens, and {type(generator).__name__} gives steps: take SampledSteps")
 
 
 def longest(generator: SampledSteps, problem: Problem) -> int:
@@ -88,7 +86,7 @@ class Drafter:
     """
 
     def __init__(self, tools: Tools, method: str) -> None:
-        self.generator, self.costs = sampled_steps(tools, method), tools.costs
+        self.generator, self.costs = sampled_steps(tools.generator, method), tools.costs
         self.eos = self.generator.policy.eos_ids
         self.stops = self.generator.sampling.stop
 

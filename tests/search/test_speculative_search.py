@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,19 +16,19 @@ from stepkd.search.speculative import Speculative
 from stepkd.search.state import Problem, Tools
 
 
-def test_solutions_are_drafted_and_counted(tmp_path: Path) -> None:
+def test_solutions_are_drafted_and_counted() -> None:
     policy = Policy.load(PolicyConfig(path="tiny-0.1m", init_seed=1, dtype="float64"))
-    policy.model.save_pretrained(tmp_path)
-    policy.tokenizer.save_pretrained(tmp_path)
     problems = [Problem(i, {"id": str(i)}, tuple(policy.tokenizer(text)["input_ids"])) for i, text in enumerate("1+")]
 
     def run(method: Any, temperature: float) -> tuple[Any, Tools]:
         tools = Tools(None, None)  # type: ignore[arg-type]
         spec = SamplingConfig(temperature=temperature, max_new_tokens=12)
         tools.generator = SampledSteps(TransformersEngine(policy), policy, spec, costs=tools.costs)
+        tools.generators = {"small": tools.generator}
         return method.run(problems, tools), tools
 
-    method = Speculative(draft=str(tmp_path), length=3, n=2)
+    method = Speculative(draft="small", length=3, n=2)
+    assert (method.models, method.needs_scorer, method.at_once) == (("small",), False, 2)
     (first, second), tools = run(method, 1.0)
     assert [len(first), len(second)] == [2, 2]
     assert first[0].token_ids.tolist() != first[1].token_ids.tolist()
@@ -41,7 +40,9 @@ def test_solutions_are_drafted_and_counted(tmp_path: Path) -> None:
 
 
 def test_other_engines_are_refused(table_engine: Any, tools_of: Any, problem: Problem) -> None:
+    tools = tools_of(table_engine({}))
+    tools.generators = {"small": tools.generator}
     with pytest.raises(ConfigError, match=r"TableEngine does not give.*--engine Transformers"):
-        Speculative(draft="tiny-0.1m").run([problem], tools_of(table_engine({})))
+        Speculative(draft="small").run([problem], tools)
     with pytest.raises(ConfigError, match=r"threshold=1\.0"):
         Speculative(draft="tiny-0.1m", threshold=1.0)
