@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +152,7 @@ def interrupt_after_every_stage(monkeypatch: pytest.MonkeyPatch) -> Counter[str]
     return calls
 
 
+@pytest.mark.slow
 def test_interrupted_after_every_stage(
     whole: tuple[Path, dict[str, Any]], settings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,29 +208,50 @@ def test_more_iterations_go_on_from_the_last(
     ]
 
 
+@pytest.fixture
+def cuda_server(student: Path) -> Iterator[Any]:
+    """On a GPU, as it says: embeddings and head share their weight."""
+    found = StandIn(Policy.load(PolicyConfig(path=str(student))), str(student))
+    found.device = "cuda"
+    yield found
+    found.close()
+
+
+def through(server: Any) -> dict[str, Any]:
+    return {"class_path": "VLLMServer", "init_args": {"urls": server.address}}
+
+
+def greedy_rows(out: Path) -> list[list[str]]:
+    """What M0 wrote."""
+    lines = (out / "iteration-0" / "evaluation" / "greedy" / "results.jsonl").read_text().splitlines()
+    return [[each["completion"] for each in json.loads(line)["samples"]] for line in lines]
+
+
+def test_a_server_is_given_weights_for_every_job(
+    whole: tuple[Path, dict[str, Any]], settings: Path, cuda_server: Any, tmp_path: Path
+) -> None:
+    spec = load_spec(settings, {"label.engine": through(cuda_server)})
+    stages.evaluate_model(iteration(spec, tmp_path, 0))
+    assert [path for path, _ in cuda_server.posts].count("/collective_rpc") == 2, "samples and greedy solutions"
+    assert greedy_rows(tmp_path) == greedy_rows(whole[0])
+
+
+@pytest.mark.slow
 def test_servers_are_given_the_weights_of_every_round(
-    whole: tuple[Path, dict[str, Any]], settings: Path, student: Path, tmp_path: Path
+    whole: tuple[Path, dict[str, Any]], settings: Path, cuda_server: Any, tmp_path: Path
 ) -> None:
     """M0's greedy solutions are those of this process; at the end the server samples from the last model, whose
     training began with M0."""
-    server = StandIn(Policy.load(PolicyConfig(path=str(student))), str(student))
-    server.device = "cuda"  # embeddings and head share their weight
-    engine = {"class_path": "VLLMServer", "init_args": {"urls": server.address}}
-    spec, out = load_spec(settings, {"iterations": 1, "label.engine": engine}), tmp_path / "run"
-    try:
-        run_iterations(spec, out, report=silent)
-        given = [path for path, _ in server.posts].count("/collective_rpc")
-        assert given == 5, "samples and greedy solutions of M0 and M1, and labels"
-        held = dict(server.policy.model.named_parameters())
-        trained = dict(Policy.load(PolicyConfig(path=str(out / "iteration-1" / "model"))).model.named_parameters())
-        assert all(bool((held[name] == trained[name]).all()) for name in trained)
-    finally:
-        server.close()
+    engine, out = through(cuda_server), tmp_path / "run"
+    spec = load_spec(settings, {"iterations": 1, "label.engine": engine})
+    run_iterations(spec, out, report=silent)
+    given = [path for path, _ in cuda_server.posts].count("/collective_rpc")
+    assert given == 5, "samples and greedy solutions of M0 and M1, and labels"
+    held = dict(cuda_server.policy.model.named_parameters())
+    trained = dict(Policy.load(PolicyConfig(path=str(out / "iteration-1" / "model"))).model.named_parameters())
+    assert all(bool((held[name] == trained[name]).all()) for name in trained)
+    assert greedy_rows(out) == greedy_rows(whole[0])
     found = [folder / "iteration-0" / "evaluation" / "greedy" for folder in (whole[0], out)]
-    rows = [[json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()] for folder in found]
-    assert [[each["completion"] for each in row["samples"]] for row in rows[0]] == [
-        [each["completion"] for each in row["samples"]] for row in rows[1]
-    ]
     facts = json.loads((found[1] / "settings.json").read_text())
     assert (facts["engine"]["name"], facts["engine"]["vllm"]) == ("VLLMServer", "0.0")
     assert facts["model"]["weights"] == json.loads((found[0] / "settings.json").read_text())["model"]["weights"]

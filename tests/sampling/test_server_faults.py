@@ -433,7 +433,7 @@ def test_a_run_whose_server_goes_away_is_told_its_address_and_resumed(
 
 @pytest.mark.parametrize(
     ("kind", "phase"),
-    [("teacher", "loss"), ("engine", "weights"), pytest.param("engine", "draw", marks=pytest.mark.slow)],
+    [("teacher", "loss"), *(pytest.param("engine", phase, marks=pytest.mark.slow) for phase in ("weights", "draw"))],
 )
 def test_a_server_that_goes_with_a_request_to_stop_costs_no_step(
     kind: str, phase: str, whole: Any, server: Any, tmp_path: Path
@@ -463,7 +463,9 @@ def test_a_server_that_goes_with_a_request_to_stop_costs_no_step(
     assert_alike(tmp_path / "run", whole(kind)[0])
 
 
-@pytest.mark.parametrize("phase", ["weights", "draw", "teacher"])
+@pytest.mark.parametrize(
+    "phase", ["draw", *(pytest.param(phase, marks=pytest.mark.slow) for phase in ("weights", "teacher"))]
+)
 def test_a_server_that_goes_in_a_validation_with_a_request_to_stop_costs_no_step(
     phase: str, policy: Policy, server: Any, whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -570,13 +572,12 @@ class Torn:
         return found
 
 
-@pytest.mark.parametrize(("number", "steps"), [(2, 4), pytest.param(20, 30, marks=pytest.mark.slow)])
-def test_kills_of_run_and_server_lose_and_repeat_no_prompt(
-    number: int, steps: int, policy: Policy, tmp_path: Path
-) -> None:
+@pytest.mark.slow
+def test_kills_of_run_and_server_lose_and_repeat_no_prompt(policy: Policy, tmp_path: Path) -> None:
     """Killed at drawn times, the run is resumed and the server started again: every step is taken on the samples that
     it is taken on uninterrupted, also where it is taken again, and the weights are the same bit for bit."""
     assert policy.spec is not None
+    number, steps = 20, 30
     draw = random.Random(number)
     kills = ["run", "server"] * (number // 2)
     draw.shuffle(kills)
