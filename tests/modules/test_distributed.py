@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +25,17 @@ def launch(out: Path, rows: int, *extra: str, ranks: int = 1, **variables: str) 
 
 
 @pytest.fixture(scope="module")
-def single(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
+def single(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[str, Any]]:
+    """What one process makes of so many rows."""
     folder = tmp_path_factory.mktemp("single")
-    return {rows: launch(folder / f"{rows}.pt", rows) for rows in (13, 1)}
+    return functools.cache(lambda rows: launch(folder / f"{rows}.pt", rows))
 
 
-@pytest.mark.parametrize("rows", [13, 1])
-def test_two_processes_equal_one(rows: int, single: dict[int, dict[str, Any]], tmp_path: Path, distance: Any) -> None:
-    """With one row, rank 1 has nothing but dummy batches."""
+@pytest.mark.parametrize("rows", [pytest.param(13, marks=pytest.mark.slow), 1])
+def test_two_processes_equal_one(rows: int, single: Any, tmp_path: Path, distance: Any) -> None:
+    """With one row, rank 1 has nothing but dummy batches; with more: test_invariance.py, of all methods."""
     two = launch(tmp_path / "two.pt", rows, ranks=2)
-    one = single[rows]
+    one = single(rows)
     assert (one["world"], two["world"]) == (1, 2)
     assert two["tokens"] == one["tokens"]
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-6)
@@ -42,15 +45,13 @@ def test_two_processes_equal_one(rows: int, single: dict[int, dict[str, Any]], t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rows", [13, 1])
-def test_two_processes_with_half_a_model_each_equal_one(
-    rows: int, single: dict[int, dict[str, Any]], tmp_path: Path, distance: Any
-) -> None:
+def test_two_processes_with_half_a_model_each_equal_one(rows: int, single: Any, tmp_path: Path, distance: Any) -> None:
     """FSDP2; with one row, rank 1 has nothing but dummy batches, and gathers weights all the same.
 
     Micro-batch by micro-batch the gradients are summed over ranks: no rank holds whole ones until the last.
     """
     two = launch(tmp_path / "two.pt", rows, ranks=2, STRATEGY="fsdp2")
-    one = single[rows]
+    one = single(rows)
     assert two["world"] == 2
     assert two["summed"].count(False) == 2, "a step begins without gradients, and there are two"
     assert len(two["summed"]) > 2 or rows == 1

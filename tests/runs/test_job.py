@@ -322,7 +322,7 @@ if (sums := job.rows("sums", units)) is not None:
 """
 
 
-@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("sign", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
 def test_killed_at_random_moments_by_one_and_two_ranks_it_ends_with_the_same_bytes(
     tmp_path: Path, sign: signal.Signals
 ) -> None:

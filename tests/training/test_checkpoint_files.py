@@ -61,7 +61,9 @@ def write(how: str, after: int, path: Path) -> subprocess.CompletedProcess[str]:
     return forked.run([how, str(after), str(path)], script=script)
 
 
-@pytest.mark.parametrize(("how", "after"), [("kill", 100), ("kill", 120_000), ("rename", 0)])
+@pytest.mark.parametrize(
+    ("how", "after"), [pytest.param("kill", 100, marks=pytest.mark.slow), ("kill", 120_000), ("rename", 0)]
+)
 def test_a_kill_while_it_writes_leaves_the_one_before(how: str, after: int, tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     AtomicCheckpointIO().save_checkpoint(checkpoint(1), path)
@@ -77,7 +79,7 @@ def test_a_kill_while_it_writes_leaves_the_one_before(how: str, after: int, tmp_
     assert read_checkpoint(path)["global_step"] == 3
 
 
-@pytest.mark.parametrize("after", [0, 1000, 150_000])
+@pytest.mark.parametrize("after", [0, pytest.param(1000, marks=pytest.mark.slow), 150_000])
 def test_a_full_disk_leaves_the_one_before(after: int, tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     AtomicCheckpointIO().save_checkpoint(checkpoint(1), path)
