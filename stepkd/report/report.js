@@ -52,7 +52,8 @@
   const bar = (score) => {
     const fill = make("span", `fill s${Math.min(4, Math.max(0, Math.floor(score * 5)))}`);
     fill.style.width = `${Math.min(1, Math.max(0, score)) * 100}%`;
-    return make("span", "score", make("span", "bar", fill), score.toFixed(2));
+    const hasBar = score >= 0 && score <= 1; // others are log-probabilities, advantages, ...
+    return make("span", "score", hasBar && make("span", "bar", fill), score.toFixed(2));
   };
 
   const stepRow = (solution, text, i) => {

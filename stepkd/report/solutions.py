@@ -26,6 +26,8 @@ COSTS = ("tokens drawn", "scorer calls")
 """What an answer of a search cost, as columns of :func:`searched_rows`."""
 ROUND = ("event", "step", "steps", "scores", "kept")
 """What of a decision has a place of its own; everything else is a fact of a candidate or of the round."""
+SAID = {"votes": "answer"}
+"""Columns of a decision that have another name for a reader."""
 LONGEST_FACT = 80
 """Characters of a fact; of a longer one there is the beginning."""
 _HIDDEN = re.compile(
@@ -206,7 +208,7 @@ def _round(event: Row) -> dict[str, Any]:
             f"solution {i + 1}" if steps[i] is None else visible(str(steps[i]).strip("\n")),
             _number(scores[i]),
             times[i],
-            ", ".join(_fact(name, value[i]) for name, value in facts.items() if value[i] is not None),
+            ", ".join(_fact(SAID.get(name, name), value[i]) for name, value in facts.items() if value[i] is not None),
         )
         for i in range(size)
     ]

@@ -112,7 +112,7 @@ def search_rows(problems: int = 6) -> list[dict[str, Any]]:
         best = {**sample(correct[2], "pool 2"), "score": 0.9}
         row("best_of_n@4", [best], 40, 4, [choice | {"vote": "max", "kept": [2]}])
         steps = ["first\n", "second\n", "<b>third</b>\n", "\u202efourth\n"]
-        prune = {"event": "prune", "step": 0, "steps": steps, "scores": [0.9, 0.8, 0.1, None], "kept": [0, 1]}
+        prune = {"event": "prune", "step": 0, "steps": steps, "scores": [0.9, -0.7, 0.1, None], "kept": [0, 1]}
         last = {"event": "choice", "vote": "weighted", "scores": [0.9, 0.2], "votes": ["3", None], "kept": [0]}
         ends = [sample(number > 0, "beam", score=0.9), sample(False, "other", score=0.2)]
         row("beam@4x2", ends, 60, 8, [prune, last])

@@ -162,13 +162,15 @@ def test_decisions_open_by_the_keyboard_and_tell_what_was_kept_without_colour(op
     assert not trace.locator(".candidate").first.is_visible()
     trace.locator("summary").focus()
     page.keyboard.press("Enter")
-    first, _, third, last = trace.locator(".candidate").all()[:4]
+    first, second, third, last = trace.locator(".candidate").all()[:4]
     assert "first" in first.inner_text()
     assert first.locator(".mark").inner_text() == "●"
     assert first.locator(".mark").get_attribute("aria-label") == "kept"
     assert third.locator(".mark").inner_text() == "○"
     assert "<b>third</b>" in third.inner_text()
     assert last.locator(".score").count() == 0
+    assert second.inner_text().endswith("-0.70")
+    assert [each.locator(".bar").count() for each in (first, second)] == [1, 0]  # no share of one
     weights = page.evaluate(
         "['kept', 'dropped'].map((kind) => getComputedStyle(document.querySelector(`.candidate.${kind}`)).fontWeight)"
     )

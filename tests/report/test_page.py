@@ -177,7 +177,7 @@ def test_answers_of_a_search_have_their_decisions_as_text(search: Path) -> None:
     assert (prune["head"], prune["told"]) == ("step 1, prune, kept 2 of 4", True)
     assert prune["candidates"][0] == ["first", 0.9, 1, ""]
     assert prune["candidates"][2:] == [["<b>third</b>", 0.1, 0, ""], ["⟨U+202E⟩fourth", None, 0, ""]]
-    assert choice["candidates"] == [["solution 1", 0.9, 1, "votes 3"], ["solution 2", 0.2, 0, ""]]
+    assert choice["candidates"] == [["solution 1", 0.9, 1, "answer 3"], ["solution 2", 0.2, 0, ""]]
     assert choice["head"] == "choice, kept 1 of 2, vote weighted"
     best = runs["search, best_of_n@4"]
     assert (best["steps"], best["scores"]) == (["pool 2", "#### 3"], [0.9, None])  # as the shared sample was scored
