@@ -112,12 +112,12 @@ def policy() -> Policy:
 
 
 def test_on_a_model_nothing_depends_on_the_batch_and_one_trial_is_sampling(policy: Policy) -> None:
-    texts = ["1+2=", "a much longer problem: 17*3+4=", "9"]
+    texts = ["1+2=", "a much longer problem: 17*3+4="]
     problems = [Problem(i, {"id": str(i)}, tuple(policy.tokenizer(text)["input_ids"])) for i, text in enumerate(texts)]
 
     def steps(max_rows: int = 64) -> SampledSteps:
         engine = TransformersEngine(policy, max_rows=max_rows)
-        return SampledSteps(engine, policy, SamplingConfig(max_new_tokens=20, seed=5), max_step_tokens=9)
+        return SampledSteps(engine, policy, SamplingConfig(max_new_tokens=14, seed=5), max_step_tokens=9)
 
     def run(method: EntropyBranching, some: list[Problem], **how: Any) -> list[Any]:
         found = method.run(some, Tools(steps(**how), None))  # type: ignore[arg-type]

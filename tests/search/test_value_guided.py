@@ -151,12 +151,12 @@ class Parity:
 
 
 def test_on_a_model_nothing_depends_on_the_batch_and_threshold_0_is_greedy(policy: Policy) -> None:
-    texts = ["1+2=", "a much longer problem: 17*3+4=", "9"]
+    texts = ["1+2=", "a much longer problem: 17*3+4="]
     problems = [Problem(i, {"id": str(i)}, tuple(policy.tokenizer(text)["input_ids"])) for i, text in enumerate(texts)]
 
     def run(method: Any, some: list[Problem], max_rows: int = 64) -> list[Any]:
         generator = SampledSteps(
-            TransformersEngine(policy, max_rows=max_rows), policy, SamplingConfig(max_new_tokens=24)
+            TransformersEngine(policy, max_rows=max_rows), policy, SamplingConfig(max_new_tokens=16)
         )
         found = method.run(some, Tools(generator, None, Parity()))  # type: ignore[arg-type]
         return [answer.token_ids.tolist() for (answer,) in found]
@@ -164,5 +164,5 @@ def test_on_a_model_nothing_depends_on_the_batch_and_threshold_0_is_greedy(polic
     greedy = run(Greedy(), problems)
     assert run(ValueGuided(threshold=0, ahead=7), problems) == greedy
     guided = run(ValueGuided(threshold=0.9, candidates=4, ahead=7), problems)
-    assert sum(a != b for a, b in zip(guided, greedy, strict=True)) >= 2
-    assert run(ValueGuided(threshold=0.9, candidates=4, ahead=24), problems[::-1], max_rows=2)[::-1] == guided
+    assert sum(a != b for a, b in zip(guided, greedy, strict=True)) == 2
+    assert run(ValueGuided(threshold=0.9, candidates=4, ahead=16), problems[::-1], max_rows=1)[::-1] == guided
