@@ -79,10 +79,12 @@ class Rows:
     """Place of each of them; different places."""
     token_P: Tensor
     """For every place the number of the token that stands there; any number in padding."""
+    lengths_B: Tensor
+    """Tokens of each row."""
+    sizes: tuple[int, int]
+    """Rows, and places of each."""
     repeats: tuple[tuple[Tensor, Tensor], ...] = ()
     """Numbers of tokens that stand elsewhere too (in other rows that begin alike), and where; no token twice in one."""
-    sizes: tuple[int, int] = (0, 0)
-    """Rows, and tokens of the longest."""
 
     @classmethod
     def of(cls, attention_mask_BT: Tensor, shared_BT: Tensor | None = None) -> tuple[Rows, Rows]:
@@ -108,7 +110,7 @@ class Rows:
         def laid_out(places_K: Tensor, sizes: tuple[int, int]) -> Rows:
             token_P = places_K.new_zeros(sizes[0] * sizes[1]).index_copy_(0, places_K, token_K)
             repeats = tuple((tokens, places_K[again]) for tokens, again in parts)
-            return cls(places_K[own_K], token_P, repeats, sizes)
+            return cls(places_K[own_K], token_P, lengths_B, sizes, repeats)
 
         return laid_out(real_K, sizes[0]), laid_out(slots_K, sizes[1])
 
@@ -216,6 +218,44 @@ def _attend_once(query_BA1D: Tensor, key_BKTD: Tensor, value_BKTD: Tensor, seen:
     return (scores_BKGT.softmax(-1).to(value_BKTD.dtype) @ value_BKTD).view(rows, 1, -1, value_BKTD.shape[-1])
 
 
+_SCORES = 1_000_000
+"""Scores of attention that are held at once: they stay near the CPU."""
+_TOKENS = 64
+"""Of fewer it does not matter who computes attention, and :func:`check_unpadded` compares one kernel with itself."""
+
+
+def _attend_short(
+    rows: Rows, query_1AUD: Tensor, key_1KUD: Tensor, value_1KUD: Tensor, scaling: float | None
+) -> Tensor:
+    """(B, T, A, D) of causal attention in rows without gradients, groups of rows of similar length at a time.
+
+    On a CPU a multiple of the speed of torch's kernel, which computes all rows at the length of the longest, and is
+    made for longer ones than prompts are.
+    """
+    heads, size, (number, longest) = key_1KUD.shape[1], query_1AUD.shape[-1], rows.sizes
+    found_BTAD = query_1AUD.new_zeros(number, longest, query_1AUD.shape[1], size)
+    order, token_BT = rows.lengths_B.argsort(descending=True), rows.token_P.view(number, longest)
+    start = 0
+    while start < number:
+        width = int(rows.lengths_B[order[start]])
+        own = order[start : (start := start + max(1, _SCORES // (query_1AUD.shape[1] * width**2)))]
+        tokens = token_BT[own, :width].flatten()
+        query, key, value = (
+            each.squeeze(0).transpose(0, 1).index_select(0, tokens).view(len(own), width, heads, -1, size)
+            for each in (query_1AUD, key_1KUD, value_1KUD)
+        )
+        # (b, T, K, G, D) each, with G queries of a key's head; keys and values have one.
+        grouped = (query * (scaling or size**-0.5)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+        scores = (grouped @ key.squeeze(3).transpose(1, 2).contiguous().mT).unflatten(2, (-1, width))
+        if scores.dtype != torch.float64:
+            scores = scores.float()
+        behind = torch.ones(width, width, dtype=torch.bool).triu(1)
+        weights = scores.masked_fill_(behind, float("-inf")).softmax(-1).to(value.dtype).flatten(2, 3)
+        seen = (weights @ value.squeeze(3).transpose(1, 2).contiguous()).unflatten(2, (-1, width))
+        found_BTAD[own, :width] = seen.permute(0, 3, 1, 2, 4).flatten(2, 3)
+    return found_BTAD
+
+
 PACKED_FROM = 16
 """Calls from which weights are laid out anew for them; it takes about as long as three do."""
 
@@ -279,6 +319,9 @@ def _install() -> None:
             return _attend_once(query, key, value, attention_mask, settings.get("scaling")), None
         if unpadded_rows is None:
             return inner(module, query, key, value, attention_mask, *arguments, **settings)
+        short = query.shape[2] >= _TOKENS and query.shape[1] * unpadded_rows.sizes[1] ** 2 <= _SCORES
+        if short and query.device.type == "cpu" and not torch.is_grad_enabled():
+            return unpadded_rows.gather(_attend_short(unpadded_rows, query, key, value, settings.get("scaling"))), None
         spread = [unpadded_rows.spread_heads(states) for states in (query, key, value)]
         output_BTAD, weights = inner(module, *spread, None, *arguments, **{**settings, "is_causal": True})
         return unpadded_rows.gather(output_BTAD), weights

@@ -97,6 +97,9 @@ class VLLMServer(EngineConfig):
     """Folder that this process and the servers see under the same path, where weights are handed over in training; null
     takes this machine's folder for temporary files, which servers on the same machine see. What killed runs left there
     is found by host name and process number, and deleted: containers of one host name need a folder each."""
+    seeded: bool = True
+    """Give every sample a seed of its own, so that a run repeats as far as the server's numeric type allows; false lets
+    the server draw as it likes, which is faster where it draws seeded samples one by one (small models on CPUs)."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "urls", checked_urls("engine.urls", self.urls))
@@ -115,7 +118,7 @@ class VLLMServer(EngineConfig):
         from stepkd.sampling.vllm import ServerEngine
 
         client = Client(self.urls, self.requests, self.timeout_s)
-        return ServerEngine(policy, client, weights=self.weights, breaks_off=breaks_off)
+        return ServerEngine(policy, client, weights=self.weights, seeded=self.seeded, breaks_off=breaks_off)
 
 
 def checked_urls(name: str, urls: Sequence[str] | str) -> tuple[str, ...]:

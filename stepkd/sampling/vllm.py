@@ -150,6 +150,8 @@ class ServerEngine(Engine):
     client: Client
     weights: str | None = field(default=None, kw_only=True)
     """Folder that both sides see, for the policy's weights; None: this machine's folder for temporary files."""
+    seeded: bool = field(default=True, kw_only=True)
+    """Whether every sample has a seed of its own."""
     breaks_off: Callable[[], bool] | None = field(default=None, kw_only=True)
     """Asked while it samples; once it says yes, nobody waits for servers: samples not there yet are an end token each,
     and weights are not sent."""
@@ -191,6 +193,7 @@ class ServerEngine(Engine):
             "served_model": self.client.model,
             "context": self.client.max_length,
             **{name: str(model.get(name)) for name in ("dtype", "quantization")},
+            **({} if self.seeded else {"seeded": False}),
         }
 
     def _score(self, completions: Sequence[Completion], top_k: int) -> list[Scores]:
@@ -290,6 +293,7 @@ class ServerEngine(Engine):
 
     def _ask(self, place: tuple[int, int], wanted: Wanted, spec: SamplingConfig) -> Completion:
         prompt, limit, key, _ = wanted
+        seeded = self.seeded and spec.temperature
         body = {
             "model": self.client.name,
             "prompt": prompt,
@@ -305,7 +309,7 @@ class ServerEngine(Engine):
             "skip_special_tokens": False,
             "stop_token_ids": sorted(self.policy.eos_ids),
             # Greedy is greedy without one, and a CPU's engine dies of a seed where it splits prompts.
-            "seed": (stream_key(spec.seed, str(key[0]), *key[1:]) + place[1]) % 2**31 if spec.temperature else None,
+            "seed": (stream_key(spec.seed, str(key[0]), *key[1:]) + place[1]) % 2**31 if seeded else None,
             "stop": list(spec.stop),
             "include_stop_str_in_output": True,
         }

@@ -15,6 +15,7 @@ from stepkd.data.encode import Encoder
 from stepkd.data.feedback import PairEncoder
 from stepkd.data.templates import get_template
 from stepkd.losses import token_logps
+from stepkd.models import packed
 from stepkd.models.policy import Policy
 from stepkd.models.spec import LoRAConfig, PolicyConfig, build_tiny, tiny_tokenizer
 from stepkd.steps.segment import get_segmenter
@@ -296,3 +297,38 @@ def test_attention_of_its_own_is_left_alone(attention: str) -> None:
     policy = Policy(model, tokenizer, verify_head=False)
     model.config._attn_implementation = attention
     assert not policy.can_unpad
+
+
+@pytest.mark.parametrize("scores", [1, 400, 10**6])
+def test_attention_in_groups_of_short_rows_is_torchs_attention(scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of any order and length, three queries to a key's head; groups of one row, of some, of all."""
+    monkeypatch.setattr(packed, "_SCORES", scores)
+    lengths, draw = torch.tensor([3, 9, 1, 9, 5]), torch.Generator().manual_seed(0)
+    mask_BT = (torch.arange(9) < lengths[:, None]).long().flip(1)  # padding on the left
+    _, rows = packed.Rows.of(mask_BT)
+    query, key, value = (
+        torch.randn(1, heads, int(lengths.sum()), 4, dtype=torch.float64, generator=draw) for heads in (6, 2, 2)
+    )
+    with torch.no_grad():
+        found = rows.gather(packed._attend_short(rows, query, key, value, 0.3))
+    spread = [rows.spread_heads(each) for each in (query, key, value)]
+    expected = torch.nn.functional.scaled_dot_product_attention(*spread, is_causal=True, scale=0.3, enable_gqa=True)
+    torch.testing.assert_close(found, rows.gather(expected.transpose(1, 2)), rtol=1e-12, atol=1e-12)
+
+
+def test_reading_many_tokens_without_gradients_gives_the_states_of_a_padded_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = []
+    inner = packed._attend_short
+    monkeypatch.setattr(packed, "_attend_short", lambda *given: calls.append(1) or inner(*given))
+    policy = Policy(*build_tiny("tiny-0.1m", seed=0, dtype="float64"))
+    ids_BT = torch.randint(5, 30, (8, 20), generator=torch.Generator().manual_seed(1))
+    mask_BT = (torch.arange(20) < torch.arange(6, 21, 2)[:, None]).long()
+    with torch.no_grad():
+        found = packed.unpadded_hidden(policy.causal_lm, ids_BT, mask_BT)
+        positions = packed.positions_from_mask(mask_BT)
+        backbone = packed.backbone_of(policy.causal_lm)
+        expected = backbone(input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions).last_hidden_state
+    assert calls
+    torch.testing.assert_close(found[mask_BT.bool()], expected[mask_BT.bool()], rtol=1e-9, atol=1e-12)
