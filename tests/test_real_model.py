@@ -17,8 +17,11 @@ DTYPE = str(compute_dtype()).removeprefix("torch.")
 """What the recipes say (bfloat16), or float32 where the CPU would emulate that for hours."""
 
 SEARCHES = sorted({path.stem for path in Path(__file__).parents[1].glob("recipes/search/*.yaml")} - {"tiny"})
-NEEDS: dict[str, dict[str, str]] = {}
-"""Settings that a recipe of search leaves to its user; MODEL is the weights."""
+_TREE = "class_path: MCTS, init_args: {iterations: 2, root_factor: 1, depth: 1"
+NEEDS: dict[str, dict[str, str]] = {
+    "mcts": {"--methods": f"[{{{_TREE}}}}}, {{{_TREE}, force_end: true, vote: weighted}}}}]", "--samples": "1"}
+}
+"""Settings that a recipe of search leaves to its user, or that it has for better machines; MODEL is the weights."""
 
 
 @pytest.fixture(scope="module")
