@@ -41,14 +41,14 @@ def print_summary(console: Any, summary: Mapping[str, Any]) -> None:
 
     def show(heads: list[str], cells: Callable[[Mapping[str, Any]], list[str]], caption: str | None = None) -> None:
         columns = (Column(head, justify="right") for head in heads)
-        table = Table("method", *columns, caption=caption, caption_justify="left")
+        table = Table(Column("method", no_wrap=True), *columns, caption=caption, caption_justify="left")
         for name, method in methods.items():
             table.add_row(name, *cells(method))
         console.print(table)
 
     def costs(method: Mapping[str, Any]) -> list[str]:
         means = [shown(method[cost], ".0f", gap=None) for cost in ("generated_tokens", "scored_tokens", "scorer_calls")]
-        return [percent(method["accuracy"]), *means, percent(method["accuracy_per_1000_tokens"], None)]
+        return [percent(method["accuracy"], "\n"), *means, percent(method["accuracy_per_1000_tokens"], None)]
 
     def differences(method: Mapping[str, Any]) -> list[str]:
         minus = [method["minus_greedy"], *method["minus_best_of_n"].values()]

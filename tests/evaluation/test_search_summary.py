@@ -145,7 +145,7 @@ def test_the_table_shows_every_method_and_what_a_reader_must_know(capsys: pytest
     summary = {"model": "m", "benchmark": "task", **summarised(rows(generated=47))}
     print_summary(Console(width=80), summary)
     text = capsys.readouterr().out
-    for word in ("m on task: 2 problems", "greedy", "beam", "- weighted *", "0 to 1/3", "50.0 (9.5 to 90.5)", "+50.0"):
+    for word in ("m on task: 2 problems", "greedy", "beam", "- weighted *", "0 to 1/3", "(9.5 to 90.5)", "+50.0"):
         assert word in text
     assert "1/3 to 2/3" not in text, "bins without problems are left out"
     assert notes(summary) == [
