@@ -96,6 +96,43 @@ def test_evaluation_gives_verdicts(gguf: Path, data_dir: Path, tmp_path: Path) -
     assert all(sample["completion"].strip() for sample in samples)
 
 
+def test_every_search_method_answers_a_problem(gguf: Path, tmp_path: Path) -> None:
+    """With the model as its own judge and, where there is one, its refiner; 32 new tokens."""
+    from dataclasses import fields
+
+    from stepkd.evaluation.config import METHODS, SearchJobConfig
+    from stepkd.evaluation.search import search_benchmark
+    from stepkd.runs.files import write_jsonl
+    from stepkd.runs.job import read_results
+    from stepkd.sampling.engine import SamplingConfig
+
+    small: dict[str, Any] = dict.fromkeys(("n", "width", "iterations", "beams", "rollouts", "clusters", "max_steps"), 2)
+    small |= {"rounds": 1, "depth": 2, "min_rounds": 1, "max_rounds": 2, "refiner": str(gguf)}
+    write_jsonl(
+        tmp_path / "rows.jsonl", [{"id": "0", "prompt": "Tom has 3 apples and buys 4. How many?", "answer": "7"}]
+    )
+    config = SearchJobConfig(
+        model=str(gguf),
+        benchmark="rows",
+        data=str(tmp_path / "rows.jsonl"),
+        template="gsm8k",
+        methods=tuple(kind(**{each.name: small[each.name] for each in fields(kind) if each.name in small})
+                      for kind in METHODS),
+        scorer=f"judge:{gguf}",
+        samples=2,
+        max_step_tokens=16,
+        sampling=SamplingConfig(max_new_tokens=32),
+        dtype=DTYPE,
+        device="cpu",
+        out=str(tmp_path / "out"),
+    )  # fmt: skip
+    summary = search_benchmark(config)
+    assert len(summary["methods"]) == len(METHODS)
+    rows = [row for row in read_results(tmp_path / "out") if row["method"] in summary["methods"]]
+    assert all(row["samples"][0]["completion"].strip() and row["tokens"]["generated"] > 0 for row in rows)
+    assert max(row["samples"][0]["tokens"] for row in rows) <= 32
+
+
 def test_a_reward_model_from_human_labels_to_processbench(gguf: Path, data_dir: Path, tmp_path: Path) -> None:
     """PRM800K, two steps of LoRA with a classifier, ProcessBench beside the prompted judge; its export too."""
     import json

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from stepkd.cli.parser import parse
 from stepkd.errors import ConfigError
 from stepkd.evaluation.config import SearchJobConfig
 from stepkd.evaluation.metrics import compare_runs
@@ -26,6 +27,7 @@ from stepkd.search.revise import VerifyRevise
 from stepkd.settings import build_settings
 
 OUTPUTS = ("settings.json", "results.jsonl", "summary.json")
+TASK = "task=modular:terms=3,n=3"
 METHODS = ("greedy", "self_consistency@2", "best_of_n@3", "beam@2x2")
 
 
@@ -34,7 +36,7 @@ def config(tmp_path: Path) -> SearchJobConfig:
     return SearchJobConfig(
         model="tiny-0.1m",
         benchmark="task",
-        data="task=modular:terms=3,n=3",
+        data=TASK,
         out=str(tmp_path / "out"),
         methods=(BestOfN(n=2, vote="majority"), BestOfN(n=3, vote="max"), Beam(n=2, width=2)),
         scorer="checker",
@@ -211,3 +213,19 @@ def test_methods_of_different_classes_are_read_from_a_file_and_an_unknown_settin
     incorrect = {"class_path": "Beam", "init_args": {"wdth": 2}}
     with pytest.raises(ConfigError, match="'wdth' is not a setting of methods; did you mean 'width'"):
         build_settings(SearchJobConfig, values | {"methods": [incorrect, soft]}, "search")
+
+
+RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes" / "search").glob("*.yaml"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_runs_with_a_tiny_model(recipe: Path, policy: Policy, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(re.sub(r"\b(runs|models)/[\w./-]+", "tiny-0.1m", recipe.read_text("utf-8")))
+    own = f"--scorer checker --model tiny-0.1m --benchmark task --data {TASK} --limit 1 --dtype float64 --device cpu"
+    short = f"--sampling.max_new_tokens 8 --max_step_tokens 4 --difficulty_samples 0 --out {tmp_path / 'out'}"
+    words = ["--config", str(tmp_path / "recipe.yaml"), *own.split(), *short.split()]
+    config = parse(SearchJobConfig, words, command="search")
+    summary = search_benchmark(config, policy=policy)
+    assert set(summary["methods"]) == {method.name for method in config.all_methods}
+    assert all(method["generated_tokens"]["value"] > 0 for method in summary["methods"].values())
