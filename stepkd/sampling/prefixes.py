@@ -105,15 +105,21 @@ class Prefixes:
             The hidden states of what was read, the mask of all columns, and the cache; every sequence ends in the last
             column.
         """
-        runs = [self._runs(ids) for ids in sequences]
+        places = {ids: place for place, ids in enumerate(dict.fromkeys(map(tuple, sequences)))}
+        distinct = list(places)  # several trials may go on from one text
+        runs = [self._runs(ids) for ids in distinct]
         known = [sum(run.end - run.start for run in own) for own in runs]
         if any(known):
-            reading = self._read_on(decoder, sequences, runs, known)
+            reading = self._read_on(decoder, distinct, runs, known)
         else:
-            reading = decoder.read(sequences, padding="left")
-        for row, (ids, start) in enumerate(zip(sequences, known, strict=True)):
+            reading = decoder.read(distinct, padding="left")
+        for row, (ids, start) in enumerate(zip(distinct, known, strict=True)):
             self.add(ids, start, reading.cache, row, reading.mask_PT.shape[1])
-        return reading
+        if len(distinct) == len(sequences):
+            return reading
+        rows_P = torch.tensor([places[tuple(ids)] for ids in sequences], device=reading.mask_PT.device)
+        reading.cache.batch_select_indices(rows_P)
+        return Reading(reading.hidden_PTH[rows_P], reading.mask_PT[rows_P], reading.cache)
 
     def _runs(self, ids: Sequence[int]) -> list[_Run]:
         runs: list[_Run] = []
