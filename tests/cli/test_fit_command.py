@@ -15,6 +15,8 @@ import forked
 import pytest
 import torch
 
+from stepkd.cli import main
+
 ROOT = Path(__file__).resolve().parents[2]
 OVERLAY = """
 trainer: {max_steps: 12, val_check_interval: 3}
@@ -160,45 +162,46 @@ def test_a_moved_run_keeps_its_best(overlay: Path, uninterrupted: Path, tmp_path
     assert last(moved, "best")["global_step"] == min(step for step in scores if scores[step] == best) + 1
 
 
-def test_an_existing_run_is_never_silently_overwritten(overlay: Path, uninterrupted: Path) -> None:
+def test_an_existing_run_is_never_silently_overwritten(
+    overlay: Path, uninterrupted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = (uninterrupted / "metrics.jsonl").read_bytes()
-    done = fit(overlay, uninterrupted)
-    assert done.returncode == 2
-    assert "--resume" in done.stderr
-    assert "--overwrite" in done.stderr
+    assert main(words(overlay, uninterrupted)) == 2
+    told = capsys.readouterr().err
+    assert "--resume" in told
+    assert "--overwrite" in told
     assert (uninterrupted / "metrics.jsonl").read_bytes() == before
 
 
-def test_evaluate_and_export_take_a_run_folder(uninterrupted: Path, tmp_path: Path) -> None:
+def test_evaluate_and_export_take_a_run_folder(
+    uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from transformers import AutoModelForCausalLM
 
     from stepkd.models.checkpoint import load_trained
 
     out = tmp_path / "exported"
-    forked.run(["export", str(uninterrupted), "--to", str(out)]).check_returncode()
+    assert main(["export", str(uninterrupted), "--to", str(out)]) == 0
     plain = AutoModelForCausalLM.from_pretrained(out)
     ours = load_trained(uninterrupted)
     ids = torch.arange(3, 40).unsqueeze(0)
     with torch.no_grad():
         assert torch.equal(plain(input_ids=ids).logits, ours.causal_lm(input_ids=ids).logits)
     arguments = ["evaluate", "--model", str(uninterrupted), "--benchmark", "task", "--data", "task=modular,n=8"]
-    done = forked.run([*arguments, "--sampling.max_new_tokens", "16", "--out", str(tmp_path / "evaluation")])
-    assert done.returncode == 0, done.stderr
-    assert "pass@1" in done.stdout
+    assert main([*arguments, "--sampling.max_new_tokens", "16", "--out", str(tmp_path / "evaluation")]) == 0
+    assert "pass@1" in capsys.readouterr().out
 
 
-def test_validate_and_predict(uninterrupted: Path, overlay: Path, tmp_path: Path) -> None:
+def test_validate_and_predict(uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from stepkd.data.io import read_rows
     from stepkd.data.rows import COMPLETION, validate
 
     checkpoint = str(uninterrupted / "checkpoints" / "best.ckpt")
     config = ["--config", str(uninterrupted / "config.yaml"), "--ckpt_path", checkpoint]
-    done = forked.run(["validate", *config])
-    assert done.returncode == 0, done.stderr
-    assert "val/accuracy" in done.stdout
+    assert main(["validate", *config]) == 0
+    assert "val/accuracy" in capsys.readouterr().out
     out = tmp_path / "completions"
     predict = ["--data.init_args.predict.source", "task", "--data.init_args.predict.options", "{task: modular, n: 5}"]
-    done = forked.run(["predict", *config, *predict, "--out", str(out)])
-    assert done.returncode == 0, done.stderr
+    assert main(["predict", *config, *predict, "--out", str(out)]) == 0
     rows = [validate(row, COMPLETION, path=out, line=line) for row, line in read_rows(out / "completions.jsonl")]
     assert len(rows) == 5
