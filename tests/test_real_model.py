@@ -16,13 +16,6 @@ pytestmark = pytest.mark.slow
 DTYPE = str(compute_dtype()).removeprefix("torch.")
 """What the recipes say (bfloat16), or float32 where the CPU would emulate that for hours."""
 
-SEARCHES = sorted({path.stem for path in Path(__file__).parents[1].glob("recipes/search/*.yaml")} - {"tiny"})
-_TREE = "class_path: MCTS, init_args: {iterations: 2, root_factor: 1, depth: 1"
-NEEDS: dict[str, dict[str, str]] = {
-    "mcts": {"--methods": f"[{{{_TREE}}}}}, {{{_TREE}, force_end: true, vote: weighted}}}}]", "--samples": "1"}
-}
-"""Settings that a recipe of search leaves to its user, or that it has for better machines; MODEL is the weights."""
-
 
 @pytest.fixture(scope="module")
 def gguf() -> Path:
@@ -164,21 +157,3 @@ def test_a_reward_model_from_human_labels_to_processbench(gguf: Path, data_dir: 
     # The merged weights round to bfloat16, the adapter does not.
     assert scores["export"] == pytest.approx(scores["run"], abs=0.05)
     assert scores["judge"] != pytest.approx(scores["run"], abs=0.05)
-
-
-@pytest.mark.parametrize("name", SEARCHES)
-def test_every_search_recipe_finds_an_answer(name: str, gguf: Path, data_dir: Path, tmp_path: Path) -> None:
-    """One problem, 32 new tokens; the model itself judges its steps."""
-    from stepkd.runs.job import read_results
-
-    more = {key: gguf if value == "MODEL" else value for key, value in NEEDS.get(name, {}).items()}
-    shown = stepkd(
-        *("search", "--config", f"search/{name}", "--model", gguf, "--scorer", f"judge:{gguf}"),
-        *("--benchmark", "gsm8k", "--data", data_dir / "gsm8k", "--limit", 1, "--sampling.max_new_tokens", 32),
-        *("--difficulty_samples", 0, "--out", tmp_path / "out", *(word for pair in more.items() for word in pair)),
-    )
-    assert "greedy" in shown
-    for row in read_results(tmp_path / "out"):
-        assert all(0 < sample["tokens"] <= 32 and sample["completion"].strip() for sample in row["samples"])
-        assert row["tokens"]["generated"] >= max(sample["tokens"] for sample in row["samples"])
-        assert row["method"] in ("greedy", "pool") or row["trace"]

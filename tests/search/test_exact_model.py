@@ -25,6 +25,10 @@ from stepkd.scorers.scorer import Solutions
 from stepkd.search.beam import Beam
 from stepkd.search.best_of_n import BestOfN, Greedy
 from stepkd.search.generate import SampledSteps, ScorerValue
+from stepkd.search.mcts import MCTS
+from stepkd.search.particles import ParticleFilter
+from stepkd.search.phi import PhiDecoding
+from stepkd.search.revise import VerifyRevise
 from stepkd.search.state import Costs, Found, Problem, Search, State, Tools
 from stepkd.tasks.base import keyed_fraction
 
@@ -76,7 +80,17 @@ def tools(engine: Engine, policy: Policy, scorer: Any = None, **limits: Any) -> 
 
 
 def shape(found: Sequence[Found]) -> list[Any]:
-    return [(each.token_ids.tolist(), each.text, each.finish, each.score, each.trace) for each in found]
+    """All that should be the same, numbers to nine decimals: log-probabilities differ in rounding."""
+    return [rounded([each.token_ids.tolist(), each.text, each.finish, each.score, each.trace]) for each in found]
+
+
+def rounded(value: Any) -> Any:
+    """Floats in JSON values to nine decimals."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(item) for item in value]
+    return round(value, 9) if isinstance(value, float) else value
 
 
 @pytest.mark.parametrize(
@@ -84,6 +98,15 @@ def shape(found: Sequence[Found]) -> list[Any]:
     [
         *(Greedy(), BestOfN(n=3, vote="soft")),
         *(Beam(n=4, width=2, max_steps=3), Beam(n=4, width=2, max_steps=3, diverse=True)),
+        *(
+            pytest.param(search, marks=pytest.mark.slow)
+            for search in (
+                ParticleFilter(n=3, max_steps=3),
+                MCTS(iterations=3, root_factor=1, actions=2, depth=2, max_steps=3),
+                PhiDecoding(beams=2, rollouts=2, max_rounds=3, min_rounds=2),
+                VerifyRevise(rounds=2, theta=0.9),
+            )
+        ),
     ],
     ids=lambda search: search.name,
 )

@@ -14,6 +14,10 @@ from stepkd.scorers.scorer import Solutions
 from stepkd.search.beam import Beam
 from stepkd.search.best_of_n import BestOfN, Greedy, choice, soft_choice
 from stepkd.search.generate import ScorerValue
+from stepkd.search.mcts import MCTS
+from stepkd.search.particles import ParticleFilter
+from stepkd.search.phi import PhiDecoding
+from stepkd.search.revise import VerifyRevise
 from stepkd.search.state import Costs, Found, Problem, Search, State, Step, Tools
 from stepkd.tasks.base import is_answer, keyed_fraction
 from stepkd.tasks.rows import check_row, make_rows, row_problem
@@ -148,6 +152,44 @@ def test_with_the_exact_checker_a_correct_step_is_kept_whenever_there_is_one(
     assert all(costs[p.index]["scorer_calls"] and not costs[p.index]["unscored"] for p in world)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.1])
+def test_with_the_exact_checker_a_particle_that_is_correct_crowds_out_the_others(
+    temperature: float, world: list[Problem], grader: Grader
+) -> None:
+    tools = Tools(World(0.6), grader, ScorerValue(Checker()))
+    solved = []
+    for problem, (answer, *_) in zip(
+        world, ParticleFilter(n=4, temperature=temperature).run(world, tools), strict=True
+    ):
+        events = [event for event in answer.trace if event["event"] == "resample"]
+        assert all({e["scores"][i] for i in e["kept"]} == {max(e["scores"])} for e in events)
+        able = all(1.0 in event["scores"] for event in [*events, answer.trace[-1]])
+        assert all(check_row(problem.row, answer.text.splitlines())) is able
+        solved.append(able)
+    assert 0 < sum(solved) < len(solved)
+
+
+@pytest.mark.parametrize("actions", [2, 3])
+def test_with_the_exact_checker_tree_search_decides_for_a_correct_step(
+    actions: int, world: list[Problem], grader: Grader
+) -> None:
+    search = MCTS(iterations=4, root_factor=1, actions=actions, depth=2)
+    lost = kept = 0
+    for problem, (answer, *_) in zip(
+        world, search.run(world, Tools(World(0.6), grader, ScorerValue(Checker()))), strict=True
+    ):
+        before: list[str] = []
+        for event in answer.trace:
+            good = [all(check_row(problem.row, [*before, step])) for step in event["steps"]]
+            (taken,) = event["kept"]
+            assert good[taken] is any(good)
+            before.append(event["steps"][taken])
+            lost, kept = lost + (not any(good)), kept + (any(good) and not all(good))
+        assert answer.text == "".join(before)
+    assert lost
+    assert kept
+
+
 @pytest.mark.parametrize("vote", ["max", "weighted"])
 def test_with_the_exact_checker_best_of_n_finds_a_correct_sample(
     vote: Any, world: list[Problem], grader: Grader
@@ -244,6 +286,28 @@ def test_scores_that_are_not_numbers_rank_last_and_are_counted(search: Search, g
     assert all(own[0].text for own in nothing), "an answer all the same"
 
 
+OTHERS = [
+    ParticleFilter(n=3),
+    MCTS(iterations=4, root_factor=1, actions=2, depth=2),
+    MCTS(iterations=4, root_factor=1, actions=2, depth=2, vote="weighted", force_end=True),
+    PhiDecoding(beams=2, rollouts=2),
+    PhiDecoding(beams=2, rollouts=2, variant="code"),
+    VerifyRevise(),
+    VerifyRevise(draft="sampled", answer="best"),
+]
+
+
+@pytest.mark.parametrize("search", OTHERS, ids=lambda search: search.name)
+def test_every_method_answers_where_the_scorer_says_little_or_nothing(search: Search, grader: Grader) -> None:
+    for letters in ("b", "abc#"):
+        costs = Costs()
+        found = search.run(coins(12), Tools(Coins(0.3), grader, ScorerValue(Sick(letters), costs=costs), costs))
+        assert all(own[0].text for own in found)
+        if search.needs_scorer:
+            assert sum(costs[i]["unscored"] for i in range(12)) > 0
+            assert letters == "b" or all(own[0].score is None for own in found) or isinstance(search, MCTS)
+
+
 class Silent(Keyed):
     """Ends every solution without a word."""
 
@@ -251,13 +315,13 @@ class Silent(Keyed):
         return Step("", (9,), -1.0, "stop", sample)
 
 
-@pytest.mark.parametrize("search", [*BEAMS, BestOfN(n=3), BestOfN(n=3, vote="majority"), Greedy()])
+@pytest.mark.parametrize("search", [*BEAMS, *OTHERS, BestOfN(n=3), Greedy()])
 def test_solutions_without_words_are_solutions(search: Search, grader: Grader) -> None:
     """Nothing can judge them, and nothing is left of a beam that has only such; no problems are no error either."""
     costs = Costs()
     tools = Tools(Silent(), grader, ScorerValue(Sick(""), costs=costs), costs)
     for own in search.run(coins(2), tools):
-        assert {(each.text, each.finish, each.score) for each in own} == {("", "stop", None)}
+        assert {(each.text, each.finish) for each in own} == {("", "stop")}
     assert not any(costs[i]["scorer_calls"] for i in range(2))
     assert search.run([], tools) == []
 
