@@ -166,6 +166,7 @@ def unpadded_hidden(
         past_key_values=cache,
         use_cache=cache is not None,
         unpadded_rows=compact,
+        for_sampling=cache is not None,
     ).last_hidden_state
     for layer in () if cache is None else cache.layers:
         layer.keys, layer.values = here.spread_heads(layer.keys), here.spread_heads(layer.values)
@@ -220,17 +221,16 @@ def _attend_once(query_BA1D: Tensor, key_BKTD: Tensor, value_BKTD: Tensor, seen:
 
 _SCORES = 1_000_000
 """Scores of attention that are held at once: they stay near the CPU."""
-_TOKENS = 64
-"""Of fewer it does not matter who computes attention, and :func:`check_unpadded` compares one kernel with itself."""
 
 
 def _attend_short(
     rows: Rows, query_1AUD: Tensor, key_1KUD: Tensor, value_1KUD: Tensor, scaling: float | None
 ) -> Tensor:
-    """(B, T, A, D) of causal attention in rows without gradients, groups of rows of similar length at a time.
+    """(B, T, A, D) of causal attention in rows that are sampled from, groups of rows of similar length at a time.
 
     On a CPU a multiple of the speed of torch's kernel, which computes all rows at the length of the longest, and is
-    made for longer ones than prompts are.
+    made for longer ones than prompts are. In 16 bits it rounds otherwise: what is trained and what it is compared with
+    are both read by torch's.
     """
     heads, size, (number, longest) = key_1KUD.shape[1], query_1AUD.shape[-1], rows.sizes
     found_BTAD = query_1AUD.new_zeros(number, longest, query_1AUD.shape[1], size)
@@ -312,6 +312,7 @@ def _install() -> None:
         attention_mask: Tensor | None,
         *arguments: Any,
         unpadded_rows: Rows | None = None,
+        for_sampling: bool = False,
         one_query: bool = False,
         **settings: Any,
     ) -> tuple[Tensor, None]:
@@ -319,8 +320,8 @@ def _install() -> None:
             return _attend_once(query, key, value, attention_mask, settings.get("scaling")), None
         if unpadded_rows is None:
             return inner(module, query, key, value, attention_mask, *arguments, **settings)
-        short = query.shape[2] >= _TOKENS and query.shape[1] * unpadded_rows.sizes[1] ** 2 <= _SCORES
-        if short and query.device.type == "cpu" and not torch.is_grad_enabled():
+        short = query.shape[1] * unpadded_rows.sizes[1] ** 2 <= _SCORES and key.shape[-1] == value.shape[-1]
+        if for_sampling and short and query.device.type == "cpu":
             return unpadded_rows.gather(_attend_short(unpadded_rows, query, key, value, settings.get("scaling"))), None
         spread = [unpadded_rows.spread_heads(states) for states in (query, key, value)]
         output_BTAD, weights = inner(module, *spread, None, *arguments, **{**settings, "is_causal": True})

@@ -4,7 +4,8 @@ Run: ``python tests/benchmarks/bench_decode.py --model FOLDER --out RESULT [--pr
 [--against CHECKOUT] [--vllm-python PYTHON] [--lm-eval-python PYTHON]``. Sides are ``old`` (the decoder of another
 checkout, as old as commit deb7e86), ``ours`` (in process), ``generate`` and ``generate-static`` (transformers, with a
 growing and a static cache), ``vllm`` (in process), ``server-16``, ``-64``, ``-128`` (one vLLM server with so many
-requests at a time, started here or at ``--server``), ``lm-eval-hf`` and ``lm-eval-vllm`` (lm-evaluation-harness).
+requests at a time, started here or at ``--server``; ``server-64-unseeded`` without seeds), ``lm-eval-hf`` and
+``lm-eval-vllm`` (lm-evaluation-harness).
 
 Every side is a process of its own, started when its turn comes first, with one batch behind it; they take turns, round
 by round. Completions have a fixed length (no token ends one), all sides compute in one dtype on the same prompts, and

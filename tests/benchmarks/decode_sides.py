@@ -157,11 +157,11 @@ def vllm(given: dict[str, Any]) -> Run:
     return anew
 
 
-def server(given: dict[str, Any], requests: int) -> Run:
+def server(given: dict[str, Any], requests: int, seeded: bool = True) -> Run:
     """A vLLM server, so many requests at a time, through our engine."""
     outline = _outline(given)
     settings = import_module("stepkd.sampling.config")
-    engine = settings.VLLMServer(urls=given["server"], requests=requests).build(outline)
+    engine = settings.VLLMServer(urls=given["server"], requests=requests, seeded=seeded).build(outline)
     client, ask = engine.client, engine.client.ask
 
     def to_the_limit(path: str, body: Any = None, **more: Any) -> Any:
@@ -212,6 +212,7 @@ SIDES: dict[str, Callable[[dict[str, Any]], Run]] = {
     "server-16": functools.partial(server, requests=16),
     "server-64": functools.partial(server, requests=64),
     "server-128": functools.partial(server, requests=128),
+    "server-64-unseeded": functools.partial(server, requests=64, seeded=False),
     "lm-eval-hf": functools.partial(harness, backend="hf"),
     "lm-eval-vllm": functools.partial(harness, backend="vllm"),
 }
