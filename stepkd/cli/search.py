@@ -80,7 +80,13 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
                 f"--samples {math.ceil(needs)} would reach its budget"
             )
         counts = {"answers cut off": method["cut_off"], "solutions without a score": method["unscored"]}
+        counts["prompts about drafts without room for an answer"] = method["no_room"]
         found += [f"{name}: {what}: {count}" for what, count in counts.items() if count]
+        if "drafted" in method:
+            found.append(
+                f"{name}: {method['drafted']['value']:.0f} tokens of the small model per problem, which are in no "
+                f"table, and {method['passes']['value']:.0f} forward passes of the policy"
+            )
     last = pool["ks"][-1]
     for name, peak in pool["peaks"].items():
         if peak["k"] < last:

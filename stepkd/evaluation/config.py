@@ -222,8 +222,8 @@ class SearchJobConfig(BenchmarkJobConfig):
                 )
             if names.count(name) > 1:
                 raise ConfigError(
-                    f"methods: two are called {name}: drop one, or give it settings that its name shows (a class of "
-                    "your own says more in its name)"
+                    f"methods: two are called {name}, which has all settings that differ from their defaults but the "
+                    "seed: drop one; another seed is another job"
                 )
         for method in self.all_methods:
             if method.needs_scorer and self.scorer is None:

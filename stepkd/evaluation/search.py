@@ -14,6 +14,7 @@ A row of ``results.jsonl`` is a problem under a method; those of a problem stand
                                                                  # method that chooses among the pool the answer alone
      "tokens": {"generated": int, "scored": int},                # spent on the problem, what was thrown away included
      "scorer_calls": int, "unscored": int,                       # solutions given to the scorer; those without a score
+     "drafted": int, "passes": int, "no_room": int,              # search.state.Costs; each only where it is above 0
      "trace": [{"event": str, ...}, ...]}                        # decisions in order (search.state.Found.trace)
 
 Two methods are no methods, but samples of the policy, and have no answer and an empty trace:
@@ -233,6 +234,7 @@ class _Bench:
             spent = tools.costs[problem.index]
             tokens = {"generated": tools.costs.generated(problem.index), "scored": spent["scored_tokens"]}
             costs = {"tokens": tokens, "scorer_calls": spent["scorer_calls"], "unscored": spent["unscored"]}
+            costs |= {name: spent[name] for name in Costs.APART if spent[name]}
             rows.append({**self.opened.told(problem.index), "method": name, "samples": samples, **costs, "trace": []})
         return rows
 

@@ -111,9 +111,11 @@ def summarise_search(
 
         - ``methods``: name -> ``accuracy``; ``generated_tokens``, ``scored_tokens``, ``scorer_calls`` (means per
           problem); ``accuracy_per_1000_tokens`` (correct answers per 1,000 generated tokens); ``cut_off``, ``unparsed``
-          (answers), ``unscored`` (solutions), counts; ``minus_greedy`` (paired difference of accuracies; null for
-          greedy); ``budget`` (``samples``, ``used``, ``clamped``) and ``minus_best_of_n``: paired difference to
-          choosing among ``used`` samples by ``majority``, and with a scorer by ``max`` and ``weighted``;
+          (answers), ``unscored`` (solutions), ``no_room`` (prompts about drafts), counts; where there is that,
+          ``drafted`` (tokens of a small model) and ``passes`` (of the policy), means per problem; ``minus_greedy``
+          (paired difference of accuracies; null for greedy); ``budget`` (``samples``, ``used``, ``clamped``) and
+          ``minus_best_of_n``: paired difference to choosing among ``used`` samples by ``majority``, and with a scorer
+          by ``max`` and ``weighted``;
           ``by_difficulty``: bin -> accuracy or null.
         - ``pool``: ``samples``, ``generated_tokens`` of one sample, ``unscored``, ``reduction``, ``ks``, ``curves``
           (name -> interval at each k: ``pass``, ``majority``, and with a scorer every reduction by itself and with
@@ -206,7 +208,13 @@ def _method(rows: Sequence[Row], settings: Resampling) -> dict[str, Any]:
         "cut_off": sum(answer["finish"] == "length" for answer in answers),
         "unparsed": sum(answer["verdict"] == "unparsed" for answer in answers),
         "unscored": sum(row["unscored"] for row in rows),
+        "no_room": sum(row.get("no_room", 0) for row in rows),
+        **{name: _mean(values, settings) for name in ("drafted", "passes") if (values := _counted(rows, name)).any()},
     }
+
+
+def _counted(rows: Sequence[Row], name: str) -> FloatArray:
+    return np.array([float(row.get(name, 0)) for row in rows])
 
 
 class _Pool:

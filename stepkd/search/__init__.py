@@ -1,19 +1,23 @@
 """Test-time methods over one pair: a generator that proposes steps, and a value (or step scorer) that judges them.
 
-* :mod:`~stepkd.search.tree`: `Problem`, `State` (a solution so far), `Step`; the protocols `StepGenerator`
-  (propose next steps, complete solutions) and `StateValue` (estimate states): a method needs nothing else. Nodes,
-  priors, PUCT selection and backup; pure Python, by the formulas of the paper.
+* :mod:`~stepkd.search.state`: `Problem`, `Step`, `State` (a solution so far); the protocols `StepGenerator` (propose
+  next steps, complete solutions) and `StateValue` (estimate states); `Search`, what a method is, and the `Tools` that
+  it works with, which count what it spends.
 * :mod:`~stepkd.search.generate`: `SampledSteps`, steps from a language model, cut by any segmenter; `ContinuationValue`
   (share of correct continuations), `ScorerValue` (a reward model, a prompted judge, an exact checker).
-* :mod:`~stepkd.search.mcts`: `tree_search`, Monte-Carlo tree search of many problems in lockstep: the leaves of all
-  trees are expanded in one batch, and every tree is as if it were searched alone; and `MCTS`, an answer from a tree.
-  :mod:`~stepkd.search.pairs`: `tree_pairs`, step preference pairs along the chosen path with values and visit counts.
-* :mod:`~stepkd.search.revise` and :mod:`~stepkd.search.refine`: drafts that are verified and revised, by the policy
-  itself or by a trained refiner.
-* :mod:`~stepkd.search.particles`: `ParticleFilter`, which draws solutions again by their scores at every step.
-* :mod:`~stepkd.search.phi`: `PhiDecoding`, which looks ahead and asks no scorer.
+* Choosing among whole solutions: :mod:`~stepkd.search.best_of_n` (`Greedy`, `BestOfN`).
+* Step by step: :mod:`~stepkd.search.beam` (`Beam`, also as DVTS), :mod:`~stepkd.search.particles` (`ParticleFilter`),
+  :mod:`~stepkd.search.phi` (`PhiDecoding`, which looks ahead and asks no scorer).
+* Token by token, over what :mod:`~stepkd.search.tokens` drafts: :mod:`~stepkd.search.value_guided` (`ValueGuided`),
+  :mod:`~stepkd.search.entropy` (`EntropyBranching`), :mod:`~stepkd.search.speculative` (`Speculative`).
+* With drafts: :mod:`~stepkd.search.revise` (`VerifyRevise`, the policy revises), :mod:`~stepkd.search.refine`
+  (`Refine`, a trained refiner does).
+* With a tree: :mod:`~stepkd.search.tree` (nodes, priors, PUCT selection and backup, in pure Python) and
+  :mod:`~stepkd.search.mcts` (`tree_search` of many problems in lockstep; `MCTS`, an answer from a tree);
+  :mod:`~stepkd.search.pairs` makes step preference pairs of trees.
 
-``stepkd pairs tree`` runs all of this as a resumable job (:mod:`stepkd.labels.tree_pairs`).
+``stepkd search`` compares the methods on a benchmark (:mod:`stepkd.evaluation.search`), ``stepkd pairs tree`` makes
+pairs (:mod:`stepkd.labels.tree_pairs`); both are resumable jobs.
 """
 
 from __future__ import annotations
@@ -21,6 +25,8 @@ from __future__ import annotations
 from stepkd.lazy import lazily
 
 _HOMES = {
+    "beam": "Beam",
+    "best_of_n": "BestOfN Greedy",
     "entropy": "EntropyBranching",
     "generate": "ContinuationValue SampledSteps ScorerValue",
     "mcts": "MCTS Reference TreeConfig tree_search",
@@ -29,7 +35,7 @@ _HOMES = {
     "phi": "PhiDecoding",
     "refine": "Refine",
     "revise": "VerifyRevise",
-    "state": "Costs Found Problem Search State StateValue Step StepGenerator Tools",
+    "state": "Costs Found Problem Search State StateValue Step StepGenerator Tools Writer found ranked",
     "speculative": "Speculative",
     "tree": "Decision Node Option SearchTree",
     "value_guided": "ValueGuided",

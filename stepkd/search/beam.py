@@ -1,10 +1,15 @@
 """Search step by step over a population of solutions: step beam search, diverse verifier tree search.
 
-Both draw steps, score the solutions they lead to, and go on with the best. Step beam search (Snell et al. 2024, arXiv
+Both draw steps, score the solutions they lead to, and continue the best. Step beam search (Snell et al. 2024, arXiv
 2408.03314, section 5.2) keeps the best of all; diverse verifier tree search (Beeching et al. 2024, "Scaling test-time
 compute with open models") divides them into trees that share nothing but the prompt, and keeps the best of each.
-search-and-learn's code scores a step with a lookahead of one more by default, and lets all candidates of a tree's last
-step vote; here a step is scored as it is, and the best of each tree votes.
+
+The answer is taken otherwise than there. In section 5.2 (as we remember it; it could not be read again) all n
+candidates of the last step vote, weighted by their scores. In search-and-learn (027a727) DVTS lets all candidates of a
+tree's last step vote, and the beam sets finished solutions aside and keeps drawing n beams. Here the n / width
+solutions that are left at the end vote: of a beam with n = width there is one, and no vote. A finished solution keeps
+its place while it is among the best. search-and-learn's DVTS also scores a step with a lookahead of one more (at
+027a727; by default none since May 2025); here a step is scored as it is.
 """
 
 from __future__ import annotations
@@ -83,7 +88,7 @@ class Beam(Population):
     @property
     def name(self) -> str:
         """See :attr:`~stepkd.search.state.Search.name`."""
-        return f"{'dvts' if self.diverse else 'beam'}@{self.n}x{self.width}"
+        return self.named(f"{'dvts' if self.diverse else 'beam'}@{self.n}x{self.width}", "diverse", "n", "width")
 
     def run(self, problems: Sequence[Problem], tools: Tools) -> list[list[Found]]:
         """See :meth:`~stepkd.search.state.Search.run`; a finished solution keeps its place while it is among the

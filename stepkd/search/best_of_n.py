@@ -71,7 +71,7 @@ class BestOfN(Search):
     def name(self) -> str:
         """See :attr:`~stepkd.search.state.Search.name`."""
         kind = {"majority": "self_consistency", "max": "best_of_n"}.get(self.vote, f"best_of_n_{self.vote}")
-        return f"{kind}{'' if self.reduction is None else f'_{self.reduction}'}@{self.n}"
+        return self.named(f"{kind}@{self.n}", "vote", "n")
 
     def run(self, problems: Sequence[Problem], tools: Tools) -> list[list[Found]]:
         """See :meth:`~stepkd.search.state.Search.run`."""
@@ -267,7 +267,7 @@ def weighted_vote_at_k(
     """Expected accuracy of the answer with the highest sum of scores among k samples drawn without replacement.
 
     Exact (all subsets) up to `MAX_EXACT_SUBSETS` subsets, else the mean over `SUBSET_DRAWS` drawn ones. As in
-    :func:`~stepkd.evaluation.metrics.maj_at_k`: ties are split evenly, an answer counts by the share of its samples
+    :func:`maj_at_k`: ties are split evenly, an answer counts by the share of its samples
     that are correct, and a draw without any answer is incorrect; so equal scores above 0 give exactly maj@k.
 
     Args:

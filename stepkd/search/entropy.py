@@ -22,14 +22,13 @@ class EntropyBranching(Search):
     al. 2025, arXiv 2507.03038).
 
     At every token ``K = floor(k_min + (k_max - k_min) * clip((H - low) / (high - low), 0, 1))`` trials, H its entropy
-    at temperature 1. Where K is above 1, each is drawn up to a punctuation mark, and one of them stands as a whole; all
-    trials of all problems are drawn at once.
+    at temperature 1. Where K is above 1, each is drawn up to a punctuation mark, and one of them is kept as a whole;
+    all trials of all problems are drawn at once.
 
     Entropy and the least perplexity ``exp(-mean log p)`` are those of the paper's algorithm 1, of the model itself. Its
-    released code (wyzjack/CNTP), from which K and the defaults are, takes both from the distribution that is sampled
-    from, and compares not perplexities but the probabilities of as many first tokens as the shortest trial has; the
-    algorithm's K is ``max(1, min(k_max, floor((H - low) / (high - low) * k_max)))``. A mark ends a trial there only as
-    a token of its own, here wherever it stands.
+    released code (wyzjack/CNTP, commit 105b096), from which K and the defaults are, takes both from the distribution
+    that is sampled from; the algorithm's K is ``max(1, min(k_max, floor((H - low) / (high - low) * k_max)))``. A mark
+    ends a trial there only as a token of its own, here wherever it occurs.
 
     An entropy takes the probabilities of all tokens: the transformers engine has them, vLLM's do not, and are refused.
     """
@@ -43,9 +42,11 @@ class EntropyBranching(Search):
     high: float = 1.5
     """Entropy in nats from which there are k_max trials, above low; 1.5 in the released scripts."""
     until: tuple[str, ...] = (".", ",", "\n", "?", "!", ":", ";", ")", "]", "}")
-    """Strings that end a trial, at least one; these are the released code's. A step's longest length bounds it, too."""
+    """Strings that end a trial, at least one; these are the released code's. Where none comes, the longest step bounds
+    a trial; the first one, which was begun before the uncertain token, is then shorter than the others by what came
+    before that token."""
     choose: Literal["perplexity", "scorer"] = "perplexity"
-    """Which trial stands: that of least perplexity, as in the paper, or the one that the step scorer likes best."""
+    """Which trial is kept: that of least perplexity, as in the paper, or that of the step scorer's highest score."""
     reduction: Reduction | None = None
     """From the step scorer's scores to one: product, min, mean or last; null takes what suits their meaning."""
 
@@ -69,7 +70,7 @@ class EntropyBranching(Search):
     @property
     def name(self) -> str:
         """See :attr:`~stepkd.search.state.Search.name`."""
-        return f"entropy_branching{'_scorer' if self.needs_scorer else ''}@{self.k_max}"
+        return self.named(f"entropy_branching@{self.k_max}", "k_max")
 
     def trials(self, entropy: float) -> int:
         """K of a token.
@@ -106,7 +107,7 @@ class EntropyBranching(Search):
         return [[found(drafter.state(each), trace=each.trace)] for each in solutions]
 
     def _choose(self, drafter: Drafter, tools: Tools, forks: Sequence[tuple[Writing, Sequence[Drawn]]]) -> None:
-        """Have one of the trials of every solution stand."""
+        """Keep one of the trials of every solution."""
         states = [drafter.state(each, trial) for each, trials in forks for trial in trials]
         if self.needs_scorer:
             scores = tools.scores(states, self.reduction)

@@ -84,7 +84,8 @@ class SampledSteps:
     segmenter: str = field(default="newline", kw_only=True)
     """Name of the segmenter; one that reads log-probabilities may be used, other signals may not."""
     max_step_tokens: int = field(default=128, kw_only=True)
-    """Longest step in tokens, >= 1; one that is longer is cut off, and ends the solution."""
+    """Longest step in tokens, >= 1: one proposed that is longer is cut off, and ends the solution. Whole solutions
+    (:meth:`complete`) may have longer ones."""
     max_tokens: int | None = field(default=None, kw_only=True)
     """Longest solution in tokens, >= 1, beyond which it is cut off; None: as long as the model's context."""
     costs: Costs = field(default_factory=Costs, kw_only=True)
@@ -152,6 +153,16 @@ class SampledSteps:
         ids = Encoder(self.policy.tokenizer, self.template, self._cut, max_length=10**9).prompt_ids(row)
         room = self.room(State(new := replace(problem, row=row, prompt_ids=ids)))
         return new if room is None or room >= 1 else None
+
+    def fitted(self, state: State) -> State:
+        """See :class:`~stepkd.search.state.Writer`."""
+        if (room := self.room(state)) is None or room >= 0:
+            return state
+        ids = state.token_ids[:room]
+        kept = state.first(sum(end <= len(ids) for end in state.step_ends))
+        text = text_from_ids(self.policy.tokenizer, ids).text[len(kept.text) :]
+        last = Step(text, ids[len(kept.token_ids) :], None, "length")
+        return kept.then(last) if last.token_ids else replace(kept, end="length")
 
     def cut(self, problem: Problem, token_ids: Sequence[int], raw_logprobs: Sequence[float] | None, end: End) -> State:
         """A solution that was drawn token by token as a state.

@@ -56,6 +56,8 @@ class TreeConfig:
     """How trees are searched. Walks, actions, depth and exploration are MCTS-DPO's for mathematics (arXiv 2405.00451);
     the module's text says what is not."""
 
+    _place = ""  # what stands before the settings' names in a message
+
     iterations: int = 64
     """Walks per decision, at least 1; the paper's number."""
     root_factor: int = 4
@@ -83,7 +85,7 @@ class TreeConfig:
 
     def __post_init__(self) -> None:
         check_bounds(
-            "search.",
+            self._place,
             self,
             iterations="[1, inf)",
             root_factor="[1, inf)",
@@ -94,7 +96,8 @@ class TreeConfig:
             damp_after="[0, inf)",
         )
         if self.max_steps < self.depth:
-            raise ConfigError(f"search.max_steps={self.max_steps} is below the look-ahead, search.depth={self.depth}")
+            at = self._place
+            raise ConfigError(f"{at}max_steps={self.max_steps} is below the look-ahead, {at}depth={self.depth}")
 
     @property
     def deepest(self) -> int:
@@ -282,7 +285,7 @@ class MCTS(TreeConfig, Search):
     @property
     def name(self) -> str:
         """See :attr:`~stepkd.search.state.Search.name`."""
-        return f"mcts{'' if self.vote == 'path' else f'_{self.vote}'}@{self.iterations}x{self.actions}"
+        return self.named(f"mcts@{self.iterations}x{self.actions}", "iterations", "actions")
 
     @property
     def at_once(self) -> int:

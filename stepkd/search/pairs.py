@@ -25,6 +25,8 @@ class PairTreeConfig(TreeConfig):
     """How trees for pairs are searched. Walks, actions, depth and exploration are the paper's for mathematics (arXiv
     2405.00451); :mod:`stepkd.search.mcts` says what is not."""
 
+    _place = "search."
+
     outcome: float = 1.0
     """What a correct solution's end adds to its value, and an incorrect one's takes away, at least 0; 1 is the range of
     the estimates."""
@@ -34,7 +36,7 @@ class PairTreeConfig(TreeConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_bounds("search.", self, outcome="[0, inf)")
+        check_bounds(self._place, self, outcome="[0, inf)")
 
 
 @dataclass(frozen=True, kw_only=True)

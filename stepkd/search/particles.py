@@ -49,7 +49,7 @@ class ParticleFilter(Population):
     @property
     def name(self) -> str:
         """See :attr:`~stepkd.search.state.Search.name`."""
-        return f"particle_filter@{self.n}{'' if self.temperature == 1 else f't{self.temperature:g}'}"
+        return self.named(f"particle_filter@{self.n}", "n")
 
     def run(self, problems: Sequence[Problem], tools: Tools) -> list[list[Found]]:
         """See :meth:`~stepkd.search.state.Search.run`."""

@@ -16,15 +16,23 @@ weight of a step   exp(R / 0.6), R = softmax(A / 0.6) +          mean of softmax
 in-width pruning   keeps those at mean - k sd and above          those above it; filled up to as many as there are beams
 answer             drawn by the same weights                     two clusters; of the larger one by softmax(A / 0.1)
 stop at a share    0.7                                           0.69
+earliest stop      after min_rounds (4)                          in the fifth round, whose steps it forgets: four steps
+                                                                 after five rounds of foresight
+few paths          not said                                      fewer than M non-empty ones: drawn from all of them by
+                                                                 softmax(A / 0.1) without clusters, where all are empty
+                                                                 by softmax(-A / 0.1); this is what becomes of finished
+                                                                 solutions, which it completes again
+no clustering      not said                                      advantages alone
 ================== ============================================= =====================================================
 
 The step values of the paper's figure 7 are those of the code: 0.1318 is half a softmax(C) over clusters of 2 and 1.
 In both: M = N = 4, rounds 4 to 8, K = 3, k = 1; steps at temperature 0.6, foresight at 1.
 
-Inferred, because neither says it: equation 3's temperature (0.6, that of its parts); what looks ahead from a finished
-solution (its newest step; while it stays it competes with advantage 0); fewer clusters where fewer paths differ; one
-start of k-means. Different from the code: words of one character count, without which one-digit answers would be
-alike (it takes scikit-learn's tokens); the steps drawn in the round that stops are kept (it forgets them).
+The last three rows of the code are not built: either variant stops after min_rounds, and keeps the steps drawn in that
+round, which saves a round of foresight. A finished solution looks ahead by its newest step, and competes with advantage
+0 while it is kept. Inferred, because neither says it: equation 3's temperature (0.6, that of its parts); fewer clusters
+where fewer paths differ; one start of k-means. Also different from the code: words of one character count, without
+which one-digit answers would be alike (it takes scikit-learn's tokens).
 """
 
 from __future__ import annotations
@@ -107,7 +115,7 @@ class PhiDecoding(Search):
     @property
     def name(self) -> str:
         """See :attr:`~stepkd.search.state.Search.name`."""
-        return f"phi_{self.variant}@{self.beams}x{self.rollouts}"
+        return self.named(f"phi_{self.variant}@{self.beams}x{self.rollouts}", "variant", "beams", "rollouts")
 
     def run(self, problems: Sequence[Problem], tools: Tools) -> list[list[Found]]:
         """See :meth:`~stepkd.search.state.Search.run`.

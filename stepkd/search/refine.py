@@ -67,10 +67,10 @@ class Refine(Search):
         judged = tools.judged([state for (state,) in drafts], self.reduction)
         cuts = [doubtful(steps, self.theta) for _, steps in judged]
         asked = self._asked([state for (state,) in drafts], cuts, tools)
-        drawn = []
-        if asked:
-            drawn = tools.writer(self.refiner).complete([each.start for each in asked], 1, temperature=0.0)
-        refined = [_joined(each.kept, rest) for each, (rest,) in zip(asked, drawn, strict=True)]
+        writer = tools.writer(self.refiner)
+        drawn = writer.complete([each.start for each in asked], 1, temperature=0.0) if asked else []
+        # The refiner had the longest solution to itself, behind what was kept.
+        refined = [writer.fitted(_joined(each.kept, rest)) for each, (rest,) in zip(asked, drawn, strict=True)]
         scores = tools.scores(refined, self.reduction)
         results = []
         for number, ((draft,), (score, steps)) in enumerate(zip(drafts, judged, strict=True)):

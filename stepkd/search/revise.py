@@ -12,7 +12,7 @@ instructions (a reconstruction for small models). ``draft``, ``revision`` and ``
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from stepkd.errors import check_bounds
@@ -53,11 +53,12 @@ class VerifyRevise(Search):
     to follow instructions), or written anew by the model, which is shown the draft, the step and its score, as in the
     released code (in other words)."""
     answer: Literal["last", "best"] = "last"
-    """Which version is the answer where none was accepted: the last one, as in the released code, or the one with the
-    highest score."""
+    """Which version is the answer where none was accepted: the last one, as in the released code, also where it was cut
+    off (it then cannot say the same as the one before, and all rounds are used up), or the one with the highest score
+    among those that are whole."""
     reduction: Reduction | None = None
-    """From step scores to the whole solution's: product, min, mean or last (what the released code reads); null takes
-    what suits the scorer's meaning."""
+    """From step scores to the whole solution's: product, min, mean or last (nearest to the released code, which reads
+    one score behind the unsplit text); null takes what suits the scorer's meaning."""
 
     def __post_init__(self) -> None:
         check_bounds("", self, theta="[0, 1]", rounds="[1, inf)")
@@ -65,10 +66,7 @@ class VerifyRevise(Search):
     @property
     def name(self) -> str:
         """See :attr:`~stepkd.search.state.Search.name`."""
-        changed = [each.name for each in fields(self) if getattr(self, each.name) != each.default]
-        return "_".join(
-            [f"verify_revise@{self.rounds}", *(f"{getattr(self, name)}" for name in changed if name != "rounds")]
-        )
+        return self.named(f"verify_revise@{self.rounds}", "rounds")
 
     def run(self, problems: Sequence[Problem], tools: Tools) -> list[list[Found]]:
         """See :meth:`~stepkd.search.state.Search.run`; behind the answer stand the other versions, oldest first."""
@@ -135,7 +133,9 @@ class VerifyRevise(Search):
 
     def _found(self, work: _Work) -> list[Found]:
         last = len(work.versions) - 1
-        winner = last if self.answer == "last" else ranked(work.scores)[0]
+        # As in a beam: what was cut off has no part in it while others are whole.
+        whole = [i for i, state in enumerate(work.versions) if state.end == "stop"] or range(last + 1)
+        winner = last if self.answer == "last" else whole[ranked([work.scores[i] for i in whole])[0]]
         order = [winner, *(i for i in range(last + 1) if i != winner)]
         return [found(work.versions[i], score=work.scores[i], trace=work.trace if i == winner else []) for i in order]
 
@@ -152,9 +152,9 @@ def rewrite_prompt(prompt: Any, steps: Sequence[str], step: int, score: float) -
     numbered = "\n".join(f"({number}) {text.strip()}" for number, text in enumerate(steps, start=1) if text.strip())
     return with_draft(
         prompt,
-        f"Somebody has begun like this:\n{numbered}\n\nA checker trusts step ({step + 1}) by {score:.0%} only. Keep "
-        f"what stands before step ({step + 1}), do that step and all that follow again, with care, and write down the "
-        "whole solution without these numbers.",
+        f"Here is a draft of the solution with numbered steps:\n{numbered}\n\nA verifier gives step ({step + 1}) a "
+        f"probability of {score:.0%} of being correct. Keep the steps before step ({step + 1}), carefully redo this "
+        "step and all later ones, and write out the whole solution without the numbers.",
     )
 
 

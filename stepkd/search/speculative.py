@@ -17,9 +17,10 @@ class Speculative(Search):
     head (Huang et al. 2024, arXiv 2405.19715): see :mod:`stepkd.sampling.speculative`.
 
     Solutions are distributed as the model samples them alone, at fewer forward passes of it: cheap samples of a large
-    teacher. Temperature, top-p and top-k are those of the search's sampling; the transformers engine alone does it. Of
-    a problem's costs, ``tokens`` are those of its solutions, ``drafted`` those that the small model drew, and
-    ``passes`` the large one's forward passes.
+    teacher. That holds as far as both contexts reach: where the draft's is the shorter one, it cuts solutions off.
+    Temperature, top-p and top-k are those of the search's sampling; the transformers engine alone does it. Of a
+    problem's costs, ``tokens`` are those of its solutions, ``drafted`` those that the small model drew, and ``passes``
+    the large one's forward passes.
     """
 
     needs_scorer: ClassVar[bool] = False
@@ -58,7 +59,7 @@ class Speculative(Search):
         from stepkd.sampling.speculative import Speculator, Stop
         from stepkd.sampling.transformers_engine import TransformersEngine
 
-        generator, drafts = (sampled_steps(each, self.name) for each in (tools.generator, tools.generators[self.draft]))
+        generator, drafts = (sampled_steps(each, self.name) for each in (tools.generator, tools.other(self.draft)))
         if not isinstance(generator.engine, TransformersEngine):
             raise ConfigError(
                 f"{self.name} reads the probabilities of all tokens, which {type(generator.engine).__name__} does not "

@@ -12,7 +12,7 @@ import re
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, Protocol, cast
 
 import numpy as np
@@ -166,6 +166,14 @@ class Writer(StepGenerator, Protocol):
         """
         ...
 
+    def fitted(self, state: State) -> State:
+        """A finished solution, cut off where it is longer than solutions may be.
+
+        Args:
+            state: was put together, so that it was drawn with more room than it had.
+        """
+        ...
+
 
 class StateValue(Protocol):
     """Estimates how good states are: by continuations, by a step scorer, or by the policy itself."""
@@ -198,6 +206,8 @@ class Costs(defaultdict[int, Counter[str]]):
     """
 
     DRAWN: ClassVar = ("steps", "continuations", "tokens")
+    APART: ClassVar = ("drafted", "passes", "no_room")
+    """What is neither tokens of the policy nor of the scorer."""
 
     def __init__(self) -> None:
         super().__init__(Counter)
@@ -297,10 +307,23 @@ class Tools:
         Raises:
             ConfigError: there is no such model, or it has no prompt template.
         """
-        found = self.generator if model is None else self.generators.get(model)
+        found = self.generator if model is None else self.other(model)
         if not hasattr(found, "asked"):
-            raise ConfigError(f"nothing here answers prompts about drafts as {model or 'the policy'}: load it first")
+            raise ConfigError(f"{type(found).__name__} answers no prompts about drafts: take SampledSteps")
         return cast(Writer, found)
+
+    def other(self, model: str) -> Writer:
+        """Another model.
+
+        Args:
+            model: its name in :attr:`generators`.
+
+        Raises:
+            ConfigError: there is none of this name.
+        """
+        if model not in self.generators:
+            raise ConfigError(f"the method works with {model}, which is not loaded: put it into Tools.generators")
+        return self.generators[model]
 
     def samples(self, problems: Sequence[Problem], n: int) -> list[list[State]]:
         """The first ``n`` whole solutions of every problem, drawn once for all methods, and counted for each."""
@@ -342,8 +365,25 @@ class Search(ABC):
 
     @property
     def name(self) -> str:
-        """Its name in rows and tables: that of the class (``step_beam``), with what tells two of them apart."""
-        return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(self).__name__).lower()
+        """Its name in rows and tables: that of the class (``step_beam``), then the settings that differ from their
+        defaults."""
+        return self.named(re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(self).__name__).lower())
+
+    def named(self, head: str, *shown: str) -> str:
+        """A head, then every setting that differs from its default: a word by itself (``_last``), anything else with
+        the setting's name (``_theta-0.3``); what file names do not hold becomes ``-``. The seed is left out: with
+        another one it is the same method.
+
+        Args:
+            head: kind of the method, with the settings that always stand in its name.
+            shown: which settings these are.
+        """
+        words = [head]
+        for each in fields(cast(Any, self)):
+            value = getattr(self, each.name)
+            if each.name not in (*shown, "seed") and value != each.default:
+                words.append(value if isinstance(value, str) else f"{each.name}-{value}")
+        return re.sub(r"[^\w@.+-]+", "-", "_".join(words))
 
     @property
     def models(self) -> tuple[str, ...]:

@@ -31,7 +31,7 @@ class Drawn(NamedTuple):
     raw_logprobs: list[float]
     """Log-probabilities at temperature 1."""
     entropies: list[float]
-    """Of the distributions that they were drawn from; empty where nobody asked."""
+    """Of the model's own distributions (temperature 1, before top-p and top-k); empty where nobody asked."""
     end: End
     """How the solution stands behind them; ``step``: it goes on."""
 

@@ -73,7 +73,7 @@ class ValueGuided(Search):
     @property
     def name(self) -> str:
         """See :attr:`~stepkd.search.state.Search.name`."""
-        return f"value_guided{'_random' if self.placement == 'random' else ''}@{self.candidates}"
+        return self.named(f"value_guided@{self.candidates}", "candidates")
 
     def run(self, problems: Sequence[Problem], tools: Tools) -> list[list[Found]]:
         """See :meth:`~stepkd.search.state.Search.run`."""

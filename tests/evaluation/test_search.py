@@ -147,7 +147,7 @@ class Nothing(Greedy):
     [
         ({"scorer": None}, r"best_of_n@3 asks a step scorer and there is none: give --scorer"),
         ({"samples": 2}, r"best_of_n@3 chooses among n=3 samples, and samples=2 are drawn: give --samples 3"),
-        ({"methods": (BestOfN(n=2), BestOfN(n=2, temperature=0.5))}, r"two are called best_of_n_weighted@2"),
+        ({"methods": (BestOfN(n=2), BestOfN(n=2, seed=1))}, r"two are called best_of_n_weighted@2"),
         ({"methods": (Nothing(called="pool"),)}, r"'pool' is no name for a method"),
         ({"methods": (Nothing(called="a/b"),)}, r"'a/b' is no name for a method"),
         ({"sampling": SamplingConfig(temperature=0.0)}, r"sampling\.temperature=0: every sample"),
@@ -193,10 +193,10 @@ def test_methods_that_revise_drafts_ask_the_policy_or_a_model_of_their_own(
             assert row["scorer_calls"] == len(events) == len(row["samples"]) <= 1 + method.rounds
             assert "".join(events[0]["steps"]) == sample["completion"], "the draft is the first of the pool"
             assert row["tokens"]["generated"] > sample["tokens"], "a random model's draft is not accepted"
-        verify, refine = rows["refine", number]["trace"]
+        verify, refine = rows["refine_tiny-0.1m", number]["trace"]
         assert "".join(verify["steps"]) == rows["greedy", number]["samples"][0]["completion"]
         assert refine["kinds"][0] == "draft"
-        assert rows["refine", number]["tokens"]["generated"] > rows["greedy", number]["tokens"]["generated"]
+        assert rows["refine_tiny-0.1m", number]["tokens"]["generated"] > rows["greedy", number]["tokens"]["generated"]
     assert set(summary["settings"]["models"]) == {"tiny-0.1m"}
     again = replace(config, out=str(tmp_path / "again"), engine=Transformers(1))
     search_benchmark(again, policy=policy)

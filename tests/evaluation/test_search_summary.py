@@ -49,8 +49,20 @@ def rows(generated: int = 15) -> list[dict[str, Any]]:
     ]
 
 
+def with_drafts(all_rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of which those of the beam have drafted, too."""
+    return [each | {"drafted": 6, "passes": 3, "no_room": 1} if each["method"] == "beam" else each for each in all_rows]
+
+
 def summarised(all_rows: Sequence[dict[str, Any]], **options: Any) -> dict[str, Any]:
     return summarise_search(all_rows, ["greedy", "beam"], [1, 2], **{"reduction": "product", **FAST, **options})
+
+
+def test_what_a_method_spends_beside_its_tokens_is_in_the_summary() -> None:
+    told = summarised(with_drafts(rows()))["methods"]
+    assert [told["beam"][name]["value"] for name in ("drafted", "passes")] == [6, 3]
+    assert told["beam"]["no_room"] == 2
+    assert ("drafted" in told["greedy"], told["greedy"]["no_room"]) == (False, 0)
 
 
 def test_best_of_n_at_a_budget_lies_on_the_line_between_whole_numbers_of_samples() -> None:
@@ -142,7 +154,7 @@ def test_the_table_shows_every_method_and_what_a_reader_must_know(capsys: pytest
 
     from stepkd.cli.search import notes, print_summary
 
-    summary = {"model": "m", "benchmark": "task", **summarised(rows(generated=47))}
+    summary = {"model": "m", "benchmark": "task", **summarised(with_drafts(rows(generated=47)))}
     print_summary(Console(width=80), summary)
     text = capsys.readouterr().out
     for word in ("m on task: 2 problems", "greedy", "beam", "- weighted *", "0 to 1/3", "(9.5 to 90.5)", "+50.0"):
@@ -152,4 +164,6 @@ def test_the_table_shows_every_method_and_what_a_reader_must_know(capsys: pytest
         "beam draws as many tokens as 4.7 samples, and is compared with best-of-2: --samples 5 would reach its budget",
         "beam: answers cut off: 1",
         "beam: solutions without a score: 2",
+        "beam: prompts about drafts without room for an answer: 2",
+        "beam: 6 tokens of the small model per problem, which are in no table, and 3 forward passes of the policy",
     ]

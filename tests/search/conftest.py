@@ -66,6 +66,8 @@ class Written:
     """(id, prompt, text so far), (id, text so far) or text so far -> solutions, each the texts of its steps."""
     longest: int | None = None
     """Longest prompt about a draft, in characters."""
+    most: int | None = None
+    """Longest solution put together, in tokens."""
     costs: Costs = field(default_factory=Costs)
     asked_for: list[tuple[str, tuple[int, ...], float | None]] = field(default_factory=list)
     """Text so far, path and temperature of every state."""
@@ -97,6 +99,11 @@ class Written:
         if self.longest is not None and len(prompt) > self.longest:
             return None
         return replace(problem, row=dict(problem.row) | {"prompt": prompt}, prompt_ids=(9,))
+
+    def fitted(self, state: State) -> State:
+        if self.most is None or len(state.token_ids) <= self.most:
+            return state
+        return replace(state, token_ids=state.token_ids[: self.most], end="length")
 
     def provenance(self) -> dict[str, Any]:
         return {"written": len(self.known)}

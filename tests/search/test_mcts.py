@@ -334,7 +334,15 @@ def test_an_answer_by_vote(
     assert answer.trace[-1]["event"] == "choice"
     assert answer.trace[-1]["votes"] == ["1", "2", "2", "3"]
     assert [len(each) for each in (answer.trace[-1]["scores"], answer.trace[-1]["kept"])] == [4, 1]
-    assert method.name == f"mcts_{vote}@1x2"
+    assert method.name == f"mcts@1x2_root_factor-1_depth-2_exploration-4.0_{vote}"
+
+
+@pytest.mark.parametrize(("kind", "place"), [(MCTS, ""), (PairTreeConfig, r"search\.")])
+def test_errors_name_settings_as_a_user_writes_them(kind: Any, place: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{place}iterations=0: must"):
+        kind(iterations=0)
+    with pytest.raises(ConfigError, match=rf"^{place}max_steps=2 is below the look-ahead, {place}depth=3"):
+        kind(max_steps=2)
 
 
 def test_answers_do_not_depend_on_the_other_problems(

@@ -101,6 +101,14 @@ def test_what_was_cut_off_does_not_win_over_what_is_whole(written: Make, judged:
     assert [each.score for each in found] == [0.1, 0.9, 0.4]
 
 
+def test_what_is_joined_is_no_longer_than_a_solution_may_be(written: Make, judged: Make, grader: Grader) -> None:
+    """The local refinement, which would win, is 18 tokens long: it is cut off, and has no part in the choice."""
+    refiner = written({("p0", GLOBAL, ""): [("#### 9",)], ("p0", LOCAL, ""): [("6+1=7\n", "#### 7")]}, most=17)
+    found, _ = run(written, judged, grader, refiner)
+    assert (found[0].text, found[0].finish) == ("#### 9", "stop")
+    assert [(len(each.token_ids), each.finish) for each in found if each.text.endswith("7")] == [(17, "length")]
+
+
 def test_prompts_without_room_are_left_out_and_counted(written: Make, judged: Make, grader: Grader) -> None:
     refiner = written({("p0", GLOBAL, ""): [("#### 9",)]}, longest=len(GLOBAL))
     found, tools = run(written, judged, grader, refiner)

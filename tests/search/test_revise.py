@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from stepkd.errors import ConfigError
 from stepkd.grading.pool import Grader, GradingConfig
 from stepkd.search.revise import VerifyRevise, rewrite_prompt, with_draft
-from stepkd.search.state import Problem, Tools
+from stepkd.search.state import Problem, State, Tools
 
 Make = Any
 DRAFT = ("2*3=6\n", "6+1=8\n", "#### 8")
@@ -90,6 +91,24 @@ def test_rounds_are_bounded_and_their_noise_is_new(answer: Any, written: Make, j
     assert versions[0].text.endswith("9")
     assert [each.text[-1] for each in versions] == {"last": list("9898"), "best": list("9889")}[answer]
     assert tools.costs[0]["continuations"] == 18 + 3 * 12
+
+
+def test_the_best_version_is_a_whole_one_while_there_is_one(written: Make, judged: Make, grader: Grader) -> None:
+    def version(answer: Any) -> tuple[str, str]:
+        generator = written({"": [DRAFT], "2*3=6\n": [("6+1=9\n", "#### 9")]})
+        complete, ends = generator.complete, iter(["stop", "length"])
+
+        def cut_off(states: Sequence[State], n: int, **options: Any) -> list[list[State]]:
+            end: Any = next(ends)
+            return [[replace(each, end=end) for each in group] for group in complete(states, n, **options)]
+
+        generator.complete = cut_off
+        method = VerifyRevise(rounds=1, answer=answer, reduction="mean")
+        best = only(method.run([problem()], tools_of(generator, grader, judged(SCORES))))[0]
+        return best.text[-1], best.finish
+
+    assert version("best") == ("8", "stop"), "a mean of 0.4 against 0.433"
+    assert version("last") == ("9", "length")
 
 
 def test_two_successive_answers_that_agree_end_it(written: Make, judged: Make, grader: Grader) -> None:
@@ -193,7 +212,7 @@ def test_a_sampled_draft_is_the_first_of_the_shared_samples(written: Make, judge
 def test_the_model_rewrites_what_it_is_shown(written: Make, judged: Make, grader: Grader) -> None:
     prompt = rewrite_prompt("2*3+1=?", DRAFT, 1, 0.2)
     assert "(2) 6+1=8\n" in prompt
-    assert "step (2) by 20% only" in prompt
+    assert "step (2) a probability of 20% of being correct" in prompt
     generator = written({"": [DRAFT], ("p0", prompt, ""): [("2*3=6\n", "6+1=7\n", "#### 7")]})
     tools = tools_of(generator, grader, judged(SCORES))
     best, _ = only(VerifyRevise(revision="rewrite", reduction="last").run([problem()], tools))
@@ -223,7 +242,7 @@ def test_what_is_added_to_chat_messages_stands_in_the_last_one() -> None:
 
 def test_names_tell_settings_apart() -> None:
     assert VerifyRevise().name == "verify_revise@5"
-    assert VerifyRevise(theta=0.3, rounds=2, revision="rewrite").name == "verify_revise@2_0.3_rewrite"
+    assert VerifyRevise(theta=0.3, rounds=2, revision="rewrite").name == "verify_revise@2_theta-0.3_rewrite"
 
 
 def test_settings_and_tools_that_cannot_be_used_are_refused(written: Make, valued: Make, grader: Grader) -> None:
