@@ -33,7 +33,7 @@ class Population(Search):
     """What methods that keep several solutions going have in common."""
 
     n: int = 16
-    """Solutions of a problem that are in the making at once, at least 1."""
+    """Partial solutions of a problem at a time, at least 1."""
     max_steps: int = 40
     """Longest solution in steps, at least 1, beyond which it counts as cut off; 40 is that of search-and-learn."""
     reduction: Reduction | None = None
@@ -72,17 +72,17 @@ class Beam(Population):
     """Step beam search."""
 
     width: int = 4
-    """Next steps drawn of every solution, at least 1; n is a multiple of it, and the best n / width solutions go on."""
+    """Next steps drawn of every solution, at least 1; n is a multiple of it, and the best n / width are continued."""
     diverse: bool = False
-    """Divide the solutions into n / width trees, each of which goes on with its best (DVTS); false: the best of all go
-    on."""
+    """Divide the solutions into n / width trees, of each of which the best is continued (DVTS); false: the best of
+    all are."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_bounds("", self, width="[1, inf)")
         if self.n % self.width:
             raise ConfigError(
-                f"n={self.n} is no multiple of width={self.width}: n / width solutions go on at each step"
+                f"n={self.n} is no multiple of width={self.width}: n / width solutions are continued at each step"
             )
 
     @property
@@ -95,7 +95,7 @@ class Beam(Population):
         best."""
         keep = self.n // self.width
         trees = keep if self.diverse else 1
-        # The trees of all problems in one list, problem by problem; of each the solutions that go on.
+        # The trees of all problems in one list, problem by problem; of each the solutions that are continued.
         beams: list[list[Scored]] = [[] for _ in problems for _ in range(trees)]
         traces: list[list[dict[str, Any]]] = [[] for _ in problems]
         for step in range(self.max_steps):
@@ -104,7 +104,7 @@ class Beam(Population):
                 break
             scores = iter(tools.scores([state for states in new for state in states], self.reduction))
             for number, states in enumerate(new):
-                # A finished solution stands where it stood, so that of equal scores the first path is sampling.
+                # A finished solution keeps its place, so that of equal scores the first path is sampling.
                 fresh = ((state, next(scores)) for state in states)
                 candidates = [
                     each
@@ -131,7 +131,7 @@ class Beam(Population):
         ]
 
     def _proposed(self, beams: Sequence[Sequence[Scored]], tools: Tools) -> list[list[State]]:
-        """What the solutions of every tree that go on lead to."""
+        """What the unfinished solutions of every tree lead to."""
         going = [[state for state, _ in beam if state.end == "step"] for beam in beams]
         flat = [state for states in going for state in states]
         drawn = iter(tools.generator.propose(flat, self.width) if flat else [])

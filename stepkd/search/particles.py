@@ -1,12 +1,12 @@
 """Particle filtering over a step scorer (Puri et al. 2025, "Rollout Roulette", arXiv 2502.01618).
 
 The model is a transition, the score of a solution so far the likelihood that it is accepted. N particles take a step
-each, are weighted by their scores, and are drawn again by their weights: one that the scorer likes goes on in several
-copies, one that it doubts may survive, which a beam forbids.
+each, are weighted by their scores, and are resampled by their weights: one with a high score is continued in several
+copies, one with a low score may survive, which a beam forbids.
 
 Weights, draws and settings were read in both of the authors' codes: probabilistic-inference-scaling (commit f75d461),
 which the paper's figures come from and which is followed here, and its successor its_hub (commit e4d00d1), which clips
-scores at 1e-7, always draws finished particles again, and does so once more at the end. Of the paper, the abstract and
+scores at 1e-7, always resamples finished particles, and does so once more at the end. Of the paper, the abstract and
 the figures' captions could be read. Different here: a solution ends where the generator says, theirs also at
 ``\\boxed``. Not built: particle Gibbs (iterations over whole filters), annealing the temperature.
 """
@@ -34,11 +34,11 @@ class ParticleFilter(Population):
     vote: Literal["max", "majority", "weighted"] = "max"
     """How the answer is taken from the particles at the end; both of the authors' codes take the highest score."""
     temperature: float = 1.0
-    """Temperature of the weights, above 0: towards 0 the best particle alone goes on, high up all alike; 1 is that of
-    the authors."""
+    """Temperature of the weights, above 0: towards 0 the best particle alone is continued, high up all alike; 1 is
+    that of the authors."""
     resample_finished: bool = True
-    """Whether finished particles are drawn again with the others, as in the paper's runs and in its_hub, so that a copy
-    of one may take the place of one that goes on; false: those that go on are drawn among themselves."""
+    """Whether finished particles are resampled with the others, as in the paper's runs and in its_hub, so that a copy
+    of one may take the place of an unfinished one; false: the unfinished are resampled among themselves."""
     seed: int = 0
     """Seed of the draws among particles, at least 0."""
 
@@ -82,7 +82,7 @@ class ParticleFilter(Population):
         return [particles[i] for i in kept]
 
     def _advanced(self, filters: Sequence[Sequence[Scored]], tools: Tools) -> list[list[Scored]]:
-        """Every particle that goes on takes a step; copies of one take different ones."""
+        """Every unfinished particle takes a step; copies of one take different ones."""
         unfinished = [
             ((number, state.path), state)
             for number, particles in enumerate(filters)

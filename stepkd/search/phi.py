@@ -82,7 +82,7 @@ class PhiDecoding(Search):
     variant: Literal["paper", "code"] = "paper"
     """Which of paper and released code, which differ in weights, pruning and the last choice, is followed."""
     beams: int = 4
-    """Solutions that go on after each round (M), at least 1; 4 in the paper."""
+    """Solutions that are kept after each round (M), at least 1; 4 in the paper."""
     rollouts: int = 4
     """Next steps drawn of each of them (N), at least 1; 4 in the paper."""
     clusters: int = 3

@@ -359,7 +359,7 @@ class Search(ABC):
 
     @property
     def at_once(self) -> int:
-        """Solutions of a problem that it has in the making at once, >= 1: its setting ``n`` where it has one. A job
+        """Partial solutions of a problem that it has at a time, >= 1: its setting ``n`` where it has one. A job
         takes so many problems at a time that they fill the engine's batch."""
         return int(getattr(self, "n", 1))
 

@@ -1,7 +1,7 @@
-"""What searches that decide on tokens have in common: solutions in the making, and drafts of what comes next.
+"""What searches that decide on tokens have in common: partial solutions, and drafts of what comes next.
 
 None asks a model for one token at a time. A draft is drawn ahead; where a token of it calls for a decision, the
-tokens before it stand, and what is decided for takes the place of the rest, which is thrown away and counted. What a
+tokens before it are kept, and what is decided for takes the place of the rest, which is thrown away and counted. What a
 draft says up to a token does not depend on what is decided there, so that the result is that of going token by token.
 """
 
@@ -33,17 +33,17 @@ class Drawn(NamedTuple):
     entropies: list[float]
     """Of the model's own distributions (temperature 1, before top-p and top-k); empty where nobody asked."""
     end: End
-    """How the solution stands behind them; ``step``: it goes on."""
+    """How the solution ends with them; ``step``: it is unfinished."""
 
     def part(self, start: int, end: int) -> Drawn:
-        """Some of them; the solution goes on where others follow."""
+        """Some of them; the solution is unfinished where others follow."""
         how = self.end if end >= len(self.token_ids) else "step"
         return Drawn(self.token_ids[start:end], self.raw_logprobs[start:end], self.entropies[start:end], how)
 
 
 @dataclass(eq=False)
 class Writing:
-    """A solution in the making."""
+    """A partial solution."""
 
     problem: Problem
     token_ids: list[int] = field(default_factory=list)
@@ -52,7 +52,7 @@ class Writing:
     trace: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, drawn: Drawn) -> None:
-        """Have it go on with these tokens."""
+        """Append tokens."""
         self.token_ids += drawn.token_ids
         self.raw_logprobs += drawn.raw_logprobs
         self.end = drawn.end if drawn.token_ids else self.end
@@ -78,7 +78,7 @@ def longest(generator: SampledSteps, problem: Problem) -> int:
 
 
 class Drafter:
-    """Draws tokens of solutions in the making.
+    """Draws tokens behind partial solutions.
 
     Args:
         tools: whose generator has the engine, and whose costs the tokens are counted in.
@@ -99,7 +99,7 @@ class Drafter:
         until: tuple[str, ...] = (),
         entropies: bool = False,
     ) -> list[Drawn]:
-        """Go on from solutions in the making; what they are is left as it is.
+        """Continue partial solutions, which are left as they are.
 
         Args:
             wanted: unfinished solutions, each with what keys the noise beside its problem.
@@ -134,7 +134,7 @@ class Drafter:
         return [drawn[number] for number in range(len(given))]
 
     def state(self, writing: Writing, drawn: Drawn | None = None) -> State:
-        """A solution in the making, cut into steps, with what may come behind it."""
+        """A partial solution, cut into steps, with what may come behind it."""
         new = Drawn([], [], [], writing.end) if drawn is None else drawn
         ids, raw = [*writing.token_ids, *new.token_ids], [*writing.raw_logprobs, *new.raw_logprobs]
         return self.generator.cut(writing.problem, ids, raw, new.end)
@@ -156,7 +156,7 @@ class Drafter:
         return Drawn(ids[:kept], completion.raw_logprobs[:kept].tolist(), entropies, end)
 
     def _standing(self, writing: Writing, new: Sequence[int]) -> tuple[int, End]:
-        """How many of new tokens stand, and how the solution stands behind them; strings that end it may have begun
+        """How many of new tokens are kept, and how the solution ends with them; strings that end it may have begun
         before them."""
         before = len(writing.token_ids)
         if self.stops:

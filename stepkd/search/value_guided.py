@@ -44,7 +44,7 @@ class ValueGuided(Search):
     value-guided decoding, Liu et al. 2025, arXiv 2502.13943).
 
     Where the most likely token's probability is below the threshold, each of the most likely tokens is put behind the
-    solution so far, which is scored as if its last step ended there, and the best stands; of equal ones the likeliest.
+    solution so far, which is scored as if its last step ended there, and the best is kept; of equal ones the likeliest.
 
     As in the paper's released code (Lux0926/ASPRM, ``evaluation/math/TVD/tvd.py``), save for how an end token is told
     (by its id), and that the scorer is given the solution cut into steps; theirs reads one step with its mark at the
