@@ -56,7 +56,7 @@ def test_the_scorer_may_choose(table_engine: Any, tools_of: Any, counted: Any, p
     value = counted({"a20.": 0.9, "a1.": 0.8})
     method = EntropyBranching(k_max=3, high=1.0, choose="scorer")
     ((answer,),) = method.run([problem], tools_of(engine, value))
-    assert (answer.text, method.needs_scorer, method.name) == ("a20.b", True, "entropy_branching@3_scorer")
+    assert (answer.text, method.needs_scorer, method.name) == ("a20.b", True, "entropy_branching@3_high-1.0_scorer")
     assert value.asked == ["a20.", "a3,", "a1."]
 
 

@@ -334,7 +334,7 @@ def test_an_answer_by_vote(
     assert answer.trace[-1]["event"] == "choice"
     assert answer.trace[-1]["votes"] == ["1", "2", "2", "3"]
     assert [len(each) for each in (answer.trace[-1]["scores"], answer.trace[-1]["kept"])] == [4, 1]
-    assert method.name == f"mcts@1x2_root_factor-1_depth-2_exploration-4.0_{vote}"
+    assert method.name == f"mcts@1x2_depth-2_exploration-4.0_{vote}"
 
 
 @pytest.mark.parametrize(("kind", "place"), [(MCTS, ""), (PairTreeConfig, r"search\.")])
