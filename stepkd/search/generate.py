@@ -154,16 +154,6 @@ class SampledSteps:
         room = self.room(State(new := replace(problem, row=row, prompt_ids=ids)))
         return new if room is None or room >= 1 else None
 
-    def fitted(self, state: State) -> State:
-        """See :class:`~stepkd.search.state.Writer`."""
-        if (room := self.room(state)) is None or room >= 0:
-            return state
-        ids = state.token_ids[:room]
-        kept = state.first(sum(end <= len(ids) for end in state.step_ends))
-        text = text_from_ids(self.policy.tokenizer, ids).text[len(kept.text) :]
-        last = Step(text, ids[len(kept.token_ids) :], None, "length")
-        return kept.then(last) if last.token_ids else replace(kept, end="length")
-
     def cut(self, problem: Problem, token_ids: Sequence[int], raw_logprobs: Sequence[float] | None, end: End) -> State:
         """A solution that was drawn token by token as a state.
 

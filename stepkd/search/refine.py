@@ -17,7 +17,7 @@ from typing import Any
 from stepkd.errors import ConfigError, check_bounds
 from stepkd.scorers.scorer import Reduction
 from stepkd.search.revise import with_draft
-from stepkd.search.state import Found, Problem, Search, State, Tools, doubtful, found, ranked
+from stepkd.search.state import Found, Problem, Search, State, Tools, Writer, doubtful, found, ranked
 
 MARK = "[BAD] "
 """Stands before the step at which a local refinement begins."""
@@ -69,8 +69,7 @@ class Refine(Search):
         asked = self._asked([state for (state,) in drafts], cuts, tools)
         writer = tools.writer(self.refiner)
         drawn = writer.complete([each.start for each in asked], 1, temperature=0.0) if asked else []
-        # The refiner had the longest solution to itself, behind what was kept.
-        refined = [writer.fitted(_joined(each.kept, rest)) for each, (rest,) in zip(asked, drawn, strict=True)]
+        refined = [_joined(each.kept, rest, writer) for each, (rest,) in zip(asked, drawn, strict=True)]
         scores = tools.scores(refined, self.reduction)
         results = []
         for number, ((draft,), (score, steps)) in enumerate(zip(drafts, judged, strict=True)):
@@ -116,10 +115,11 @@ def refine_prompt(prompt: Any, steps: Sequence[str], step: int | None) -> Any:
     return with_draft(prompt, "Draft:\n" + "".join(marked).rstrip())
 
 
-def _joined(kept: State, rest: State) -> State:
-    """What was kept of a draft, and what the refiner wrote behind it."""
+def _joined(kept: State, rest: State, writer: Writer) -> State:
+    """What was kept of a draft, and what the refiner wrote behind it, which had the longest solution to itself: the
+    steps that end beyond that are cut off."""
     start = len(kept.token_ids)
-    return replace(
+    whole = replace(
         kept,
         steps=(*kept.steps, *rest.steps),
         token_ids=(*kept.token_ids, *rest.token_ids),
@@ -127,3 +127,7 @@ def _joined(kept: State, rest: State) -> State:
         step_ends=(*kept.step_ends, *(start + end for end in rest.step_ends)),
         end=rest.end,
     )
+    if (room := writer.room(whole)) is None or room >= 0:
+        return whole
+    most = len(whole.token_ids) + room
+    return replace(whole.first(sum(end <= most for end in whole.step_ends)), end="length")

@@ -166,12 +166,8 @@ class Writer(StepGenerator, Protocol):
         """
         ...
 
-    def fitted(self, state: State) -> State:
-        """A finished solution, cut off where it is longer than solutions may be.
-
-        Args:
-            state: was put together, so that it was drawn with more room than it had.
-        """
+    def room(self, state: State) -> int | None:
+        """Tokens that a solution may still have behind a state, below 0 where it is too long; None: no limit."""
         ...
 
 

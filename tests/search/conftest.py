@@ -100,10 +100,8 @@ class Written:
             return None
         return replace(problem, row=dict(problem.row) | {"prompt": prompt}, prompt_ids=(9,))
 
-    def fitted(self, state: State) -> State:
-        if self.most is None or len(state.token_ids) <= self.most:
-            return state
-        return replace(state, token_ids=state.token_ids[: self.most], end="length")
+    def room(self, state: State) -> int | None:
+        return None if self.most is None else self.most - len(state.token_ids)
 
     def provenance(self) -> dict[str, Any]:
         return {"written": len(self.known)}

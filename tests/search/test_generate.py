@@ -255,16 +255,6 @@ def test_bad_settings(policy: Policy, options: dict[str, Any], message: str) -> 
         SampledSteps(TransformersEngine(policy), policy, SamplingConfig(temperature=0))
 
 
-@pytest.mark.parametrize(("most", "text"), [(9, "a+b\ncd\n##"), (7, "a+b\ncd\n"), (2, "a+"), (10, "a+b\ncd\n###")])
-def test_a_solution_longer_than_solutions_may_be_is_cut_off(policy: Policy, most: int, text: str) -> None:
-    generator = SampledSteps(Typist(policy, "", ""), policy, SamplingConfig(), max_tokens=most)  # type: ignore[arg-type]
-    whole = generator.cut(Problem(0, {}, (1,)), ids_of(policy, "a+b\ncd\n###"), None, "stop")
-    fitted = generator.fitted(whole)
-    assert (fitted.text, len(fitted.token_ids), fitted.step_ends[-1]) == (text, most, most)
-    assert list(fitted.steps) == text.splitlines(keepends=True)
-    assert fitted.end == ("stop" if fitted is whole else "length")
-
-
 def test_prompts_about_drafts_are_read_with_the_template(policy: Policy) -> None:
     engine, problem = Typist(policy, "", ""), Problem(3, {"id": "p", "prompt": "1+1", "answer": "2"}, (7,))
     with pytest.raises(ConfigError, match="prompt template"):

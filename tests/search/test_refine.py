@@ -102,11 +102,11 @@ def test_what_was_cut_off_does_not_win_over_what_is_whole(written: Make, judged:
 
 
 def test_what_is_joined_is_no_longer_than_a_solution_may_be(written: Make, judged: Make, grader: Grader) -> None:
-    """The local refinement, which would win, is 18 tokens long: it is cut off, and has no part in the choice."""
+    """The local refinement, which would win, has 18 tokens: it loses its last step, and is not chosen."""
     refiner = written({("p0", GLOBAL, ""): [("#### 9",)], ("p0", LOCAL, ""): [("6+1=7\n", "#### 7")]}, most=17)
     found, _ = run(written, judged, grader, refiner)
     assert (found[0].text, found[0].finish) == ("#### 9", "stop")
-    assert [(len(each.token_ids), each.finish) for each in found if each.text.endswith("7")] == [(17, "length")]
+    assert [(each.text, each.finish) for each in found[2:]] == [("2*3=6\n6+1=7\n", "length")]
 
 
 def test_prompts_without_room_are_left_out_and_counted(written: Make, judged: Make, grader: Grader) -> None:
