@@ -157,7 +157,7 @@ def explain(parser: Any, words: Sequence[str], message: str) -> str:
 
 
 def given_settings(words: Sequence[str]) -> Iterator[tuple[str | None, str, Any]]:
-    """File, dotted name without ``init_args``, and value of every setting, in order.
+    """File, dotted name without ``init_args`` (``methods[0].n`` in a list), and value of every setting, in order.
 
     The file is empty for the command line, whose values are text, and None for settings that a program gives as text.
     """
@@ -181,42 +181,45 @@ def given_settings(words: Sequence[str]) -> Iterator[tuple[str | None, str, Any]
 def _flat(file: str | None, name: str, value: Any) -> Iterator[tuple[str | None, str, Any]]:
     if name:
         yield file, name, value
-    for each in value if isinstance(value, list) else [value]:
+    members = [(f"{name}[{i}]", each) for i, each in enumerate(value)] if isinstance(value, list) else [(name, value)]
+    for place, each in members:
         for key, below in each.items() if isinstance(each, dict) else ():
-            yield from _flat(file, f"{name}.{key}".replace(".init_args", "").lstrip("."), below)
+            yield from _flat(file, f"{place}.{key}".replace(".init_args", "").lstrip("."), below)
 
 
 def settings_of(parser: Any, given: Sequence[tuple[str | None, str, Any]]) -> dict[str, Any]:
     """Dotted name -> type of every setting, those of the classes that were chosen included."""
-    found: dict[str, Any] = {}
-    for _, action in _actions(parser, given):
-        hint, known = getattr(action, "_typehint", None), found.get(action.dest)
-        found[action.dest] = Union[known, hint] if known and hint else hint  # noqa: UP007 (of classes in a list)
-    return found
+    known = {action.dest: getattr(action, "_typehint", None) for _, action in _actions(parser, given)}
+    for name in _members(given):
+        if (hint := known.get(name.rpartition("[")[0])) is not None:
+            known[name] = get_args(hint)[0] if _is_plain_list(hint) else hint
+    return known
+
+
+def _members(given: Sequence[tuple[str | None, str, Any]]) -> list[str]:
+    """Dotted names of what lists hold that have settings of their own."""
+    names = (name[: end.end()] for _, name, _ in given for end in re.finditer(r"\[\d+\]", name))
+    return list(dict.fromkeys(names))
 
 
 def _actions(parser: Any, given: Sequence[tuple[str | None, str, Any]]) -> list[tuple[Any, Any]]:
     """Every setting's action behind the parser that has it: this one, or that of a class that was chosen."""
-    named: dict[str, list[Any]] = {name.removesuffix(".class_path"): [v] for _, name, v in given if isinstance(v, str)}
-    for _, name, value in given:
-        if isinstance(value, list) and all(isinstance(each, dict) and "class_path" in each for each in value):
-            named[name] = list(dict.fromkeys(each["class_path"] for each in value))
-    found: dict[tuple[str, Any], tuple[Any, Any]] = {}
-    pending = [(parser, action, None) for action in parser._actions]
+    named = {name.removesuffix(".class_path"): value for _, name, value in given if isinstance(value, str)}
+    found: dict[str, tuple[Any, Any]] = {}
+    pending, members = [(parser, action) for action in parser._actions], _members(given)
     while pending:
-        (holder, action, owner), name = pending[0], pending.pop(0)[1].dest
-        if (name, owner) in found or name.rpartition(".")[2] in ("help", "print_config", "print_shtab"):
+        (holder, action), name = pending[0], pending.pop(0)[1].dest
+        if name in found or name.rpartition(".")[2] in ("help", "print_config", "print_shtab"):
             continue
-        found[name, owner] = holder, action
-        paths = named.get(name) or [getattr(action.default, "get", lambda _: None)("class_path")]
-        for class_path in paths:
+        found[name] = holder, action
+        for place in (name, *(each for each in members if each.rpartition("[")[0] == name)):
+            class_path = named.get(place) or getattr(action.default, "get", lambda _: None)("class_path")
             for kind in _classes(getattr(action, "_typehint", None)):
                 chosen = kind if is_dataclass(kind) else _class(class_path, kind) if class_path else None
                 if chosen is not None:
                     inner = type(parser)(prog=parser.prog)
-                    inner.add_class_arguments(chosen, name, fail_untyped=False)
-                    member = class_path if len(paths) > 1 else owner  # of a list, in which names may occur again
-                    pending += [(inner, each, member) for each in inner._actions if each.dest != name]
+                    inner.add_class_arguments(chosen, place, fail_untyped=False)
+                    pending += [(inner, each) for each in inner._actions if each.dest != place]
     return list(found.values())
 
 
@@ -234,7 +237,10 @@ def show_help(parser: Any, words: Sequence[str]) -> None:
         given = [each for each in given_settings(words) if not each[1].endswith(".help")]
         for holder, action in _actions(parser, given):
             if action.dest.startswith(f"{name}."):
-                holder.part, holder.usage = name, f"... --{name}.SETTING VALUE"
+                form = f"--{name}.SETTING VALUE"
+                if _is_plain_list(settings_of(parser, given).get(name)):
+                    form = _in_list(name, "CLASS", "SETTING")
+                holder.part, holder.usage = name, f"... {form}"
                 print(holder.format_help())
                 raise SystemExit(0)
         told = _unknown(name, None, settings_of(parser, given), True)
@@ -248,7 +254,11 @@ def _classes(hint: Any) -> list[type]:
 
 
 def _is_list(hint: Any) -> bool:
-    return get_origin(hint) in (list, tuple, Sequence) or any(map(_is_list, get_args(hint)))
+    return _is_plain_list(hint) or any(map(_is_list, get_args(hint)))
+
+
+def _is_plain_list(hint: Any) -> bool:
+    return get_origin(hint) in (list, tuple, Sequence)
 
 
 def _class(name: str, base: type) -> type | None:
@@ -276,6 +286,11 @@ def _below(name: str, known: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(key[len(start) :].split(".")[0] for key in known if key.startswith(start)))
 
 
+def _in_list(name: str, kind: str, setting: str) -> str:
+    """How a command line gives a list a class with a setting."""
+    return f"--{name} '[{{class_path: {kind}, init_args: {{{setting}: VALUE}}}}]'"
+
+
 def _choice(hint: Any) -> list[type]:
     """The classes that one chooses from by name, for a setting that is such a choice."""
     return [
@@ -301,6 +316,8 @@ def _unknown(name: str, value: Any, known: dict[str, Any], as_words: bool) -> st
     parts, place = name.split("."), ""
     for i, part in enumerate(parts):
         here, level = f"{place}.{part}".lstrip("."), _below(place, known)
+        if _is_plain_list(hint := known.get(place)) and _choice(hint) and part not in ("class_path", "help"):
+            return f"settings of a class in a list are given with it: {_in_list(place, 'CLASS', part)}"
         if here in known or _below(here, known):
             place = here
             continue
@@ -310,6 +327,9 @@ def _unknown(name: str, value: Any, known: dict[str, Any], as_words: bool) -> st
         if part in ("class_path", "dict_kwargs", "help") or not (level or kinds):
             return ""
         said = f"{part!r} is not a setting{f' of {place}' if place else ''}"
+        if kinds and place.endswith("]") and level:
+            near = get_close_matches(part, level, n=1, cutoff=0.6)
+            return said + (f"; did you mean {near[0]!r}?" if near else f", whose class has {', '.join(level)}")
         if holders := [
             kind.__name__ for kind in kinds if part in signature(kind).parameters and kind.__name__[0] != "_"
         ]:
@@ -448,6 +468,9 @@ def built(kind: type[S], values: Any, place: str = "") -> S:
     try:
         return kind(**parts)
     except StepkdError as error:
+        if place.endswith("]"):  # in a list, where the class tells it from the others
+            error.args = (f"{place} ({kind.__name__}): {error}",)
+            raise
         outer, _, last = place.rpartition(".")
         where = outer if str(error).startswith(f"{last}.") else place
         between = "." if re.match(r"[\w.]+=", str(error)) else ": "
@@ -458,7 +481,7 @@ def built(kind: type[S], values: Any, place: str = "") -> S:
 def _part(hint: Any, value: Any, place: str) -> Any:
     """A field's value, in which settings of classes are instances."""
     if isinstance(value, list | tuple):
-        return type(value)(_part(hint, each, place) for each in value)
+        return type(value)(_part(hint, each, f"{place}[{i}]") for i, each in enumerate(value))
     if not isinstance(value, Namespace):
         return value
     for own in _classes(hint):
