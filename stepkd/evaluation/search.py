@@ -141,7 +141,10 @@ def _other_model(name: str, config: SearchJobConfig, opened: OpenedBenchmark) ->
     dtype = str(next(opened.policy.parameters()).dtype).removeprefix("torch.")
     policy = load_trained(name, dtype=dtype, attention=config.attention)
     if tokenizer_fingerprint(policy.tokenizer) != tokenizer_fingerprint(opened.policy.tokenizer):
-        raise ConfigError(f"methods: {name} has another tokenizer than {config.model}: train it from that model")
+        raise ConfigError(
+            f"methods: {name} has another tokenizer than {config.model}: take a draft with the same "
+            "one, or a refiner that was trained from that model"
+        )
     template = template_for(name, get_benchmark(config.benchmark).template, None)
     engine = Transformers(config.engine.at_once).for_job(policy, pick_device(config.device))
     return _Model(engine, policy, template)
@@ -215,7 +218,8 @@ class _Bench:
             engine.forget()
         what, batch = unit
         prompts = self.opened.prompts
-        problems = [Problem(i, self.opened.rows[i], tuple(prompts[i].prompt_ids.tolist())) for i in batch]
+        seed = self.config.drawn.seed
+        problems = [Problem(i, self.opened.rows[i], tuple(prompts[i].prompt_ids.tolist()), seed) for i in batch]
         tools = self.tools()
         if isinstance(what, Search):
             return self._method_rows(what, problems, tools)

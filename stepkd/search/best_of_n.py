@@ -54,11 +54,9 @@ class BestOfN(Search):
     """From step scores to one: product, min, mean or last; null takes what suits the scorer's meaning."""
     temperature: float = 0.1
     """Temperature of a soft choice on scores in [0, 1], above 0: towards 0 it takes the best, high up any one."""
-    seed: int = 0
-    """Seed of a soft choice, at least 0."""
 
     def __post_init__(self) -> None:
-        check_bounds("", self, n="[1, inf)", temperature="(0, inf)", seed="[0, inf)")
+        check_bounds("", self, n="[1, inf)", temperature="(0, inf)")
         if self.vote == "majority" and self.reduction is not None:
             raise ConfigError(f"reduction={self.reduction}: a majority vote has no scores to reduce; drop it")
 
@@ -85,7 +83,7 @@ class BestOfN(Search):
         results = []
         for problem, states, own, keys in zip(problems, samples, scored, votes, strict=True):
             if self.vote == "soft":
-                winner = soft_choice(own, self.temperature, self.seed, problem.index)
+                winner = soft_choice(own, self.temperature, problem.seed, problem.index)
             else:
                 winner = choice(own, keys, self.vote)
             event = {"event": "choice", "vote": self.vote, "scores": own, "votes": keys, "kept": [winner]}

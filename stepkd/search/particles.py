@@ -39,12 +39,10 @@ class ParticleFilter(Population):
     resample_finished: bool = True
     """Whether finished particles are resampled with the others, as in the paper's runs and in its_hub, so that a copy
     of one may take the place of an unfinished one; false: the unfinished are resampled among themselves."""
-    seed: int = 0
-    """Seed of the draws among particles, at least 0."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_bounds("", self, temperature="(0, inf)", seed="[0, inf)")
+        check_bounds("", self, temperature="(0, inf)")
 
     @property
     def name(self) -> str:
@@ -73,7 +71,7 @@ class ParticleFilter(Population):
             return particles
         drawn = list(range(len(particles))) if self.resample_finished else going
         weights = particle_weights([particles[i][1] for i in drawn], self.temperature)
-        noise = generator(self.seed, "particles", problem.index, step)
+        noise = generator(problem.seed, "particles", problem.index, step)
         kept = list(range(len(particles)))
         for place, choice in zip(drawn, noise.choice(len(drawn), size=len(drawn), p=weights).tolist(), strict=True):
             kept[place] = drawn[choice]

@@ -99,12 +99,10 @@ class PhiDecoding(Search):
     foresight_temperature: float | None = None
     """Temperature of foresight and completion, at least 1e-4; null takes that of the steps. The code has 1, and 0.6 for
     steps."""
-    seed: int = 0
-    """Seed of clusters and of the draws among steps, at least 0."""
 
     def __post_init__(self) -> None:
         bounds = dict.fromkeys(("beams", "rollouts", "clusters", "min_rounds", "max_rounds"), "[1, inf)")
-        more = {"sigma": "(0, inf)", "threshold": "(0, 1]", "foresight_temperature": "[1e-4, inf)", "seed": "[0, inf)"}
+        more = {"sigma": "(0, inf)", "threshold": "(0, 1]", "foresight_temperature": "[1e-4, inf)"}
         check_bounds("", self, **bounds, **more)
 
     @property
@@ -169,7 +167,7 @@ class PhiDecoding(Search):
         if self.variant == "code" and (missing := self.beams - int(inside.sum())) > 0:
             others = np.flatnonzero(~inside)
             weights = _softmax(confidence[others] / 0.1)
-            inside[others[self._draw(weights, missing, "width", problem.index, step)]] = True
+            inside[others[self._draw(weights, missing, problem, "width", step)]] = True
         kept: list[int] = np.flatnonzero(inside).tolist()
         scored = [(each.state, each.confidence) for each in new]
         trace.append(event("prune", scored, step=step, kept=kept))
@@ -182,7 +180,7 @@ class PhiDecoding(Search):
         advantages, labels = self._judged(paths, self.clusters, problem, step)
         shares = np.bincount(labels)[labels] / len(labels)
         weights = step_weights(advantages, shares, self.variant)
-        kept = self._draw(weights, self.beams, "steps", problem.index, step).tolist()
+        kept = self._draw(weights, self.beams, problem, "steps", step).tolist()
         scored = [(path.candidate.state, weight) for path, weight in zip(paths, weights.tolist(), strict=True)]
         more = {"advantages": advantages.tolist(), "clusters": labels.tolist(), "kept": kept}
         trace.append(event("foresight", scored, step=step, **more))
@@ -197,7 +195,7 @@ class PhiDecoding(Search):
             weights = _softmax(np.where(labels == sizes.argmax(), advantages / 0.1, -np.inf))
         else:
             weights = step_weights(advantages, sizes[labels] / len(labels), self.variant)
-        winner = int(self._draw(weights, 1, "answer", problem.index)[0])
+        winner = int(self._draw(weights, 1, problem, "answer")[0])
         scores = weights.tolist()
         more = {"advantages": advantages.tolist(), "clusters": labels.tolist(), "kept": [winner]}
         trace.append({"event": "choice", "scores": scores, **more})
@@ -208,14 +206,16 @@ class PhiDecoding(Search):
         self, paths: Sequence[_Path], clusters: int, problem: Problem, step: int
     ) -> tuple[FloatArray, np.ndarray[Any, Any]]:
         """Advantage and cluster of every path."""
-        noise = generator(self.seed, "phi", "clusters", problem.index, step)
+        noise = generator(problem.seed, "phi", "clusters", problem.index, step)
         labels = text_clusters([path.text for path in paths], clusters, noise)
         return np.array([path.foresight - path.candidate.before for path in paths]), labels
 
-    def _draw(self, weights: FloatArray, size: int, *key: int | str) -> np.ndarray[Any, Any]:
+    def _draw(self, weights: FloatArray, size: int, problem: Problem, purpose: str, *step: int) -> np.ndarray[Any, Any]:
         """Numbers drawn one after the other without replacement, as many as there are at most."""
         size = min(size, int((weights > 0).sum()))
-        return generator(self.seed, "phi", *key).choice(len(weights), size=size, replace=False, p=weights)
+        return generator(problem.seed, "phi", purpose, problem.index, *step).choice(
+            len(weights), size=size, replace=False, p=weights
+        )
 
 
 def step_weights(advantages: FloatArray, shares: FloatArray, variant: Literal["paper", "code"]) -> FloatArray:

@@ -39,6 +39,8 @@ class Problem:
     """Problem row: ``id``, ``prompt``, ``answer``; scorers may want ``solution``, ``task`` and ``meta``."""
     prompt_ids: tuple[int, ...]
     """Prompt as the generator reads it."""
+    seed: int = 0
+    """The run's seed: with the number it keys what a method draws beside tokens."""
 
 
 @dataclass(frozen=True)
@@ -273,7 +275,7 @@ class Tools:
             ConfigError: there is no value.
         """
         if self.value is None:
-            raise ConfigError("the method asks a step scorer and there is none: give --scorer")
+            raise ConfigError("the method needs a step scorer and there is none: give --scorer")
         asked = [state for state in states if state.text.strip()]
         scored = iter(self.value.values(asked, reduction) if asked else [])
         return [next(scored) if state.text.strip() else None for state in states]

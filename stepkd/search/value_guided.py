@@ -64,11 +64,9 @@ class ValueGuided(Search):
     """Tokens that are drafted at a time, at least 1; what is behind another choice is thrown away, and counted."""
     reduction: Reduction | None = None
     """From step scores to one: product, min, mean or last; null takes what suits the scorer's meaning."""
-    seed: int = 0
-    """Seed of the random placement, at least 0."""
 
     def __post_init__(self) -> None:
-        check_bounds("", self, threshold="[0, 1]", candidates="[1, inf)", ahead="[1, inf)", seed="[0, inf)")
+        check_bounds("", self, threshold="[0, 1]", candidates="[1, inf)", ahead="[1, inf)")
 
     @property
     def name(self) -> str:
@@ -102,7 +100,7 @@ class ValueGuided(Search):
         places = []
         for problem, (answer, *_) in zip(problems, guided, strict=True):
             length = len(answer.token_ids) - (int(answer.token_ids[-1]) in eos)
-            drawn = stream(self.seed, "value-guided", problem.index).permutation(length)[: len(answer.trace)]
+            drawn = stream(problem.seed, "value-guided", problem.index).permutation(length)[: len(answer.trace)]
             places.append(frozenset(drawn.tolist()))
         return places
 

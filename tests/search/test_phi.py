@@ -214,7 +214,7 @@ def test_what_is_found_for_a_problem_does_not_depend_on_the_others(variant: Vari
         assert [(each.text, each.trace) for each in alone] == [(each.text, each.trace) for each in group]
     backwards = search(method, keyed(TREE), some[::-1])[::-1]
     assert [group[0].trace for group in backwards] == [group[0].trace for group in together]
-    other = search(replace(method, seed=1), keyed(TREE), some)
+    other = search(method, keyed(TREE), [replace(each, seed=1) for each in some])
     assert [group[0].trace for group in other] != [group[0].trace for group in together]
 
 
