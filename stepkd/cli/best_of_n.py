@@ -79,8 +79,9 @@ def run(config: BestOfNConfig) -> int:
         grown = f"from N={first} to {each.k}, {each.b} - {each.a} grows by {percent(each.difference.to_dict())}"
         console.print(grown, markup=False, highlight=False)
     for name, peak in result.peaks.items():
-        if peak.k < result.ks[-1]:
-            fallen = f"{name} is highest at N={peak.k}, and {percent(peak.fall.to_dict())} lower at N={result.ks[-1]}"
+        if peak.k < result.ks[-1] and peak.fall.low > 0:
+            fall = f"{percent(peak.fall.to_dict())} percentage points lower at N={result.ks[-1]}"
+            fallen = f"{name} is highest at N={peak.k}, picked on the same problems, and {fall}"
             console.print(fallen, markup=False, highlight=False)
     for name, count in result.unscored.items():
         if count:

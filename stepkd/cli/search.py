@@ -2,7 +2,7 @@ r"""Compare test-time methods on a benchmark at what they cost: best-of-N, beam 
 
   stepkd search --config search/beam --model runs/sft --scorer runs/prm --benchmark gsm8k --limit 200 --out runs/beam
   stepkd search --config search/self_consistency --model HuggingFaceTB/SmolLM2-135M-Instruct --out runs/votes
-  stepkd search --config tiny/search --out runs/tiny-search
+  stepkd search --config search/tiny --out runs/tiny-search
 
 Every method solves the same problems, greedy decoding beside it. The tables have accuracy, generated and scored tokens
 and scorer calls per problem, and the paired difference to greedy, and to best-of-N at the same number of generated
@@ -13,8 +13,11 @@ settings.json.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from stepkd.evaluation.config import SearchJobConfig
@@ -29,7 +32,11 @@ def run(config: SearchJobConfig) -> int:
     if not summary:
         return job.share_is_done("results")
     print_summary(job.console, summary)
-    job.say(*notes(summary), f"\nrows with decisions, settings and summary: {config.out}")
+    job.say(
+        *notes(summary),
+        *times(config.out, summary["problems"]),
+        f"\nrows with decisions, settings and summary: {config.out}",
+    )
     return 0
 
 
@@ -48,19 +55,33 @@ def print_summary(console: Any, summary: Mapping[str, Any]) -> None:
 
     def costs(method: Mapping[str, Any]) -> list[str]:
         means = [shown(method[cost], ".0f", gap=None) for cost in ("generated_tokens", "scored_tokens", "scorer_calls")]
-        return [percent(method["accuracy"], "\n"), *means, percent(method["accuracy_per_1000_tokens"], None)]
+        return [percent(method["accuracy"], "\n"), *means, shown(method["accuracy_per_1000_tokens"], ".2f", gap=None)]
 
     def differences(method: Mapping[str, Any]) -> list[str]:
-        minus = [method["minus_greedy"], *method["minus_best_of_n"].values()]
-        return ["-" if each is None else shown(each, "+.1f", scale=100, gap="\n") for each in minus]
+        samples, used = method["budget"]["samples"], method["budget"]["used"]
+        at = f"{samples:.1f}" + (f"\n(at {used:.0f})" if method["budget"]["clamped"] else "")
+        greedy, *others = [
+            "-"
+            if each is None
+            else shown(each, "+.1f", scale=100, gap="\n") + ("\n(no interval)" * (each["low"] is None))
+            for each in (method["minus_greedy"], *method["minus_best_of_n"].values())
+        ]
+        return [greedy, at, *others]
 
     methods, hard = summary["methods"], summary["difficulty"]
     title = f"{summary['model']} on {summary['benchmark']}: {summary['problems']} problems, 95% intervals"
     console.print(title, highlight=False, markup=False)
-    show(["accuracy (%)", "tokens", "scored", "calls", "% per 1,000\ntokens"], costs, "tokens and calls per problem")
+    show(
+        ["accuracy (%)", "tokens", "scored", "calls", "correct per\n1,000 tokens"],
+        costs,
+        "tokens and calls per problem",
+    )
     votes = next(iter(methods.values()))["minus_best_of_n"]
-    caption = "paired, in percentage points; * best-of-N at the same number of generated tokens"
-    show(["- greedy", *(f"- {vote} *" for vote in votes)], differences, caption)
+    caption = (
+        "paired, in percentage points; * best-of-N at the same number of generated tokens, that of N samples, "
+        "or where (at) says another N, the nearest that there is"
+    )
+    show(["- greedy", "N", *(f"- {vote} *" for vote in votes)], differences, caption)
     if hard:
         bins = {name: count for name, count in hard["bins"].items() if count}
         heads = [f"{name}\n({count})" for name, count in bins.items()]
@@ -72,24 +93,49 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
     """What a reader of the tables must know, a line each."""
     from stepkd.statistics import percent
 
-    pool, found = summary["pool"], list[str]()
-    for name, method in summary["methods"].items():
+    pool, problems, found = summary["pool"], summary["problems"], list[str]()
+    methods: Mapping[str, Any] = summary["methods"]
+    for name, method in methods.items():
         if (needs := method["budget"]["samples"]) > pool["samples"]:
             found.append(
-                f"{name} draws as many tokens as {needs:.1f} samples, and is compared with best-of-{pool['samples']}: "
-                f"--samples {math.ceil(needs)} would reach its budget"
+                f"{name} draws as many tokens as {needs:.1f} samples, and is compared with best-of-{pool['samples']}, "
+                f"which draws fewer: --samples {math.ceil(needs)} would reach its budget"
             )
-        counts = {"answers cut off": method["cut_off"], "solutions without a score": method["unscored"]}
-        counts["prompts about drafts without room for an answer"] = method["no_room"]
-        found += [f"{name}: {what}: {count}" for what, count in counts.items() if count]
+    if less := [name for name, method in methods.items() if method["budget"]["samples"] < 1]:
+        found.append(f"compared with one sample, which draws more tokens than they do: {', '.join(less)}")
+    for name, method in methods.items():
+        counts = {
+            f"of {problems} answers were cut off: see --sampling.max_new_tokens, --max_step_tokens": method["cut_off"],
+            "solutions had no score, and ranked last": method["unscored"],
+            "prompts about drafts left no room for an answer": method["no_room"],
+        }
+        found += [f"{name}: {count} {what}" for what, count in counts.items() if count]
         if "drafted" in method:
             found.append(
                 f"{name}: {method['drafted']['value']:.0f} tokens of the small model per problem, which are in no "
                 f"table, and {method['passes']['value']:.0f} forward passes of the policy"
             )
     last = pool["ks"][-1]
-    for name, peak in pool["peaks"].items():
-        if peak["k"] < last:
-            fall = percent(peak["fall"])
-            found.append(f"best-of-N by {name} is highest at N={peak['k']}, and {fall} lower at N={last}")
+    for name in ("majority", pool["reduction"], f"{pool['reduction']}_vote"):
+        peak = pool["peaks"].get(name)
+        if peak and peak["k"] < last and (peak["fall"]["low"] or 0) > 0:
+            found.append(
+                f"best-of-N by {name} is highest at N={peak['k']}, picked on the same problems, and "
+                f"{percent(peak['fall'])} percentage points lower at N={last}"
+            )
     return found
+
+
+def times(out: str, problems: int) -> list[str]:
+    """Seconds per problem of every method by the job's log, in a line; none where there is no log."""
+    from stepkd.runs.job import LOG
+
+    seconds: dict[str, float] = {}
+    for path in sorted((Path(out) / LOG).glob("rank-*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with suppress(ValueError):  # a line that a kill cut off
+                if "unit" in (entry := json.loads(line)):
+                    name = entry["unit"].rpartition("-")[0]
+                    seconds[name] = seconds.get(name, 0.0) + entry["seconds"]
+    shown = ", ".join(f"{name} {total / problems:.2f}" for name, total in seconds.items())
+    return [f"seconds per problem (pool: of all methods that choose among it): {shown}"] if shown else []

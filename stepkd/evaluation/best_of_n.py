@@ -30,6 +30,7 @@ from stepkd.statistics import (
     Result,
     cluster_bootstrap,
     mean_interval,
+    proper_width,
 )
 
 CEILING = "pass"
@@ -59,7 +60,7 @@ class PairedDifference(Result):
     k: int
     """Samples chosen from; for a growth, the largest k."""
     difference: Interval
-    """Difference of expected accuracies, paired bootstrap over problems."""
+    """Difference of expected accuracies, paired bootstrap over problems; no bounds where all problems have the same."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,9 @@ class Peak(Result):
     k: int
     """Number of samples with the highest expected accuracy, the largest of equal ones."""
     fall: Interval
-    """Expected accuracy there minus that at the largest k, paired bootstrap over problems. The k is picked on the same
-    problems, so an interval that only just excludes 0 is no evidence of over-optimisation."""
+    """Expected accuracy there minus that at the largest k, paired bootstrap over problems; no bounds where all problems
+    have the same. The k is picked on the same problems, so an interval that only just excludes 0 is no evidence of
+    over-optimisation."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ def bon_curve(
     curves, grid = expected_accuracies(problems, ks, scores, seed=settings.get("seed", 0)), tuple(sorted(set(ks)))
     pairs = list(combinations([name for name in curves if name != CEILING], 2))
     differences = tuple(
-        PairedDifference(a, b, k, cluster_bootstrap(curves[b][:, i] - curves[a][:, i], **settings))
+        PairedDifference(a, b, k, _difference(curves[b][:, i] - curves[a][:, i], **settings))
         for a, b in pairs
         for i, k in enumerate(grid)
     )
@@ -134,7 +136,7 @@ def bon_curve(
     growth = []
     for a, b in pairs if first < len(grid) - 1 else []:
         gap = curves[b] - curves[a]
-        growth.append(PairedDifference(a, b, grid[-1], cluster_bootstrap(gap[:, -1] - gap[:, first], **settings)))
+        growth.append(PairedDifference(a, b, grid[-1], _difference(gap[:, -1] - gap[:, first], **settings)))
     return CurveResult(
         ks=grid,
         curves={
@@ -200,7 +202,11 @@ def peak(values: FloatArray, ks: Sequence[int], **settings: Unpack[Resampling]) 
     """
     means = values.mean(axis=0)
     best = int(np.flatnonzero(means >= means.max() - TIE)[-1])
-    return Peak(ks[best], cluster_bootstrap(values[:, best] - values[:, -1], **settings))
+    return Peak(ks[best], _difference(values[:, best] - values[:, -1], **settings))
+
+
+def _difference(values: FloatArray, **settings: Unpack[Resampling]) -> Interval:
+    return proper_width(cluster_bootstrap(values, **settings))
 
 
 def _check_problems(

@@ -177,11 +177,11 @@ class SearchJobConfig(BenchmarkJobConfig):
     """One comparison of test-time methods on a benchmark."""
 
     methods: tuple[Search, ...]
-    """Methods to compare, each a class with its settings; Greedy is always run, because the others are compared with
-    it."""
+    """Methods to compare, each a class with its settings, on a command line
+    '[{class_path: Beam, init_args: {n: 8}}, ...]'; Greedy is always run, because the others are compared with it."""
     scorer: ScorerConfig | str | None = None
     """What scores steps: one of the classes, or a word (run folder, checkpoint, export or published PRM; judge:MODEL;
-    checker; arithmetic; gain); null for methods that ask none."""
+    checker; arithmetic; gain); null for methods that need none."""
     max_rows: int = 32
     """Solutions scored at once, at least 1; it belongs to what decides the result: batch shapes decide rounding."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -189,12 +189,16 @@ class SearchJobConfig(BenchmarkJobConfig):
     samples is a setting of the job and of its methods, not n."""
     segmenter: str = "newline"
     """Segmenter that says where a step ends, by name: newline (the default), blank_line, step_heading, sentence,
-    regex:PATTERN, or adaptive_step:THRESHOLD."""
+    regex:PATTERN, or adaptive_step:THRESHOLD. Only the first two end with a string at which drawing stops: with the
+    others every step costs max_step_tokens."""
     max_step_tokens: int = 128
-    """Longest step in tokens, at least 1; a longer one is cut off and ends its solution."""
-    samples: int = 8
+    """Longest step in tokens, at least 1; a longer one is cut off and ends its solution. With a segmenter other than
+    newline and blank_line take little more than a step has, because what is drawn behind it is thrown away, and
+    counts."""
+    samples: int = 16
     """Solutions of a problem that are drawn once, at least 1: methods that choose among samples share them, and
-    best-of-N at the token budget of every other method is read from them."""
+    best-of-N at the token budget of every other method is read from them. 16 are a beam's solutions by default; what
+    draws more tokens than all of them is compared with all of them, and the table says so."""
     difficulty_samples: int = 0
     """Solutions of a problem that no method uses, at least 0, whose pass rate says how difficult it is; 0 divides
     nothing by difficulty."""
@@ -213,6 +217,8 @@ class SearchJobConfig(BenchmarkJobConfig):
             raise ConfigError("sampling.temperature=0: every sample would be the same; greedy is run in any case")
         if bad := [k for k in self.ks if not 1 <= k <= self.samples]:
             raise ConfigError(f"ks={bad[0]}: must lie between 1 and the samples of a problem, {self.samples}")
+        if not self.methods:
+            raise ConfigError("methods is empty: give at least one, such as --methods Beam; greedy is run in any case")
         names = [method.name for method in self.all_methods]
         for name in names:
             if not re.fullmatch(r"[\w@.+-]+", name) or name in ("pool", "difficulty"):
@@ -222,12 +228,11 @@ class SearchJobConfig(BenchmarkJobConfig):
                 )
             if names.count(name) > 1:
                 raise ConfigError(
-                    f"methods: two are called {name}, which has all settings that differ from their defaults but the "
-                    "seed: drop one; another seed is another job"
+                    f"methods: two are called {name}, which has all settings that differ from their defaults: drop one"
                 )
         for method in self.all_methods:
             if method.needs_scorer and self.scorer is None:
-                raise ConfigError(f"methods: {method.name} asks a step scorer and there is none: give --scorer")
+                raise ConfigError(f"methods: {method.name} needs a step scorer and there is none: give --scorer")
             if isinstance(method, BestOfN) and method.n > self.samples:
                 raise ConfigError(
                     f"methods: {method.name} chooses among n={method.n} samples, and samples={self.samples} are drawn: "
@@ -236,8 +241,8 @@ class SearchJobConfig(BenchmarkJobConfig):
 
     @property
     def all_methods(self) -> tuple[Search, ...]:
-        """The methods, greedy first where it is not among them."""
-        return self.methods if any(isinstance(each, Greedy) for each in self.methods) else (Greedy(), *self.methods)
+        """The methods, greedy first where none has its name."""
+        return self.methods if any(each.name == Greedy().name for each in self.methods) else (Greedy(), *self.methods)
 
     @property
     def drawn(self) -> SamplingConfig:

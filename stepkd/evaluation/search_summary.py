@@ -4,6 +4,7 @@ Methods that draw different numbers of tokens are compared with best-of-N *at th
 samples of every problem; choosing among k of them costs k times the mean length of a sample, and is worth the
 expectation over all subsets of k. At a method's mean generated tokens per problem lies a k between two whole numbers,
 where each problem's expectation is interpolated linearly. The k counts as known: its own chance is not in the interval.
+Differences that are the same for every problem have no interval: resampling them would say that they are certain.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from stepkd.statistics import (
     Result,
     cluster_bootstrap,
     mean_interval,
+    proper_width,
     ratio_of_sums,
 )
 
@@ -48,39 +50,38 @@ class Budget(Result):
     clamped: bool
     """Whether the two differ: the method draws more than the whole pool, or less than one sample."""
 
-    @property
-    def needs(self) -> int:
-        """Samples of a problem that the pool would have to hold."""
-        return math.ceil(self.samples)
 
-
-def budget_of(generated: FloatArray, per_sample: FloatArray, most: int) -> Budget:
+def budget_of(generated: FloatArray, pool: FloatArray, size: int) -> Budget:
     """The number of samples at a method's token budget.
 
     Args:
-        generated: (problems,) tokens that the method drew.
-        per_sample: (problems,) mean tokens of a sample.
-        most: samples of a problem in the pool, at least 1.
+        generated: (problems,) tokens that the method drew, whole numbers.
+        pool: (problems,) tokens of all samples in the pool, whole numbers.
+        size: samples of a problem in the pool, at least 1.
+
+    Raises:
+        DataError: no sample has a token.
     """
-    samples = float(generated.sum() / per_sample.sum())
-    used = min(max(samples, 1.0), float(most))
+    if not (drawn := pool.sum()):
+        raise DataError("the samples of all problems are empty: the model ends every solution at once", column="tokens")
+    samples = float(size * generated.sum() / drawn)  # in this order exact for what draws as many as the whole pool
+    used = min(max(samples, 1.0), float(size))
     return Budget(samples, used, used != samples)
 
 
-def at_budget(values: FloatArray, ks: Sequence[int], samples: float) -> FloatArray:
+def at_budget(values: FloatArray, samples: float) -> FloatArray:
     """A curve between whole numbers of samples, problem by problem.
 
     Args:
-        values: (problems, ks) expected accuracies.
-        ks: ascending; hold the whole numbers on both sides of ``samples``.
-        samples: within them.
+        values: (problems, 1 or 2) expected accuracies at the whole numbers below and above ``samples``, one where it is
+            whole.
+        samples: at least 1.
 
     Returns:
         (problems,) linear interpolation.
     """
-    low = math.floor(samples)
-    below, above = values[:, ks.index(low)], values[:, ks.index(math.ceil(samples))]
-    return np.asarray(below + (samples - low) * (above - below))
+    below, above = values[:, 0], values[:, -1]
+    return np.asarray(below + samples % 1 * (above - below))
 
 
 def difficulty_bin(pass_rate: float) -> int:
@@ -134,9 +135,9 @@ def summarise_search(
     pool = _Pool(groups[POOL], reduction, settings)
     bins = _bins(groups[DIFFICULTY])
     greedy = _correct(groups[GREEDY])
-    told = {
+    summaries = {
         name: _method(groups[name], settings)
-        | {"minus_greedy": _mean(_correct(groups[name]) - greedy, settings) if name != GREEDY else None}
+        | {"minus_greedy": _difference(_correct(groups[name]) - greedy, settings) if name != GREEDY else None}
         | pool.compared(groups[name])
         | {"by_difficulty": _by_bin(_correct(groups[name]), bins, settings)}
         for name in methods
@@ -144,8 +145,8 @@ def summarise_search(
     return {
         "problems": len(numbers),
         **settings,
-        "methods": told,
-        "pool": pool.told(ks),
+        "methods": summaries,
+        "pool": pool.summary(ks),
         "difficulty": _difficulty(groups[DIFFICULTY], bins, settings),
     }
 
@@ -162,8 +163,8 @@ def search_columns(
     Returns:
         For every method ``NAME`` (1 where its answer is correct), ``NAME.tokens``, ``NAME.scored_tokens``,
         ``NAME.scorer_calls``; ``NAME.over_majority``, and with a scorer ``NAME.over_max`` and ``NAME.over_weighted``:
-        what it has more than best-of-N at its mean generated tokens; one entry per problem each. ``NAME.samples``: how
-        many samples cost what it costs, one number.
+        its gain over best-of-N at its mean generated tokens; one entry per problem each. Where it draws more than the
+        whole pool the gain is undefined, as ``[0, 0]``: best-of-N at fewer tokens is no comparison.
     """
     pool = _Pool(_sorted(rows, POOL), reduction, {"seed": seed})
     columns: dict[str, Any] = {}
@@ -173,8 +174,8 @@ def search_columns(
         columns |= {name: correct.tolist(), f"{name}.tokens": _generated(own).tolist()}
         columns[f"{name}.scored_tokens"] = [float(row["tokens"]["scored"]) for row in own]
         columns[f"{name}.scorer_calls"] = [float(row["scorer_calls"]) for row in own]
-        columns |= {f"{name}.over_{vote}": (correct - values).tolist() for vote, values in others.items()}
-        columns[f"{name}.samples"] = budget.samples
+        beyond = [[0.0, 0.0]] * len(own) if budget.samples > budget.used else None
+        columns |= {f"{name}.over_{vote}": beyond or (correct - values).tolist() for vote, values in others.items()}
     return columns
 
 
@@ -193,6 +194,10 @@ def _generated(rows: Sequence[Row]) -> FloatArray:
 
 def _mean(values: FloatArray, settings: Resampling) -> dict[str, Any]:
     return cluster_bootstrap(values, **settings).to_dict()
+
+
+def _difference(values: FloatArray, settings: Resampling) -> dict[str, Any]:
+    return proper_width(cluster_bootstrap(values, **settings)).to_dict()
 
 
 def _method(rows: Sequence[Row], settings: Resampling) -> dict[str, Any]:
@@ -239,20 +244,20 @@ class _Pool:
     def beside(self, rows: Sequence[Row]) -> tuple[Budget, dict[str, FloatArray]]:
         """How many samples cost what a method costs, and what best-of-N by each vote is worth there in every
         problem."""
-        budget = budget_of(_generated(rows), _generated(self.rows) / self.size, self.size)
+        budget = budget_of(_generated(rows), _generated(self.rows), self.size)
         ks = sorted({math.floor(budget.used), math.ceil(budget.used)})
         scores = {} if self.reduction is None else {"max": self.scores(self.reduction)}
         curves = expected_accuracies(self.problems, ks, scores, seed=self.seed)
         names = {"majority": MAJORITY} | ({"max": "max", "weighted": "max_vote"} if scores else {})
-        return budget, {vote: at_budget(curves[name], ks, budget.used) for vote, name in names.items()}
+        return budget, {vote: at_budget(curves[name], budget.used) for vote, name in names.items()}
 
     def compared(self, rows: Sequence[Row]) -> dict[str, Any]:
         """A method beside best-of-N at its token budget."""
         correct, (budget, others) = _correct(rows), self.beside(rows)
-        minus = {vote: _mean(correct - values, self.settings) for vote, values in others.items()}
+        minus = {vote: _difference(correct - values, self.settings) for vote, values in others.items()}
         return {"budget": budget.to_dict(), "minus_best_of_n": minus}
 
-    def told(self, ks: Sequence[int]) -> dict[str, Any]:
+    def summary(self, ks: Sequence[int]) -> dict[str, Any]:
         """What the summary says of it."""
         grid = sorted(set(ks))
         scores = {} if self.reduction is None else {each: self.scores(each) for each in get_args(Reduction)}

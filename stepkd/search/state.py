@@ -369,8 +369,7 @@ class Search(ABC):
 
     def named(self, head: str, *shown: str) -> str:
         """A head, then every setting that differs from its default: a word by itself (``_last``), anything else with
-        the setting's name (``_theta-0.3``); what file names do not hold becomes ``-``. The seed is left out: with
-        another one it is the same method.
+        the setting's name (``_theta-0.3``); what file names do not hold becomes ``-``.
 
         Args:
             head: kind of the method, with the settings that always stand in its name.
@@ -379,7 +378,7 @@ class Search(ABC):
         words = [head]
         for each in fields(cast(Any, self)):
             value = getattr(self, each.name)
-            if each.name not in (*shown, "seed") and value != each.default:
+            if each.name not in shown and value != each.default:
                 words.append(value if isinstance(value, str) else f"{each.name}-{value}")
         return re.sub(r"[^\w@.+-]+", "-", "_".join(words))
 

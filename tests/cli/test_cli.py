@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import forked
@@ -45,6 +47,14 @@ def test_help_of_every_command(command: str, capsys: pytest.CaptureFixture[str])
     text = capsys.readouterr().out
     assert f"stepkd {command}" in text
     assert len(text.splitlines()) > 8
+
+
+def test_recipes_that_the_commands_texts_name_exist() -> None:
+    for command in COMMANDS:
+        text = import_module(f"stepkd.cli.{command.replace('-', '_')}").__doc__ or ""
+        for name in re.findall(r"--config ([\w/.-]+)", text):
+            if not name.endswith(".yaml"):
+                with_recipe_files(["--config", name])
 
 
 def test_help_of_fit_tells_what_every_setting_and_data_module_is(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from stepkd.cli import main
 from stepkd.cli.parser import parse
 from stepkd.errors import ConfigError
 from stepkd.evaluation.config import SearchJobConfig
@@ -145,14 +146,15 @@ class Nothing(Greedy):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"scorer": None}, r"best_of_n@3 asks a step scorer and there is none: give --scorer"),
+        ({"scorer": None}, r"best_of_n@3 needs a step scorer and there is none: give --scorer"),
         ({"samples": 2}, r"best_of_n@3 chooses among n=3 samples, and samples=2 are drawn: give --samples 3"),
-        ({"methods": (BestOfN(n=2), BestOfN(n=2, seed=1))}, r"two are called best_of_n_weighted@2"),
+        ({"methods": (BestOfN(n=2), BestOfN(n=2))}, r"two are called best_of_n_weighted@2"),
         ({"methods": (Nothing(called="pool"),)}, r"'pool' is no name for a method"),
         ({"methods": (Nothing(called="a/b"),)}, r"'a/b' is no name for a method"),
         ({"sampling": SamplingConfig(temperature=0.0)}, r"sampling\.temperature=0: every sample"),
         ({"sampling": SamplingConfig(n=2)}, r"sampling\.n=2: a search takes its numbers"),
         ({"ks": (1, 4)}, r"ks=4: must lie between 1 and the samples of a problem, 3"),
+        ({"methods": ()}, r"methods is empty: give at least one"),
         ({"samples": 0}, r"samples=0"),
         ({"difficulty_samples": -1}, r"difficulty_samples=-1"),
         ({"segmenter": "newlines"}, r"newlines"),
@@ -176,6 +178,8 @@ def test_a_method_that_finds_nothing_is_an_error(config: SearchJobConfig, policy
 def test_greedy_is_run_whether_or_not_it_is_named(config: SearchJobConfig) -> None:
     assert [each.name for each in config.all_methods] == list(METHODS)
     assert replace(config, methods=(Greedy(),)).all_methods == (Greedy(),)
+    other = replace(config, methods=(Nothing(),)).all_methods
+    assert [each.name for each in other] == ["greedy", "nothing"], "a class of one's own may be based on it"
 
 
 def test_methods_that_revise_drafts_ask_the_policy_or_a_model_of_their_own(
@@ -211,8 +215,39 @@ def test_methods_of_different_classes_are_read_from_a_file_and_an_unknown_settin
     names = [method.name for method in build_settings(SearchJobConfig, values, "search").methods]
     assert names == ["beam@4x2", "best_of_n_soft@4"]
     incorrect = {"class_path": "Beam", "init_args": {"wdth": 2}}
-    with pytest.raises(ConfigError, match="'wdth' is not a setting of methods; did you mean 'width'"):
+    with pytest.raises(ConfigError, match=r"'wdth' is not a setting of methods\[0\]; did you mean 'width'"):
         build_settings(SearchJobConfig, values | {"methods": [incorrect, soft]}, "search")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("[{class_path: BestOfN, init_args: {width: 4}}, {class_path: Beam}]",
+         r"'width' is not a setting of methods\[0\], whose class has n, vote, reduction, temperature"),
+        ("[{class_path: Beam}, {class_path: BestOfN, init_args: {vote: best}}]",
+         r"methods\[1\]\.vote: expected one of \['max', 'majority', 'weighted', 'soft'\], got 'best'"),
+        ("[{class_path: Beam}, {class_path: Beam, init_args: {n: 8, width: 3}}]",
+         r"methods\[1\] \(Beam\): n=8 is no multiple of width=3"),
+        ("Beam --methods.n 8", r"are given with it: --methods '\[{class_path: CLASS, init_args: {n: VALUE}}\]'"),
+    ],
+    ids=["another class's setting", "a value", "a contradiction", "dotted"],
+)  # fmt: skip
+def test_a_mistake_in_a_method_is_told_with_its_place_in_the_list(words: str, message: str) -> None:
+    value, *more = words.split(" --")
+    given = [each for word in more for each in f"--{word}".split()]
+    with pytest.raises(ConfigError, match=message):
+        parse(
+            SearchJobConfig, [*"--model m --scorer checker --out o --methods".split(), value, *given], command="search"
+        )
+
+
+def test_the_command_prints_tables_notes_and_times(config: SearchJobConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    methods = "[{class_path: BestOfN, init_args: {n: 2, vote: majority}}]"
+    words = f"--model tiny-0.1m --benchmark task --data {TASK} --limit 1 --samples 2 --sampling.max_new_tokens 8 --out"
+    assert main(["search", *words.split(), config.out, "--device", "cpu", "--methods", methods]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for word in ("- majority *", "seconds per problem (pool: of all methods that choose among it): pool ", ", greedy "):
+        assert word in shown
 
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes" / "search").glob("*.yaml"))

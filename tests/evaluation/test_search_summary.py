@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from stepkd.claims.runner import value_array
 from stepkd.errors import DataError
 from stepkd.evaluation.best_of_n import ProblemSamples, bon_curve
 from stepkd.evaluation.search_summary import (
@@ -19,6 +20,7 @@ from stepkd.evaluation.search_summary import (
     search_columns,
     summarise_search,
 )
+from stepkd.statistics import estimate_mean
 
 FAST = {"n_resamples": 50}
 
@@ -80,7 +82,7 @@ def test_best_of_n_at_a_budget_lies_on_the_line_between_whole_numbers_of_samples
 
 def test_columns_are_the_summary_problem_by_problem() -> None:
     columns = search_columns(rows(generated=15)[::-1], ["greedy", "beam"], reduction="product")
-    assert (columns["beam"], columns["beam.tokens"], columns["beam.samples"]) == ([1.0, 0.0], [15.0, 15.0], 1.5)
+    assert (columns["beam"], columns["beam.tokens"]) == ([1.0, 0.0], [15.0, 15.0])
     assert (columns["beam.scored_tokens"], columns["beam.scorer_calls"]) == ([4.0, 4.0], [1.0, 1.0])
     summary = summarised(rows(generated=15))["methods"]["beam"]["minus_best_of_n"]
     for vote, minus in summary.items():
@@ -89,20 +91,46 @@ def test_columns_are_the_summary_problem_by_problem() -> None:
     assert "greedy.over_max" not in search_columns(rows(), ["greedy"])
 
 
+def test_a_gain_over_a_pool_that_is_too_small_is_undefined_in_a_claim() -> None:
+    columns = search_columns(rows(generated=21), ["greedy", "beam"])
+    assert columns["beam.over_majority"] == [[0.0, 0.0]] * 2
+    assert columns["greedy.over_majority"] == pytest.approx([-0.5, 0.0]), (
+        "one sample of each problem is compared with one"
+    )
+    assert math.isnan(estimate_mean([value_array(columns["beam.over_majority"])] * 2).decides.low)
+
+
 def test_a_budget_beyond_the_pool_is_compared_with_all_of_it_and_says_so() -> None:
     beam = summarised(rows(generated=47))["methods"]["beam"]
     assert beam["budget"] == {"samples": 4.7, "used": 2.0, "clamped": True}
     assert beam["minus_best_of_n"]["max"]["value"] == 0.0
-    assert budget_of(np.array([47.0]), np.array([10.0]), 2).needs == 5
-    small = budget_of(np.array([3.0, 4.0]), np.array([10.0, 10.0]), 8)
+    small = budget_of(np.array([3.0, 4.0]), np.array([80.0, 80.0]), 8)
     assert (small.used, small.clamped) == (1.0, True)
+    with pytest.raises(DataError, match="the samples of all problems are empty"):
+        budget_of(np.zeros(2), np.zeros(2), 8)
+
+
+@pytest.mark.parametrize("size", [3, 5, 6, 7, 12])
+def test_a_method_that_draws_the_whole_pool_has_its_size_as_budget_without_rounding(size: int) -> None:
+    for pool in np.random.default_rng(size).integers(1, 400, (200, 4)).astype(float):
+        assert budget_of(pool, pool, size).to_dict() == {"samples": size, "used": size, "clamped": False}
+
+
+def test_a_difference_that_all_problems_share_has_no_interval() -> None:
+    all_rows = [row(i, name, [sample(name == "beam")] * (2 if name == "pool" else 1), 10)
+                for i in range(10) for name in ("pool", "greedy", "beam")]  # fmt: skip
+    summary = summarised(all_rows)
+    for minus in (summary["methods"]["beam"]["minus_greedy"], *summary["methods"]["beam"]["minus_best_of_n"].values()):
+        assert (minus["value"], minus["low"], minus["high"]) == (1.0, None, None)
+    fall = summary["pool"]["peaks"]["majority"]["fall"]
+    assert (fall["value"], fall["low"], fall["high"]) == (0.0, None, None)
 
 
 @pytest.mark.parametrize(("samples", "value"), [(1.0, 0.2), (1.25, 0.3), (2.0, 0.6), (3.5, 0.7), (4.0, 0.8)])
 def test_interpolation_is_linear_and_exact_at_whole_numbers(samples: float, value: float) -> None:
     curve = np.array([[0.2, 0.6, 0.6, 0.8]])
     ks = sorted({math.floor(samples), math.ceil(samples)})
-    assert at_budget(curve[:, [k - 1 for k in ks]], ks, samples) == pytest.approx([value])
+    assert at_budget(curve[:, [k - 1 for k in ks]], samples) == pytest.approx([value])
 
 
 def test_counts_costs_and_accuracy_by_tokens() -> None:
@@ -157,13 +185,17 @@ def test_the_table_shows_every_method_and_what_a_reader_must_know(capsys: pytest
     summary = {"model": "m", "benchmark": "task", **summarised(with_drafts(rows(generated=47)))}
     print_summary(Console(width=80), summary)
     text = capsys.readouterr().out
-    for word in ("m on task: 2 problems", "greedy", "beam", "- weighted *", "0 to 1/3", "(9.5 to 90.5)", "+50.0"):
+    words = ("m on task: 2 problems", "greedy", "beam", "- weighted *", "0 to 1/3", "(9.5 to 90.5)", "+50.0", "(at 2)")
+    for word in (*words, "(no interval)", "10.64"):
         assert word in text
     assert "1/3 to 2/3" not in text, "bins without problems are left out"
     assert notes(summary) == [
-        "beam draws as many tokens as 4.7 samples, and is compared with best-of-2: --samples 5 would reach its budget",
-        "beam: answers cut off: 1",
-        "beam: solutions without a score: 2",
-        "beam: prompts about drafts without room for an answer: 2",
+        "beam draws as many tokens as 4.7 samples, and is compared with best-of-2, which draws fewer: "
+        "--samples 5 would reach its budget",
+        "beam: 1 of 2 answers were cut off: see --sampling.max_new_tokens, --max_step_tokens",
+        "beam: 2 solutions had no score, and ranked last",
+        "beam: 2 prompts about drafts left no room for an answer",
         "beam: 6 tokens of the small model per problem, which are in no table, and 3 forward passes of the policy",
     ]
+    cheap = notes(summarised(rows(generated=5)))
+    assert cheap[0] == "compared with one sample, which draws more tokens than they do: beam"
