@@ -129,7 +129,7 @@ LONG_FILES = {
     "training/fit.py": 490,
     "runs/rundir.py": 430,  # the run folder, and how a run resumes
     "quickstart.py": 460,
-    "settings.py": 475,
+    "settings.py": 500,  # names and types of every setting, in lists of classes too, and what to say of a mistake
     "evaluation/metrics.py": 460,  # every metric of an evaluation, with interval and paired difference
     "modules/base.py": 520,  # the optimiser step that every method shares, and what a method may define
 }

@@ -237,7 +237,7 @@ def test_a_mistake_in_a_method_is_told_with_its_place_in_the_list(words: str, me
     given = [each for word in more for each in f"--{word}".split()]
     with pytest.raises(ConfigError, match=message):
         parse(
-            SearchJobConfig, [*"--model m --scorer checker --out o --methods".split(), value, *given], command="search"
+            SearchJobConfig, ["--out=o", "--model=m", "--scorer=checker", "--methods", value, *given], command="search"
         )
 
 
