@@ -84,7 +84,6 @@ def test_names_tell_methods_of_one_class_apart() -> None:
         "beam@16x4_min",
         "beam@16x4_max",
     ]
-    assert ParticleFilter(seed=3).name == "particle_filter@16", "a seed makes no other method"
 
 
 def test_another_model_that_is_not_loaded_is_named(problem: Problem) -> None:
