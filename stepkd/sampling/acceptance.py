@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -26,6 +27,9 @@ from stepkd.randomness import generator
 from stepkd.sampling.annotate import check_same_vocabulary
 from stepkd.sampling.draw import first_above, sampling_logprobs
 from stepkd.sampling.engine import SamplingConfig
+
+_CHUNK = 64
+"""Positions whose probabilities exist at once."""
 
 
 class AcceptanceHead(nn.Module):
@@ -71,7 +75,7 @@ class AcceptanceHead(nn.Module):
             weights = load_file(path)
             head = cls(weights["out.weight"].shape[1], sum(name.endswith(".weight") for name in weights) - 1)
             head.load_state_dict(weights)
-        except (OSError, KeyError, RuntimeError, IndexError) as error:
+        except (OSError, SafetensorError, KeyError, RuntimeError, IndexError) as error:
             raise ModelError(f"{path} is no acceptance head (AcceptanceHead.save writes one): {error}") from error
         return head
 
@@ -112,24 +116,66 @@ def acceptance_examples(
 
     Returns:
         Hidden states (N, H) of the draft at its own tokens, and (N,) their probabilities to stand.
+
+    Raises:
+        ModelError: logits that are not numbers.
     """
     prompt, own_T = completion.prompt_ids.tolist(), torch.tensor(completion.token_ids)
 
     def behind(policy: Policy, ids_T: Tensor) -> Tensor:
         """Hidden states (T + 1, H) from the prompt's last token on."""
-        ids_1T = torch.cat([torch.tensor(prompt), ids_T])[None].to(policy.device)
+        ids_1T = known_ids(policy, torch.cat([torch.tensor(prompt), ids_T]))[None].to(policy.device)
         return policy.hidden(ids_1T, torch.ones_like(ids_1T))[0, len(prompt) - 1 :]
 
-    target_TV, draft_TV = (
-        sampling_logprobs(policy.head(behind(policy, own_T)[:-1]), spec).double().cpu() for policy in (target, draft)
-    )
     numbers = generator(spec.seed, "acceptance", *key)
     uniform_T1 = torch.tensor(numbers.random((len(own_T), 1)))
-    drawn_T1 = first_above(draft_TV.exp(), uniform_T1 * draft_TV.exp().sum(-1, keepdim=True))[0]
-    accepted_T = (target_TV - draft_TV).gather(-1, drawn_T1).clamp(max=0).exp().squeeze(-1)
+    rows = behind(target, own_T)[:-1], behind(draft, own_T)[:-1], uniform_T1
+    chunks = zip(*(each.split(_CHUNK) for each in rows), strict=True)
+    found = [_drafted(target, draft, *chunk, spec) for chunk in chunks]
+    drawn_T, accepted_T = (torch.cat(each) for each in zip(*found, strict=True))
     replaced_T = torch.tensor(numbers.random(len(own_T)) < replaced)
-    hidden_TH = behind(draft, torch.where(replaced_T, own_T, drawn_T1.squeeze(-1)))[1:].cpu()
+    hidden_TH = behind(draft, torch.where(replaced_T, own_T, drawn_T))[1:].cpu()
     return hidden_TH[~replaced_T].float(), accepted_T[~replaced_T].float()
+
+
+def _drafted(
+    target: Policy, draft: Policy, target_CH: Tensor, draft_CH: Tensor, uniform_C1: Tensor, spec: SamplingConfig
+) -> tuple[Tensor, Tensor]:
+    """The draft's tokens (C,), and their probabilities to stand."""
+    logits = (
+        checked(target.head(target_CH), "target"),
+        checked(draft_logits(draft, draft_CH, target.vocab_size), "draft"),
+    )
+    target_CV, draft_CV = (sampling_logprobs(each, spec).cpu().double() for each in logits)
+    mass_CV = draft_CV.exp()
+    drawn_C1 = first_above(mass_CV, uniform_C1 * mass_CV.sum(-1, keepdim=True))[0]
+    logps_C1 = target_CV.gather(-1, drawn_C1) - draft_CV.gather(-1, drawn_C1)
+    return drawn_C1.squeeze(-1), logps_C1.clamp(max=0).exp().squeeze(-1)
+
+
+def checked(logits_CV: Tensor, who: str) -> Tensor:
+    """The logits, which must be numbers; -inf rules a token out.
+
+    Raises:
+        ModelError: NaN or infinity among them.
+    """
+    if not bool(logits_CV.amax(-1).isfinite().all()):
+        raise ModelError(
+            f"the {who}'s logits are not numbers (NaN or infinite): its weights have diverged, or float16 overflowed "
+            "(use bfloat16 or float32)"
+        )
+    return logits_CV
+
+
+def draft_logits(draft: Policy, hidden_CH: Tensor, ids: int) -> Tensor:
+    """(C, ids) logits of a draft for a target of so many ids: models of one tokenizer differ in the last of them."""
+    logits_CV = draft.head(hidden_CH)
+    return nn.functional.pad(logits_CV, (0, ids - logits_CV.shape[-1]), value=-torch.inf)
+
+
+def known_ids(policy: Policy, ids: Tensor) -> Tensor:
+    """Ids with the last one in place of those that the model has no embedding for: a draft may read anything."""
+    return ids.clamp(max=policy.vocab_size - 1)
 
 
 def train_acceptance_head(
@@ -158,12 +204,12 @@ def train_acceptance_head(
     Raises:
         DataError: no completion with tokens.
         ConfigError: greedy sampling, whose tokens stand or do not.
-        ModelError: vocabularies that differ.
+        ModelError: vocabularies that differ, or logits that are not numbers.
     """
     spec = spec or SamplingConfig()
     if spec.temperature == 0:
         raise ConfigError("temperature 0: an acceptance head learns probabilities, and greedy tokens have none")
-    check_same_vocabulary(draft.tokenizer, target.tokenizer)
+    check_same_vocabulary(target.tokenizer, draft.tokenizer, "draft")
     with evaluation_mode(target), evaluation_mode(draft):
         examples = [
             acceptance_examples(target, draft, each, spec, number, replaced=replaced)

@@ -121,8 +121,13 @@ def likeliest(policy: Policy, completions: Sequence[Completion], top_k: int) -> 
     return found
 
 
-def check_same_vocabulary(tokenizer: Any, of_teacher: Any) -> None:
+def check_same_vocabulary(tokenizer: Any, of_teacher: Any, who: str = "teacher") -> None:
     """Check that two models' tokenizers read the same ids as the same tokens.
+
+    Args:
+        tokenizer: the model's.
+        of_teacher: the other model's.
+        who: what the other model is called.
 
     Raises:
         ModelError: their vocabularies differ; the message shows a token that does.
@@ -132,8 +137,8 @@ def check_same_vocabulary(tokenizer: Any, of_teacher: Any) -> None:
         return
     token = min(token for token in {*ours, *theirs} if ours.get(token) != theirs.get(token))
     raise ModelError(
-        f"the teacher's vocabulary is not the model's ({len(theirs)} and {len(ours)} tokens; {token!r} has id "
-        f"{theirs.get(token)} there and {ours.get(token)} here), so it cannot score the model's ids: take a teacher "
+        f"the {who}'s vocabulary is not the model's ({len(theirs)} and {len(ours)} tokens; {token!r} has id "
+        f"{theirs.get(token)} there and {ours.get(token)} here), so it cannot read the model's ids: take a {who} "
         "of the same model family, and a model as it was before tokens were added to it"
     )
 

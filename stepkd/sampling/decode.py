@@ -154,6 +154,8 @@ class Decoder:
         spec: SamplingConfig,
         on_progress: Progress | None,
         kept: Keeps | None = None,
+        *,
+        goes_on: bool = True,
     ) -> None:
         """Read each prompt once, then decode its rows, at most ``max_rows`` at a time.
 
@@ -162,7 +164,8 @@ class Decoder:
             rows_of: for each prompt its rows without a token yet; filled in place.
             spec: how to draw.
             on_progress: called with the number of rows just finished.
-            kept: reads prompts from where it knows them, and keeps what is read and drawn.
+            kept: reads prompts from where it knows them, and keeps what is read.
+            goes_on: whether it keeps what is drawn, too.
         """
         size = max(1, self.max_rows // spec.n)
         prompt_of = {id(row): prompt for prompt, rows in zip(prompts, rows_of, strict=True) for row in rows}
@@ -172,7 +175,7 @@ class Decoder:
             assert kept is not None
             kept.add((*prompt, *row.token_ids[:-1]), len(prompt), cache, place, width)
 
-        ended = None if kept is None else keep
+        ended = keep if kept is not None and goes_on else None
         for first in range(0, len(prompts), size):
             part_of = prompts[first : first + size]
             reading = self.read(part_of, padding="left") if kept is None else kept.read(self, part_of)

@@ -136,6 +136,8 @@ class Wanted(NamedTuple):
     is keyed by, with the seed."""
     entropies: bool = False
     """Whether the entropies of its completions are asked for."""
+    goes_on: bool = True
+    """Whether later calls may go on from its completions, so that they are worth keeping."""
 
 
 class Scores(NamedTuple):
@@ -182,6 +184,7 @@ class Engine(ABC):
         step: int = 0,
         indices: Sequence[int] | None = None,
         entropies: bool = False,
+        goes_on: bool = True,
         on_progress: Progress | None = None,
     ) -> list[list[Completion]]:
         """Draw ``spec.n`` completions of each prompt.
@@ -194,6 +197,8 @@ class Engine(ABC):
             indices: global number of each prompt; None counts from 0. Sample j of prompt g uses the stream of
                 ``g * n + j`` whatever the batch, its order, or the rank.
             entropies: whether the completions are to have :attr:`~stepkd.data.completion.Completion.entropies`.
+            goes_on: whether later calls may go on from the completions; where not, :attr:`keeps_prefixes` keeps the
+                prompts alone.
             on_progress: called with the number of completions just finished.
 
         Returns:
@@ -218,6 +223,7 @@ class Engine(ABC):
                 spec.room(f"prompt {index}", len(prompt), self.max_length),
                 (purpose, step, index),
                 entropies,
+                goes_on,
             )
             for prompt, index in zip(prompts, indices, strict=True)
         ]
@@ -383,12 +389,13 @@ def check_scored(
 
 
 def is_stand_in(completion: Completion, eos_ids: Collection[int]) -> bool:
-    """Whether an end token stands for what was drawn: an id beyond the vocabulary, of vLLM's padded head.
+    """Whether an end token stands for what was drawn first: an id beyond the vocabulary, of vLLM's padded head.
 
     Its log-probability is that id's. Of such a completion nothing can be learnt; the others of its prompt are drawn as
-    if that id were drawn again until it has a token.
+    if that id were drawn again until it has a token. (Completions of a server that nobody waits for any more are an end
+    token, too, with finish ``stop``: their step is given up.)
     """
-    return completion.finish == "length" and completion.token_ids[-1] in eos_ids
+    return completion.finish == "length" and len(completion.token_ids) == 1 and completion.token_ids[0] in eos_ids
 
 
 def decode_text(tokenizer: Any, token_ids: Sequence[int]) -> str:

@@ -11,6 +11,7 @@ Axes: P sequences read, K key-value heads, T columns, D head size.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -20,11 +21,18 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from stepkd.models.head import positions_from_mask
+from stepkd.models.policy import Policy
 from stepkd.sampling.cache import RoomyLayer, room_for
 from stepkd.sampling.decode import Decoder, Reading, padded
 
+logger = logging.getLogger(__name__)
+
 KEPT_BYTES = 2**30
-"""Most bytes of keys and values that are kept. Beyond it all are let go of, and what goes on from them is read anew."""
+"""Most bytes of keys and values that are kept; the tree over them takes about 350 more a token. Beyond it all are
+cleared, and what goes on from them is read anew."""
+
+_LOOKED_AT = 1024
+"""About how many numbers of every weight are looked at, to see whether weights have changed."""
 
 Segment: TypeAlias = list[tuple[Tensor, Tensor]]
 """Keys and values (K, T, D) of each layer, for the columns of tokens that were kept together."""
@@ -46,6 +54,21 @@ class _Run:
     segment: Segment
     start: int
     end: int
+
+
+@torch.no_grad()
+def state_of_weights(policy: Policy) -> list[Any]:
+    """What is compared to see whether a model's weights, buffers or active adapters have changed.
+
+    torch's count of changes in place knows nothing of fused optimisers, of ``.data`` and of weights that are replaced,
+    so numbers all over each weight are read, too. What ``.data`` changes between them is not seen.
+    """
+    state: list[Any] = [
+        (each._version, float(each.flatten()[:: each.numel() // _LOOKED_AT | 1].sum(dtype=torch.float32)))
+        for each in (*policy.parameters(), *policy.buffers())
+    ]
+    adapted = [each for each in policy.modules() if hasattr(each, "active_adapters")]
+    return [*state, *((str(each.active_adapters), getattr(each, "disable_adapters", None)) for each in adapted)]
 
 
 class Prefixes:
@@ -84,11 +107,14 @@ class Prefixes:
         if known < start or known == len(ids):
             return
         columns = slice(end - len(ids) + known, end)
-        segment = [(x.keys[row, :, columns].clone(), x.values[row, :, columns].clone()) for x in cache.layers]
-        self.bytes += sum(each.nbytes for layer in segment for each in layer)
-        if self.bytes > self.most_bytes:
+        shown = [(x.keys[row, :, columns], x.values[row, :, columns]) for x in cache.layers]
+        size = sum(each.nbytes for layer in shown for each in layer)
+        if self.bytes + size > self.most_bytes:
+            logger.info("%d bytes of kept prefixes are cleared: with the next they are more than allowed", self.bytes)
             self.clear()
             return
+        segment = [(keys.clone(), values.clone()) for keys, values in shown]
+        self.bytes += size
         for column, token_id in enumerate(ids[known:]):
             following[token_id] = token = _Token(segment, column)
             following = token.following

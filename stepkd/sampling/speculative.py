@@ -24,15 +24,16 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from stepkd.data.completion import Completion
-from stepkd.errors import ConfigError
+from stepkd.errors import ConfigError, check_bounds
 from stepkd.models.head import evaluation_mode
 from stepkd.models.policy import Policy
 from stepkd.randomness import generator
-from stepkd.sampling.acceptance import AcceptanceHead
+from stepkd.sampling.acceptance import AcceptanceHead, checked, draft_logits, known_ids
 from stepkd.sampling.annotate import check_same_vocabulary
 from stepkd.sampling.decode import Decoder, Row
 from stepkd.sampling.draw import Draw, first_above, sampling_logprobs
 from stepkd.sampling.engine import SamplingConfig
+from stepkd.sampling.prefixes import state_of_weights
 from stepkd.steps.text import first_difference
 
 
@@ -67,7 +68,10 @@ class Stop:
     threshold: float = 0.3
     """Probability that a token so far does not stand, by the head, beyond which a draft ends, in (0, 1)."""
     shortest: int = 2
-    """Fewest tokens of a draft that the head ends."""
+    """Fewest tokens of a draft that the head ends, at least 1."""
+
+    def __post_init__(self) -> None:
+        check_bounds("", self, length="[1, inf)", threshold="(0, 1)", shortest="[1, inf)")
 
 
 class Round(NamedTuple):
@@ -101,13 +105,16 @@ def speculate(
         stop: how long drafts are.
         chance: draws and decides.
         eos: ids behind which nothing comes.
+
+    Raises:
+        ModelError: logits that are not numbers.
     """
     drafted: list[int] = []
     masses: list[Tensor] = []
     stands, length = 1.0, min(stop.length, most - 1)
     while len(drafted) < length:
         hidden_CH, logits_CV = draft.read([*ids, *drafted], 1)
-        masses.append(probabilities(logits_CV[0], spec))
+        masses.append(probabilities(checked(logits_CV, "draft")[0], spec))
         # As in the released code the head judges a token from the state that the next one is drawn from, so that the
         # draft ends one token behind the one that makes it end.
         if drafted and stop.head is not None:
@@ -115,7 +122,7 @@ def speculate(
         drafted.append(chance.token(masses[-1]))
         if drafted[-1] in eos or (len(drafted) >= stop.shortest and 1 - stands > stop.threshold):
             break
-    logits_CV = target.read([*ids, *drafted], len(drafted) + 1)[1]
+    logits_CV = checked(target.read([*ids, *drafted], len(drafted) + 1)[1], "target")
     tokens: list[int] = []
     for token, draft_V, logits_V in zip(drafted, masses, logits_CV, strict=False):
         target_V = probabilities(logits_V, spec)
@@ -162,13 +169,20 @@ class Reader:
 
     Args:
         policy: the model; the caller puts it into evaluation mode and switches gradients off.
+        ids: that its logits are to have, the target's of a draft; None: its own.
     """
 
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
+    def __init__(self, policy: Policy, ids: int | None = None) -> None:
+        self.policy, self.ids = policy, ids or policy.vocab_size
         self._decoder = Decoder(policy, max_rows=1)
         self._ids: list[int] = []
         self._cache: Any = None
+        self._weights: list[Any] = []
+
+    def renew(self) -> None:
+        """Let go of what was read with other weights."""
+        if (weights := state_of_weights(self.policy)) != self._weights:
+            self._ids, self._cache, self._weights = [], None, weights
 
     def read(self, ids: Sequence[int], last: int) -> tuple[Tensor, Tensor]:
         """See :class:`Reads`."""
@@ -179,13 +193,13 @@ class Reader:
         elif kept < len(self._ids):
             self._cache.crop(kept - len(self._ids))
         device = self.policy.device
-        ids_1T = torch.tensor([ids[kept:]], device=device)
+        ids_1T = known_ids(self.policy, torch.tensor([ids[kept:]], device=device))
         mask_1T = torch.ones(1, len(ids), dtype=torch.long, device=device)
         positions_1T = torch.arange(kept, len(ids), device=device)[None]
         output = self._decoder.forward(ids_1T, mask_1T, positions_1T, self._cache)
         self._ids, self._cache = list(ids), output.past_key_values
         hidden_CH = output.last_hidden_state[0, -last:]
-        return hidden_CH, self.policy.head(hidden_CH)
+        return hidden_CH, draft_logits(self.policy, hidden_CH, self.ids)
 
 
 class Speculation(NamedTuple):
@@ -206,7 +220,7 @@ class Speculator:
 
     Args:
         target: what is sampled from.
-        draft: drafts; its vocabulary is the target's.
+        draft: drafts; its vocabulary is the target's, of which the last ids may be missing.
         stop: how long drafts are.
 
     Raises:
@@ -215,8 +229,8 @@ class Speculator:
     """
 
     def __init__(self, target: Policy, draft: Policy, stop: Stop | None = None) -> None:
-        check_same_vocabulary(draft.tokenizer, target.tokenizer)
-        self.target, self.draft, self.stop = Reader(target), Reader(draft), stop or Stop()
+        check_same_vocabulary(target.tokenizer, draft.tokenizer, "draft")
+        self.target, self.draft, self.stop = Reader(target), Reader(draft, target.vocab_size), stop or Stop()
         size = draft.causal_lm.get_input_embeddings().weight.shape[1]
         if self.stop.head is not None and self.stop.head.hidden_size != size:
             raise ConfigError(
@@ -235,23 +249,27 @@ class Speculator:
 
         Raises:
             DataError: a prompt without tokens, or one that fills a model's context.
-            ModelError: the target's logits are not numbers.
+            ModelError: the target's logits, or the draft's, are not numbers.
         """
         target, draft = self.target.policy, self.draft.policy
         contexts = [each for each in (target.max_length, draft.max_length) if each is not None]
         row = Row(0, 0, spec.room("the prompt", len(prompt), min(contexts, default=None)), key)
         chance, counts, eos = Stream(spec.seed, "speculation", *key), np.zeros(3, dtype=int), target.eos_ids
         decoder = Decoder(target, max_rows=1)
+        target.check_ids(torch.tensor(prompt))
+        self.target.renew()
+        self.draft.renew()
         with evaluation_mode(target), evaluation_mode(draft):
             while row.finish is None:
                 left = row.limit - len(row.token_ids)
                 ids = [*prompt, *row.token_ids]
                 found = speculate(self.target, self.draft, ids, left, spec, self.stop, chance, eos)
-                counts += (found.drafted, found.accepted, 1)
                 for token, logits_V in zip(found.tokens, found.logits_CV, strict=False):
                     decoder.record([row], _drawn(token, logits_V, spec), spec, eos)
                     if row.finish is not None:
                         break
+                kept = len(prompt) + len(row.token_ids) - len(ids)  # a stop string may end it before the others
+                counts += (found.drafted, min(found.accepted, kept), 1)
         return Speculation(decoder.finished([row], np.asarray(prompt), spec)[0], *counts.tolist())
 
 

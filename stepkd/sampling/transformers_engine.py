@@ -23,7 +23,7 @@ from stepkd.sampling.annotate import likeliest
 from stepkd.sampling.branches import continued, gap_limit
 from stepkd.sampling.decode import Decoder, Row, padded
 from stepkd.sampling.engine import Branch, BranchContinuations, Engine, Progress, SamplingConfig, Scores, Wanted
-from stepkd.sampling.prefixes import Prefixes
+from stepkd.sampling.prefixes import Prefixes, state_of_weights
 from stepkd.steps.segment import get_segmenter
 
 
@@ -41,7 +41,7 @@ class TransformersEngine(Engine):
         self.policy, self.max_rows = policy, max_rows
         self._decoder = Decoder(policy, max_rows=max_rows, breaks_off=breaks_off)
         self._gap_limit: float | None = None
-        self._prefixes, self._weights = Prefixes(), -1
+        self._prefixes, self._weights = Prefixes(), list[Any]()
 
     gives_entropies = True
 
@@ -61,7 +61,7 @@ class TransformersEngine(Engine):
                 Row(p, j, limit, (*key[:-1], int(key[-1]) * spec.n + j), entropies=[] if entropies else None)
                 for j in range(spec.n)
             ]
-            for p, (_, limit, key, entropies) in enumerate(wanted)
+            for p, (_, limit, key, entropies, _) in enumerate(wanted)
         ]
         with evaluation_mode(self.policy):
             kept = self._kept()
@@ -70,7 +70,8 @@ class TransformersEngine(Engine):
             for alike in (True, False):
                 numbers = [number for number, each in enumerate(whole) if each == alike]
                 prompts, rows = [wanted[i].prompt for i in numbers], [rows_of[i] for i in numbers]
-                self._decoder.decode_prompts(prompts, rows, spec, on_progress, kept)
+                goes_on = all(wanted[i].goes_on for i in numbers)
+                self._decoder.decode_prompts(prompts, rows, spec, on_progress, kept, goes_on=goes_on)
         return [
             list(self._decoder.finished(rows, np.asarray(each.prompt), spec))
             for rows, each in zip(rows_of, wanted, strict=True)
@@ -80,7 +81,7 @@ class TransformersEngine(Engine):
         """What is kept of earlier calls; None: nothing is, or the model cannot go on from it."""
         if not self.keeps_prefixes or self._gaps() < math.inf:
             return None
-        weights = sum(each._version for each in self.policy.parameters())  # torch counts changes in place
+        weights = state_of_weights(self.policy)
         if weights != self._weights:
             self.forget()
             self._weights = weights

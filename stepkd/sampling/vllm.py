@@ -160,6 +160,11 @@ class ServerEngine(Engine):
         self._sender: WeightSender | None = None
         self._watch = FollowCheck(self)
         self._gives_up = False
+        if not self.seeded and len(self.client.urls) > 1:
+            logger.warning(
+                "engine.seeded=false with %d servers: start each with another --seed. vLLM's own is 0, and servers of "
+                "one seed can draw the same samples of a prompt, which counts them twice", len(self.client.urls),
+            )  # fmt: skip
         if self.policy is not None and self.policy.device.type == "meta":  # a job, which is of what the server serves
             self._check_model()
 
@@ -272,8 +277,8 @@ class ServerEngine(Engine):
                     if not self._stops():
                         raise
             # The step is given up, and the one before it saved.
-            prompt, limit, *_ = wanted[place[0]]
-            return "", to_completion(self, spec, place, prompt, [min(self.policy.eos_ids)], [0.0], limit)
+            each = wanted[place[0]]
+            return "", to_completion(self, spec, place, each.prompt, [min(self.policy.eos_ids)], [0.0], each.limit)
 
         # Each sample by itself: as long as its own tokens take, and lost alone.
         places = [(number, sample) for number in range(len(wanted)) for sample in range(spec.different)]
@@ -292,7 +297,7 @@ class ServerEngine(Engine):
         return found
 
     def _ask(self, place: tuple[int, int], wanted: Wanted, spec: SamplingConfig) -> Completion:
-        prompt, limit, key, _ = wanted
+        prompt, limit, key = wanted.prompt, wanted.limit, wanted.key
         seeded = self.seeded and spec.temperature
         body = {
             "model": self.client.name,

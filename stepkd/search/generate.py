@@ -213,7 +213,8 @@ class SampledSteps:
         heads = [group[0] for group in drafts]
         prompts = [(*d.state.problem.prompt_ids, *d.state.token_ids, *d.token_ids) for d in heads]
         indices = [_index(d.state.problem.index, *d.state.path, *key) for d, key in zip(heads, keys, strict=True)]
-        drawn = self.engine.generate(prompts, spec, purpose=purpose, indices=indices)
+        goes_on = purpose == PROPOSE  # nothing goes on from what was continued to its end
+        drawn = self.engine.generate(prompts, spec, purpose=purpose, indices=indices, goes_on=goes_on)
         for group, continuations in zip(drafts, drawn, strict=True):
             for draft, continuation in zip(group, continuations, strict=True):
                 draft.token_ids += continuation.token_ids.tolist()

@@ -181,7 +181,7 @@ def test_the_context_may_be_full(policy: Policy) -> None:
 def test_teacher_of_another_vocabulary(policy: Policy, ids: Any) -> None:
     other = tiny_policy(1)
     other.tokenizer.add_tokens(["<extra>"])
-    message = "(101 and 100 tokens; '<extra>' has id 100 there and None here), so it cannot score the model's ids"
+    message = "(101 and 100 tokens; '<extra>' has id 100 there and None here), so it cannot read the model's ids"
     with pytest.raises(ModelError, match=re.escape(message)):
         annotate(policy, *ids, teacher=other)
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from stepkd.data.completion import Completion
@@ -142,6 +145,18 @@ def test_the_head_ends_a_draft_one_token_behind_its_doubt() -> None:
     assert speculate(table, table, [0], 1, SamplingConfig(), Stop(), Stream(0, "test"), ()).drafted == 0
 
 
+@pytest.mark.parametrize("spec", [SamplingConfig(), SamplingConfig(temperature=0)], ids=["sampled", "greedy"])
+@pytest.mark.parametrize("who", ["target", "draft"])
+def test_logits_that_are_not_numbers_are_told(who: str, spec: SamplingConfig) -> None:
+    class Diverged(Table):
+        def logits(self, ids: Sequence[int]) -> Tensor:
+            return super().logits(ids) * math.nan
+
+    models = {name: (Diverged if name == who else Table)(name) for name in ("target", "draft")}
+    with pytest.raises(ModelError, match=f"the {who}'s logits are not numbers"):
+        speculate(models["target"], models["draft"], [0], 9, spec, Stop(), Stream(0, "test"), {EOS})
+
+
 def test_streams_draw_in_proportion() -> None:
     chance, mass = Stream(0, "test"), torch.tensor([0.0, 3.0, 1.0, 0.0], dtype=torch.float64)
     drawn = np.bincount([chance.token(mass) for _ in range(2000)], minlength=4)
@@ -225,6 +240,53 @@ def test_completions_end_at_stop_strings_and_limits(target: Policy, draft: Polic
     assert whole.text.startswith(ended.text)
 
 
+def test_a_stop_string_ends_what_counts(target: Policy) -> None:
+    spec = SamplingConfig(max_new_tokens=24, seed=4)
+    whole = Speculator(target, target, Stop(length=10)).sample(PROMPT, spec).completion
+    stop = target.tokenizer.decode(whole.token_ids[2:4])
+    found = Speculator(target, target, Stop(length=10)).sample(PROMPT, replace(spec, stop=stop))
+    assert len(found.completion.token_ids) == 4, "in the middle of the first draft"
+    assert (found.passes, found.drafted, found.accepted) == (1, 10, 4)
+
+
+def test_weights_that_change_are_read_with(target: Policy, draft: Policy) -> None:
+    spec, (ours, near) = SamplingConfig(max_new_tokens=12), (target.twin(), draft.twin())
+    speculator = Speculator(ours, near)
+    speculator.sample(PROMPT, spec)
+    for policy in (ours, near):
+        policy.causal_lm.get_input_embeddings().weight.data.add_(0.05)
+    found, anew = speculator.sample(PROMPT, spec), Speculator(ours, near).sample(PROMPT, spec)
+    assert found[1:] == anew[1:]
+    assert found.completion.raw_logprobs == pytest.approx(anew.completion.raw_logprobs, abs=1e-9)
+
+
+@pytest.mark.parametrize("shorter", ["target", "draft"])
+def test_models_of_one_family_may_lack_the_last_id(target: Policy, draft: Policy, shorter: str) -> None:
+    """As Gemma 3 1B does; the id is made a likely one."""
+    spec, likely = SamplingConfig(max_new_tokens=25, seed=1), target.vocab_size
+    ((first,),) = TransformersEngine(target).generate([PROMPT], replace(spec, temperature=0))
+    tokenizer = copy.deepcopy(target.tokenizer)
+    tokenizer.add_tokens(["<image>"])
+    models = {"target": target.twin().causal_lm, "draft": draft.twin().causal_lm}
+    for name, model in models.items():
+        model.resize_token_embeddings(likely + (name != shorter), mean_resizing=False)
+        if name != shorter:
+            head = model.get_output_embeddings().weight.data
+            head[likely] = 3 * head[first.token_ids[0]]
+    ours, near = (Policy(models[name], tokenizer) for name in ("target", "draft"))
+    assert ours.vocab_size - near.vocab_size == (1 if shorter == "draft" else -1)
+    found = [Speculator(ours, near).sample(PROMPT, spec, number).completion for number in range(3)]
+    assert any(likely in each.token_ids for each in found) == (shorter == "draft")
+    for each, scores in zip(found, TransformersEngine(ours).score(found), strict=True):
+        assert each.raw_logprobs == pytest.approx(scores.logps_T, abs=1e-9)
+    ((alone,),) = TransformersEngine(ours).generate([PROMPT], replace(spec, temperature=0))
+    greedy = Speculator(ours, near).sample(PROMPT, replace(spec, temperature=0))
+    assert greedy.completion.token_ids.tolist() == alone.token_ids.tolist()
+    _, accepted = acceptance_examples(ours, near, found[0], spec, replaced=0.0)
+    assert ((accepted >= 0) & (accepted <= 1)).all()
+    assert (accepted > 0).any()
+
+
 def test_what_was_read_is_not_read_again(target: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     reader, plain = Reader(target), Reader(target)
     ids = [*PROMPT, 8, 9, 10, 11]
@@ -275,6 +337,15 @@ def test_examples_are_the_drafts_own_tokens(target: Policy, draft: Policy) -> No
         assert len(hidden) == len(accepted) < number, "the target's tokens are left out"
 
 
+def test_chunks_change_nothing(target: Policy, draft: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    ((completion,),) = TransformersEngine(target).generate([PROMPT], SamplingConfig(max_new_tokens=20))
+    spec = SamplingConfig(top_p=0.9)
+    whole = acceptance_examples(target, draft, completion, spec)
+    monkeypatch.setattr("stepkd.sampling.acceptance._CHUNK", 6)
+    for ours, theirs in zip(acceptance_examples(target, draft, completion, spec), whole, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_a_head_learns_what_stands(target: Policy, draft: Policy, tmp_path: Path) -> None:
     """On what it was trained on, its cross-entropy is below that of the best constant."""
     drawn = TransformersEngine(target).generate([PROMPT, PROMPT[::-1]], SamplingConfig(n=4, max_new_tokens=40))
@@ -295,6 +366,18 @@ def test_a_head_learns_what_stands(target: Policy, draft: Policy, tmp_path: Path
 def test_mistakes_are_told(target: Policy, draft: Policy, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"nothing\.safetensors is no acceptance head"):
         AcceptanceHead.load(tmp_path / "nothing.safetensors")
+    for name, written in (("text", b"no weights"), ("other", None)):
+        path = tmp_path / f"{name}.safetensors"
+        save_file({"weight": torch.ones(2)}, path) if written is None else path.write_bytes(written)
+        with pytest.raises(ModelError, match=rf"{name}\.safetensors is no acceptance head"):
+            AcceptanceHead.load(path)
+    with pytest.raises(ConfigError, match="length=0: must be at least 1"):
+        Stop(length=0)
+    other = target.twin()
+    other.tokenizer = copy.deepcopy(target.tokenizer)
+    other.tokenizer.add_tokens(["<image>"])
+    with pytest.raises(ModelError, match=r"the draft's vocabulary is not the model's .* take a draft of the same"):
+        Speculator(target, other)
     with pytest.raises(ConfigError, match="reads 8 hidden units and the draft has 64"):
         Speculator(target, draft, Stop(head=AcceptanceHead(8)))
     with pytest.raises(DataError, match="no completion with tokens"):
