@@ -101,7 +101,8 @@ class Client:
         self.away: dict[str, tuple[float, float]] = {}
         """Addresses that are to be looked for and restored before anything is asked of them, with the time from which
         that is due, and after which it is due again."""
-        self._lines: set[socket.socket] = set()
+        self._lines: dict[socket.socket, str] = {}
+        """Connections on which an answer is waited for, with their addresses."""
         self._ended = threading.Event()
         for url in self.urls:
             try:
@@ -166,9 +167,9 @@ class Client:
             self._ended.clear()
 
     def _are_there(self) -> bool:
-        """Whether all servers say that they work."""
+        """Whether all servers that owe an answer say that they work."""
         try:
-            for url in self.urls:
+            for url in set(self._lines.values()):
                 self.once(url, "/health", timeout_s=_STOPPING_S[1])
         except (Refused, *NO_ANSWER):
             return False
@@ -215,7 +216,7 @@ class Client:
         connection = kind(place.netloc, timeout=min(_CONNECTS_S, waits))
         connection.connect()
         line = connection.sock
-        self._lines.add(line)
+        self._lines[line] = url
         try:
             line.settimeout(waits)
             line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -229,7 +230,7 @@ class Client:
             answer = connection.getresponse()
             text = answer.read()
         finally:
-            self._lines.discard(line)
+            self._lines.pop(line, None)
             connection.close()
         if answer.status >= 400:
             raise Refused(answer.status, path, text.decode(errors="replace"))
@@ -301,7 +302,8 @@ class Client:
             since = min(since, asked if isinstance(error, TimeoutError) else time.monotonic())
             waited = time.monotonic() - since
             place = at or ", ".join(self.urls)
-            if self._ended.is_set() or STOP_REQUEST:
+            others = at is None and any(each != url and each not in self.away for each in self.urls)
+            if self._ended.is_set() or (STOP_REQUEST and not others):
                 raise MachineError(
                     f"the vLLM server at {place} is away ({problem}), and nobody waits for it"
                 ) from error

@@ -99,7 +99,8 @@ class VLLMServer(EngineConfig):
     is found by host name and process number, and deleted: containers of one host name need a folder each."""
     seeded: bool = True
     """Give every sample a seed of its own, so that a run repeats as far as the server's numeric type allows; false lets
-    the server draw as it likes, which is faster where it draws seeded samples one by one (small models on CPUs)."""
+    the server draw as it likes, which is faster where it draws seeded samples one by one (small models on CPUs). vLLM's
+    own seed is 0 where none is given: several servers then need a --seed each, or they draw the same samples."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "urls", checked_urls("engine.urls", self.urls))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,8 @@ from stepkd.sampling.engine import Engine, Progress, SamplingConfig, Scores, Wan
 from stepkd.sampling.follow import FollowCheck
 from stepkd.sampling.vllm import among, to_completion, to_scores
 from stepkd.sampling.weights import check_mergeable, merged_weights
+
+logger = logging.getLogger(__name__)
 
 
 class VLLMEngine(Engine):
@@ -56,7 +59,7 @@ class VLLMEngine(Engine):
             raise ConfigError(f"engine VLLM needs vLLM (pip install 'stepkd[vllm]'): {error}") from error
         self._vllm = vllm
         if on_cpu:
-            _draw_at_once()
+            _patch_cpu_sampler()
         settings: dict[str, Any] = {
             "dtype": str(next(policy.parameters()).dtype).removeprefix("torch."),
             "max_model_len": policy.max_length,
@@ -182,20 +185,25 @@ class VLLMEngine(Engine):
         return answers
 
 
-def _draw_at_once() -> None:
-    """Let vLLM's sampler for CPUs draw a token with one number of the row's generator, in this process.
+def _patch_cpu_sampler() -> None:
+    """Have vLLM's sampler for CPUs draw a token with one number of the row's generator.
 
-    It draws as many as there are tokens, twice, in one thread, which takes half of its time with a small model. The
-    inverse of the cumulative distribution is the same distribution.
+    vLLM's own draws two random numbers for every token of the vocabulary, in one thread: half of the time of a small
+    model. The inverse of the cumulative distribution is the same distribution. So do all engines of this process with
+    processed log-probabilities. A vLLM that is built otherwise is left as it is.
     """
-    module = import_module("vllm.v1.sample.ops.topk_topp_sampler")
-    sampler = module.TopKTopPSampler
-    inner = sampler.forward_cpu
+    try:
+        module = import_module("vllm.v1.sample.ops.topk_topp_sampler")
+        sampler, cut = module.TopKTopPSampler, module.apply_top_k_top_p
+        inner = sampler.forward_cpu
+    except (ImportError, AttributeError) as error:
+        logger.info("vLLM draws by its own sampler, which is slow with small models: %s", error)
+        return
 
     def forward_cpu(self: Any, logits: Tensor, generators: dict[int, torch.Generator], k: Any, p: Any) -> Any:
-        if self.logprobs_mode != "processed_logprobs":  # of somebody else's engine
+        if self.logprobs_mode != "processed_logprobs":
             return inner(self, logits, generators, k, p)
-        logprobs_BV = module.apply_top_k_top_p(logits, k, p).log_softmax(dim=-1, dtype=torch.float32)
+        logprobs_BV = cut(logits, k, p).log_softmax(dim=-1, dtype=torch.float32)
         uniform_B = torch.rand(len(logprobs_BV), dtype=torch.float64)
         for row, own in generators.items():
             uniform_B[row] = torch.rand((), dtype=torch.float64, generator=own)

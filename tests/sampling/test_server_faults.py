@@ -335,6 +335,19 @@ def test_a_hanging_server_is_not_waited_for_long_after_a_request_to_stop(
         ours.generate(prompts(policy), SIX)
 
 
+def test_one_that_was_away_before_a_request_to_stop_costs_no_answer_of_the_others(
+    policy: Policy, server: Any, other: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stepkd.sampling.client._STOPPING_S", (0.0, 0.2))
+    ours, server.faults = engine(policy, server, other), ["slow"]
+    other.close()
+    ours.client.leave([other.address])
+    monkeypatch.setattr(STOP_REQUEST, "name", "SIGTERM")
+    assert len(ours.generate(prompts(policy), SIX)) == 3
+    ours.client.away[other.address] = 0.0, 0.1  # it is looked for
+    assert len(ours.generate(prompts(policy), SIX)) == 3
+
+
 @pytest.mark.parametrize("answer", ["words", {}, None])
 def test_a_gateway_that_answers_anything_is_not_paused(
     answer: Any, server: Any, monkeypatch: pytest.MonkeyPatch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,9 +29,10 @@ from stepkd.modules.fidelity import FidelityConfig
 from stepkd.modules.gkd_settings import JSD, NKD, SourceConfig
 from stepkd.runs.logger import read_metrics
 from stepkd.runs.process import STOP_REQUEST
+from stepkd.sampling import vllm_engine
 from stepkd.sampling.client import Client
 from stepkd.sampling.config import VLLM, Transformers, VLLMServer
-from stepkd.sampling.engine import SamplingConfig
+from stepkd.sampling.engine import SamplingConfig, is_stand_in
 from stepkd.sampling.transformers_engine import TransformersEngine
 from stepkd.sampling.vllm import ServerEngine
 from stepkd.sampling.weights import WeightSender, check_mergeable, merged_weights
@@ -86,6 +88,10 @@ def test_an_id_that_no_token_has_ends_a_completion(
         found = ours.generate(prompts(policy)[:1], SamplingConfig(max_new_tokens=9))[0][0]
     assert (found.token_ids.tolist(), found.finish, ours.cut_off) == (kept, "length", 3)
     assert found.logprobs.tolist() == [-1.0, -2.0][: len(kept)]
+    assert is_stand_in(found, policy.eos_ids) == (kept == [1])
+    assert not is_stand_in(Completion(found.prompt_ids, np.array([5, 1]), finish="length"), policy.eos_ids), (
+        "an end token that was drawn"
+    )
     assert "end before it: 2 so far" in caplog.text
     assert "3 so far" not in caplog.text
 
@@ -405,6 +411,65 @@ class InProcess:
                 for j, own in reversed(list(enumerate(said)))
             ]
         )
+
+
+class CPUSampler:
+    """vLLM's sampler for CPUs, which is told which log-probabilities are wanted."""
+
+    logprobs_mode = "processed_logprobs"
+
+    def forward_cpu(self, logits: Any, generators: Any, k: Any, p: Any) -> Any:
+        return "its own"
+
+
+def test_vllms_sampler_for_cpus_draws_with_one_number_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In proportion to the probabilities that are left, whatever the other rows are."""
+
+    def cut(logits: torch.Tensor, k: Any, p: Any) -> torch.Tensor:
+        return logits.masked_fill(logits < 0, -torch.inf)
+
+    where, name = CPUSampler.__module__, "vllm.v1.sample.ops.topk_topp_sampler"
+    sampler = type("CPUSampler", (CPUSampler,), {})
+    module = SimpleNamespace(__name__=where, TopKTopPSampler=sampler, apply_top_k_top_p=cut)
+    monkeypatch.setattr(vllm_engine, "import_module", {name: module}.__getitem__)
+    vllm_engine._patch_cpu_sampler()
+    logits = torch.tensor([-1.0, 0.0, math.log(3)])
+
+    def drawn(rows: int, seeded: range) -> list[int]:
+        generators = {row: torch.Generator().manual_seed(row) for row in seeded}
+        tokens, logprobs = sampler().forward_cpu(logits.expand(rows, -1), generators, None, None)
+        assert logprobs[0].exp().tolist() == pytest.approx([0, 0.25, 0.75])
+        return list(tokens.tolist())
+
+    found = drawn(2000, range(2000))
+    assert set(found) == {1, 2}
+    assert found.count(2) / 2000 == pytest.approx(0.75, abs=0.04)
+    assert drawn(9, range(5))[:5] == found[:5]
+    monkeypatch.setattr(sampler, "logprobs_mode", "raw_logprobs")
+    assert sampler().forward_cpu(logits, {}, None, None) == "its own"
+
+
+def test_a_vllm_that_is_built_otherwise_keeps_its_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (SimpleNamespace(TopKTopPSampler=CPUSampler), None):
+
+        def found(_: str, module: Any = module) -> Any:
+            if module is None:
+                raise ModuleNotFoundError
+            return module
+
+        own = CPUSampler.forward_cpu
+        monkeypatch.setattr(vllm_engine, "import_module", found)
+        vllm_engine._patch_cpu_sampler()
+        assert CPUSampler.forward_cpu is own
+
+
+def test_servers_without_seeds_need_different_ones(
+    policy: Policy, server: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    ServerEngine(policy, Client([server.address]), seeded=False)
+    assert not caplog.records
+    ServerEngine(policy, Client([server.address] * 2), seeded=False)
+    assert "start each with another --seed" in caplog.text
 
 
 @pytest.mark.parametrize("trains", [True, False])
