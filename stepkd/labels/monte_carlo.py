@@ -20,7 +20,7 @@ from stepkd.grading.normalise import canonical_answer
 from stepkd.grading.pool import Grader
 from stepkd.labels.labellers import Labeller, LabellerConfig, Solution, StepLabels, check_noise
 from stepkd.sampling.engine import Branch, SamplingConfig, decode_text
-from stepkd.steps.labels import Label, Reduce, reduce_values
+from stepkd.steps.labels import Label, Reduce, passes, reduce_values
 
 _MARKS = ("hash", "boxed")
 """Extractors of answers that are marked as final; a last number is in nearly every prefix."""
@@ -41,7 +41,7 @@ class MonteCarlo(LabellerConfig):
     that the step ends with: it may have been solved past it (GLoRe, arXiv 2402.10963)."""
     keep_continuations: bool = False
     """Whether the first continuation of every step that succeeds is kept in the row's label_facts, from which stepkd
-    convert makes local refinements; off, because rows grow by as much text as their solutions have, a step."""
+    convert makes local refinements; off, because every step adds a text about as long as the solution to its row."""
     continues = True
     needs = (
         (
@@ -227,7 +227,10 @@ def consistent_labels(
     for step, each in zip(steps, texts, strict=True):
         result = set(map(canonical_answer, numbers_in(step)[-1:]))
         used.append([text for text in each if result <= set(map(canonical_answer, numbers_in(text)))])
-    kept = [None if label and each and not own else label for label, each, own in zip(labels, texts, used, strict=True)]
+    kept = [
+        None if passes(label) and each and not own else label
+        for label, each, own in zip(labels, texts, used, strict=True)
+    ]
     return tuple(kept), used
 
 

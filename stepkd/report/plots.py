@@ -184,7 +184,8 @@ def scatter(
             parts.append(Series(f"{number + 1} {name}", [at], low=ends[:1], high=ends[1:], style=number))
             values.append(value)
     figure = plot(title, [*lines, *parts], x, y, is_log=True, floor=TALL)
-    across, up = apart([figure.across(part.x[0]) for part in parts], APART, LEFT + 8, WIDTH - RIGHT), figure.up
+    places, up = [figure.across(part.x[0]) for part in parts], figure.up
+    across = apart(places, APART, LEFT + 8, WIDTH - RIGHT)
     shapes, texts = [*figure.shapes], list[tuple[float, float, str]]()
     for rank, i in enumerate(sorted(range(len(parts)), key=across.__getitem__)):
         part, bottom, top = parts[i], *(up(end or 0.0) for end in (*parts[i].low, *parts[i].high))
@@ -192,7 +193,8 @@ def scatter(
         shapes += part.markers([(across[i], up(values[i]))])
         is_above = (rank % 2 == 0 or bottom > TALL - 14) and top > TOP + 8  # neighbours take turns
         texts.append((across[i], top - 5 if is_above else min(bottom + 12, TALL - 4), part.name.partition(" ")[0]))
-    note = "Points at nearly the same place stand side by side."
+    is_moved = any(abs(a - b) > 0.05 for a, b in zip(across, places, strict=True))
+    note = "Points at nearly the same place stand side by side: the table has what they cost." if is_moved else ""
     return replace(figure, shapes=shapes, texts=texts, legend=[*parts, *lines], note=note)
 
 

@@ -197,7 +197,7 @@ def rounds(trace: Any) -> tuple[dict[str, Any], ...]:
 
 def _round(event: Row) -> dict[str, Any]:
     lists = {name: value for name, value in event.items() if isinstance(value, list) and name != "kept"}
-    size = max(map(len, lists.values()), default=0)
+    size = len(lists["steps"]) if "steps" in lists else max(map(len, lists.values()), default=0)
     columns = {name: value for name, value in lists.items() if len(value) == size}
     facts = {name: value for name, value in columns.items() if name not in ROUND}
     steps, scores = (columns.get(name, [None] * size) for name in ("steps", "scores"))
@@ -215,8 +215,8 @@ def _round(event: Row) -> dict[str, Any]:
     head = [f"step {event['step'] + 1}"] if isinstance(event.get("step"), int) else []
     head.append(visible(str(event.get("event", "decision")).replace("_", " ")))
     head += [f"kept {sum(times[i] > 0 for i in range(size))} of {size}"] * (kept is not None and size > 0)
-    others = {name: value for name, value in event.items() if name not in (*ROUND, *columns) and value is not None}
-    head += [_fact(name, value) for name, value in others.items()]
+    told = {"event", "step", "kept", *columns}
+    head += [_fact(name, value) for name, value in event.items() if name not in told and value is not None]
     return {"head": ", ".join(head), "told": kept is not None, "candidates": candidates}
 
 

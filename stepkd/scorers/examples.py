@@ -1,10 +1,10 @@
 """Labelled steps of other problems for a prompted judge to see: those nearest to the step in question.
 
-After KG-RAR (Wu et al. 2025, arXiv 2503.01642), which retrieves, for a problem and then for its step, from a graph of
-labelled solutions, has the model rewrite what it found, and asks the same model about the step. Here the graph is a
-flat index, both retrievals are one sum, and nothing is rewritten. That as many correct as incorrect steps are shown,
-so that they lean to no answer, is ours, and so is the measure: the TF-IDF cosine of the problems plus that of the
-steps, with the weights of :class:`~stepkd.scorers.rules.Gain`.
+After descriptions of KG-RAR (Wu et al. 2025, arXiv 2503.01642; its method section was not read), which retrieves, for a
+problem and then for its step, from a graph of labelled solutions, has the model rewrite what it found, and asks the
+same model about the step. Here the graph is a flat index, both retrievals are one sum, and nothing is rewritten. That
+as many correct as incorrect steps are shown, so that they lean to no answer, is ours, and so is the measure: the TF-IDF
+cosine of the problems plus that of the steps, with the weights of :class:`~stepkd.scorers.rules.Gain`.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class StepExamples:
 
         Returns:
             For each step :attr:`shots` correct and as many incorrect ones, or all that there are, the nearest last;
-            of equally near ones the first in the rows stands first, and is taken first.
+            equally near ones are taken, and stand, in the order of the rows.
         """
         own = set().union(*(self._places.get(key, set()) for key in _keys(row)))
         of_problems = self._problems.cosines([problem_text(row)])[0]

@@ -138,7 +138,7 @@ class PromptedJudge(PolicyScorer):
         places: list[tuple[int, int, Ids]] = []
         for k, step in enumerate(steps, start=1):
             longer = ids + self._ids(f"{_numbered(step.strip(), k)}\n")
-            room = self.max_length - len(head) - len(longer)
+            room = self.max_length - len(head) - len(longer) - self.whole  # _said scores one token more
             asked = (f"\n{shown}{self.question.replace('{step}', str(k))}{behind}" for shown in leads[k - 1])
             question = next((each for each in map(self._ids, asked) if len(each) <= room), None)
             if question is None:

@@ -260,6 +260,7 @@ def test_labels_of_steps_whose_result_nobody_takes_up_are_dropped() -> None:
     assert labels == (True, True, None, True, True)
     assert used == [["6+1=7\n#### 7"], ["#### 7"], [], ["8-1=7"], []]
     assert consistent_labels(steps, [0.5, False, 0.0, None, 1.0], texts)[0] == (0.5, False, 0.0, None, 1.0)
+    assert consistent_labels(steps, [0.125] * 5, texts)[0] == (0.125,) * 5, "a step that is called incorrect keeps it"
     assert consistent_labels(steps, [0.5, 0.5, 0.5, 0.5, 0.5], texts)[0] == (0.5, 0.5, None, 0.5, 0.5)
 
 

@@ -133,6 +133,7 @@ def test_points_have_intervals_numbers_beside_them_and_a_legend_that_names_them(
     assert [text for *_, text in figure.texts] == ["1", "2"]
     interval = f"M{figure.across(50):.1f} {figure.up(0.25):.1f}V{figure.up(0.75):.1f}"
     assert [shape["class"] for shape in figure.shapes if shape["d"] == interval] == ["line c0"]
+    assert figure.note == "", "every point is at its place"
     middle = f"translate({figure.across(400):.1f} {figure.up(0.75):.1f})"
     assert [shape["class"] for shape in figure.shapes if shape.get("transform") == middle] == ["dot c1"]
 
@@ -143,6 +144,7 @@ def test_points_of_one_place_stand_side_by_side_in_order_and_inside() -> None:
     places = sorted(x for x, _, text in figure.texts if text != "1")
     assert [b - a for a, b in pairwise(places)] == pytest.approx([APART] * 11)
     assert places[-1] <= WIDTH - RIGHT
+    assert "side by side" in figure.note
     assert [text for *_, text in figure.texts][:5] == ["1", "2", "5", "8", "11"]  # those of 1,000 first
     assert all(TOP <= y < TALL for _, y, _ in figure.texts)
 

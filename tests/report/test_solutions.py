@@ -143,6 +143,9 @@ def test_rounds_of_odd_rows_are_shown_as_far_as_they_go() -> None:
     (found,) = rounds([odd])
     assert found["head"] == '3, kept 0 of 2, x {"a": [1]}'
     assert found["candidates"] == [("solution 1", None, 0, ""), ("4", None, 0, "")]
+    (found,) = rounds([{"event": "e", "steps": ["a", "b"], "scores": [0.5], "chances": [1, 2, 3], "kept": 1}])
+    assert found["head"] == "e, kept 1 of 2, scores [0.5], chances [1, 2, 3]"
+    assert found["candidates"] == [("a", None, 0, ""), ("b", None, 1, "")]
 
 
 def test_answers_of_a_search_that_are_a_shared_sample_have_its_step_scores() -> None:

@@ -165,6 +165,16 @@ def test_one_question_about_the_whole(policy: Policy, problems: list[Solutions],
     assert all(math.isnan(value) for value in score_one(short, "p", ["abc"] * 9)), "not of a part of it"
 
 
+def test_a_question_about_the_whole_leaves_room_for_its_answer(make_policy: MakePolicy) -> None:
+    policy = make_policy()
+    how, head = SHORT | {"question": "on the way?"}, len("Problem:\np\n\nSolution:\n")
+    text = head + len("Step 1: abc\n") + len("\non the way?\nA:")
+    for context, is_read in ((text + 1, True), (text, False)):
+        policy.causal_lm.config.max_position_embeddings = context
+        values = score_one(PromptedJudge(policy, whole=True, shared_prefix=False, **how), "p", ["abc"])
+        assert math.isnan(values[0]) is not is_read
+
+
 def test_steps_beyond_the_context_are_not_scored(policy: Policy) -> None:
     head, step, asked = len("Problem:\np\n\nSolution:\n"), len("Step 1: abc\n"), len("\n1 ok?\nA:")
     whole = score_one(PromptedJudge(policy, **SHORT), "p", ["abc"] * 3)
