@@ -131,7 +131,7 @@ def acceptance_examples(
     uniform_T1 = torch.tensor(numbers.random((len(own_T), 1)))
     rows = behind(target, own_T)[:-1], behind(draft, own_T)[:-1], uniform_T1
     chunks = zip(*(each.split(_CHUNK) for each in rows), strict=True)
-    found = [_drafted(target, draft, *chunk, spec) for chunk in chunks]
+    found = [_drafted(target, draft, spec, *chunk) for chunk in chunks]
     drawn_T, accepted_T = (torch.cat(each) for each in zip(*found, strict=True))
     replaced_T = torch.tensor(numbers.random(len(own_T)) < replaced)
     hidden_TH = behind(draft, torch.where(replaced_T, own_T, drawn_T))[1:].cpu()
@@ -139,7 +139,7 @@ def acceptance_examples(
 
 
 def _drafted(
-    target: Policy, draft: Policy, target_CH: Tensor, draft_CH: Tensor, uniform_C1: Tensor, spec: SamplingConfig
+    target: Policy, draft: Policy, spec: SamplingConfig, target_CH: Tensor, draft_CH: Tensor, uniform_C1: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The draft's tokens (C,), and their probabilities to stand."""
     logits = (
