@@ -197,8 +197,7 @@ class Engine(ABC):
             indices: global number of each prompt; None counts from 0. Sample j of prompt g uses the stream of
                 ``g * n + j`` whatever the batch, its order, or the rank.
             entropies: whether the completions are to have :attr:`~stepkd.data.completion.Completion.entropies`.
-            goes_on: whether later calls may go on from the completions; where not, :attr:`keeps_prefixes` keeps the
-                prompts alone.
+            goes_on: whether later calls may go on from the completions; else :attr:`keeps_prefixes` leaves them out.
             on_progress: called with the number of completions just finished.
 
         Returns:
@@ -399,14 +398,11 @@ def is_stand_in(completion: Completion, eos_ids: Collection[int]) -> bool:
 
 
 def decode_text(tokenizer: Any, token_ids: Sequence[int]) -> str:
-    """The text of sampled ids, without special tokens.
+    """The text of sampled ids, without special tokens, white space as it was sampled.
 
     Args:
         tokenizer: any transformers tokenizer.
         token_ids: of a completion, the end token included or not.
-
-    Returns:
-        The decoded text, white space as it was sampled.
     """
     return str(tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
