@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from functools import cache
+from functools import cache, partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 
 from stepkd.claims import jobs
-from stepkd.claims.claim_file import Claim, Statement, load_claim, overall
+from stepkd.claims.claim_file import Arm, Claim, Statement, load_claim, overall
 from stepkd.claims.jobs import training_settings
 from stepkd.claims.results import read_results, results_path
 from stepkd.cli import main
+from stepkd.evaluation.config import SearchJobConfig
+from stepkd.settings import build_settings
 from stepkd.statistics import Interval, t_interval
 from stepkd.training.fit import check_fit
 
@@ -115,6 +117,32 @@ def test_stepkd_fit_takes_the_training_of_every_arm(path: Path) -> None:
         for kind, settings in claim_of(path, quick=quick).wanted():
             if kind == "fit" and "Cached" not in str(settings):
                 assert taken(kind, json.dumps(settings))
+
+
+SEARCHES = [path for path in CLAIMS if any(kind == "search" for kind, _ in claim_of(path).wanted())]
+
+
+@pytest.mark.parametrize("path", SEARCHES, ids=lambda path: path.stem)
+def test_arms_name_methods_of_the_search(path: Path) -> None:
+    """By their names in rows and tables, which hold their settings."""
+    for claim in (claim_of(path), claim_of(path, quick=True)):
+        for arm in claim.arms:
+            jobs_of: dict[str, dict[str, Any]] = {}
+            do = partial(_noted, jobs_of)
+            source = Arm(claim, next(iter(claim.variants)), arm, claim.seeds[-1], do).source("accuracy")
+            assert source is not None
+            assert source[1] in names_of(json.dumps(jobs_of["searched"] | {"out": "x"})), arm
+
+
+@cache
+def names_of(settings: str) -> list[str]:
+    """Claims that share a run share its methods."""
+    return [method.name for method in build_settings(SearchJobConfig, json.loads(settings), "search").all_methods]
+
+
+def _noted(jobs_of: dict[str, dict[str, Any]], name: str, kind: str, settings: Any) -> str:
+    jobs_of[name] = dict(settings)
+    return f"folders/{name}"
 
 
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:
