@@ -143,7 +143,7 @@ class NoisySolver:
         """Nothing is kept."""
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], spec: SamplingConfig, *, purpose: str, indices: Sequence[int]
+        self, prompts: Sequence[Sequence[int]], spec: SamplingConfig, *, purpose: str, **options: Any
     ) -> list[list[Completion]]:
         return [
             [

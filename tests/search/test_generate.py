@@ -45,8 +45,9 @@ class Typist:
         self.calls: list[list[str]] = []
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], spec: SamplingConfig, *, purpose: str, indices: Sequence[int]
+        self, prompts: Sequence[Sequence[int]], spec: SamplingConfig, *, purpose: str, indices: Any, goes_on: bool
     ) -> list[list[Completion]]:
+        assert goes_on == (purpose == PROPOSE), "what goes on to its end is not kept"
         decode = self.policy.tokenizer.decode
         self.calls.append([decode(prompt) for prompt in prompts])
         results = []
