@@ -170,9 +170,9 @@ def test_a_mistake_in_a_setting_is_one_line_about_it(
     ("arguments", "expected"),
     [
         (["--model.init_args.rewards", "my_rewards:close"], "model.rewards: expected a list of {name, weight, options"),
-        (["--model.rewards", "[{nme: x}]"], "'nme' is not a setting of model.rewards; did you mean 'name'?"),
+        (["--model.rewards", "[{nme: x}]"], "'nme' is not a setting of model.rewards[0]; did you mean 'name'?"),
         (["--model.rewards", "[{name: length}, 3]"], "model.rewards: expected a list of {name, weight, options"),
-        (["--model.rewards", "[{name: a, weight: b}]"], "model.rewards.weight: expected float, got 'b'"),
+        (["--model.rewards", "[{name: a, weight: b}]"], "model.rewards[0].weight: expected float, got 'b'"),
         (["--model.policy_los.clip", "4"], "'policy_los' is not a setting of model; did you mean --model.policy_loss?"),
         (
             ["--model.rollout.samplng.n", "4"],

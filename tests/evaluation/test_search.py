@@ -14,7 +14,7 @@ import pytest
 from stepkd.cli import main
 from stepkd.cli.parser import parse
 from stepkd.errors import ConfigError
-from stepkd.evaluation.config import SearchJobConfig
+from stepkd.evaluation.config import METHODS, SearchJobConfig
 from stepkd.evaluation.metrics import compare_runs
 from stepkd.evaluation.search import search_benchmark
 from stepkd.models.policy import Policy
@@ -29,7 +29,7 @@ from stepkd.settings import build_settings
 
 OUTPUTS = ("settings.json", "results.jsonl", "summary.json")
 TASK = "task=modular:terms=3,n=3"
-METHODS = ("greedy", "self_consistency@2", "best_of_n@3", "beam@2x2")
+NAMES = ("greedy", "self_consistency@2", "best_of_n@3", "beam@2x2")
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_rows_hold_answers_costs_and_decisions_and_the_summary_is_made_of_them(
 
     written = json.loads((Path(config.out) / "summary.json").read_text())
     assert written == {key: value for key, value in summary.items() if key != "settings"}
-    assert tuple(written["methods"]) == METHODS
+    assert tuple(written["methods"]) == NAMES
     assert (written["problems"], written["pool"]["samples"], written["pool"]["reduction"]) == (3, 3, "product")
     assert summary["settings"]["methods"]["beam@2x2"]["class_path"] == "stepkd.search.beam.Beam"
     log = [json.loads(line) for line in (Path(config.out) / "log" / "rank-0.jsonl").read_text().splitlines()][1:]
@@ -176,7 +176,7 @@ def test_a_method_that_finds_nothing_is_an_error(config: SearchJobConfig, policy
 
 
 def test_greedy_is_run_whether_or_not_it_is_named(config: SearchJobConfig) -> None:
-    assert [each.name for each in config.all_methods] == list(METHODS)
+    assert [each.name for each in config.all_methods] == list(NAMES)
     assert replace(config, methods=(Greedy(),)).all_methods == (Greedy(),)
     other = replace(config, methods=(Nothing(),)).all_methods
     assert [each.name for each in other] == ["greedy", "nothing"], "a class of one's own may be based on it"
@@ -248,6 +248,11 @@ def test_the_command_prints_tables_notes_and_times(config: SearchJobConfig, caps
     shown = " ".join(capsys.readouterr().out.split())
     for word in ("- majority *", "seconds per problem (pool: of all methods that choose among it): pool ", ", greedy "):
         assert word in shown
+
+
+def test_the_guide_has_a_row_for_every_class() -> None:
+    guide = (Path(__file__).resolve().parents[2] / "docs" / "search.md").read_text("utf-8")
+    assert {kind.__name__ for kind in METHODS} == set(re.findall(r"^\| `(\w+)`", guide, re.M))
 
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes" / "search").glob("*.yaml"))
