@@ -143,7 +143,7 @@ class NoisySolver:
         """Nothing is kept."""
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], spec: SamplingConfig, *, purpose: str, **options: Any
+        self, prompts: Sequence[Sequence[int]], spec: SamplingConfig, *, purpose: str, indices: Any, **_: Any
     ) -> list[list[Completion]]:
         return [
             [
