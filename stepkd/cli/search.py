@@ -48,7 +48,7 @@ def print_summary(console: Any, summary: Mapping[str, Any]) -> None:
 
     def show(heads: list[str], cells: Callable[[Mapping[str, Any]], list[str]], caption: str | None = None) -> None:
         columns = (Column(head, justify="right") for head in heads)
-        table = Table(Column("method", no_wrap=True), *columns, caption=caption, caption_justify="left")
+        table = Table(Column("method", overflow="fold"), *columns, caption=caption, caption_justify="left")
         for name, method in methods.items():
             table.add_row(name, *cells(method))
         console.print(table)

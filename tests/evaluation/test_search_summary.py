@@ -189,6 +189,11 @@ def test_the_table_shows_every_method_and_what_a_reader_must_know(capsys: pytest
     for word in (*words, "(no interval)", "10.64"):
         assert word in text
     assert "1/3 to 2/3" not in text, "bins without problems are left out"
+    long = summary | {
+        "methods": {"a_name_of_many_words_" * 2 + name: each for name, each in summary["methods"].items()}
+    }
+    print_summary(Console(width=80), long)
+    assert "(9.5 to 90.5)" in capsys.readouterr().out, "a long name is folded"
     assert notes(summary) == [
         "beam draws as many tokens as 4.7 samples, and is compared with best-of-2, which draws fewer: "
         "--samples 5 would reach its budget",
