@@ -172,8 +172,7 @@ class Engine(ABC):
     @property
     def max_length(self) -> int | None:
         """Context in tokens; None: no limit is known."""
-        length: int | None = self.policy.max_length
-        return length
+        return None if self.policy.max_length is None else int(self.policy.max_length)
 
     def generate(
         self,
@@ -182,7 +181,8 @@ class Engine(ABC):
         *,
         purpose: str = "rollout",
         step: int = 0,
-        indices: Sequence[int] | None = None,
+        indices: Sequence[int | tuple[int | str, ...]] | None = None,
+        limits: Sequence[int] | None = None,
         entropies: bool = False,
         goes_on: bool = True,
         on_progress: Progress | None = None,
@@ -195,7 +195,8 @@ class Engine(ABC):
             purpose: names the use, so that evaluation and training draw different noise.
             step: optimiser step (or iteration); with ``purpose`` and the index it keys the noise.
             indices: global number of each prompt; None counts from 0. Sample j of prompt g uses the stream of
-                ``g * n + j`` whatever the batch, its order, or the rank.
+                ``g * n + j`` whatever the batch, its order, or the rank; of a tuple ``(*tuple, j)``, whatever n.
+            limits: most tokens of each prompt's completions, >= 1, where that is less than ``spec.longest``.
             entropies: whether the completions are to have :attr:`~stepkd.data.completion.Completion.entropies`.
             goes_on: whether later calls may go on from the completions; else :attr:`keeps_prefixes` leaves them out.
             on_progress: called with the number of completions just finished.
@@ -206,8 +207,7 @@ class Engine(ABC):
         Raises:
             DataError: an empty prompt, or one that leaves no room for a single token in the model's context.
             ModelError: the model's logits are not numbers, or a server's answer is no completion.
-            ConfigError: a server whose log-probabilities are not those of what it samples from, or entropies that the
-                engine cannot tell.
+            ConfigError: a server whose log-probabilities are not of what it samples from, or entropies it cannot tell.
             MachineError: no server answers in time.
         """
         if entropies and not self.gives_entropies:
@@ -219,12 +219,12 @@ class Engine(ABC):
         wanted = [
             Wanted(
                 np.asarray(prompt).tolist(),
-                spec.room(f"prompt {index}", len(prompt), self.max_length),
-                (purpose, step, index),
+                min(limit, spec.room(f"prompt {index}", len(prompt), self.max_length)),
+                (purpose, step, *((*index, 0) if isinstance(index, tuple) else (index,))),
                 entropies,
                 goes_on,
             )
-            for prompt, index in zip(prompts, indices, strict=True)
+            for prompt, index, limit in zip(prompts, indices, limits or [spec.longest] * len(prompts), strict=True)
         ]
         return self._draw(wanted, spec, on_progress)
 

@@ -21,8 +21,8 @@ from typing import Any, Literal, TypeAlias
 
 from stepkd.errors import ConfigError, check_bounds
 from stepkd.scorers.scorer import Reduction
-from stepkd.search.best_of_n import choice
-from stepkd.search.state import Found, Problem, Search, State, Tools, found, ranked
+from stepkd.search.best_of_n import answered, choice, eligible
+from stepkd.search.state import Found, Problem, Search, State, Tools, ranked
 
 Scored: TypeAlias = tuple[State, float | None]
 """A solution so far, and its score."""
@@ -52,12 +52,11 @@ class Population(Search):
         results = []
         for group, votes, trace in zip(groups, keys, traces, strict=True):
             scores = [score for _, score in group]
-            # Solutions that were cut off have no part in it while others are whole.
-            whole = [i for i, (state, _) in enumerate(group) if state.end == "stop"] or range(len(group))
-            winner = whole[choice([scores[i] for i in whole], [votes[i] for i in whole], self.vote)]
+            states = [state for state, _ in group]
+            may = eligible(states)
+            winner = may[choice([scores[i] for i in may], [votes[i] for i in may], self.vote)]
             trace.append({"event": "choice", "vote": self.vote, "scores": scores, "votes": votes, "kept": [winner]})
-            order = [winner, *(i for i in range(len(group)) if i != winner)]
-            results.append([found(group[i][0], score=scores[i], trace=trace if i == winner else []) for i in order])
+            results.append(answered(states, scores, winner, trace))
         return results
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -87,9 +87,28 @@ class BestOfN(Search):
             else:
                 winner = choice(own, keys, self.vote)
             event = {"event": "choice", "vote": self.vote, "scores": own, "votes": keys, "kept": [winner]}
-            order = [winner, *(i for i in range(len(states)) if i != winner)]
-            results.append([found(states[i], score=own[i], trace=[event] if i == winner else []) for i in order])
+            results.append(answered(states, own, winner, [event]))
         return results
+
+
+def eligible(states: Sequence[State]) -> Sequence[int]:
+    """Numbers of the solutions that an answer is taken from: those that were not cut off; all, where every one was."""
+    return [i for i, state in enumerate(states) if state.end == "stop"] or range(len(states))
+
+
+def answered(
+    states: Sequence[State], scores: Sequence[float | None], winner: int, trace: Sequence[Mapping[str, Any]]
+) -> list[Found]:
+    """Solutions of a problem as completions, the answer first, with the trace; the others in their order.
+
+    Args:
+        states: see :func:`~stepkd.search.state.found`.
+        scores: of each.
+        winner: number of the answer.
+        trace: see :attr:`~stepkd.search.state.Found.trace`.
+    """
+    order = [winner, *(i for i in range(len(states)) if i != winner)]
+    return [found(states[i], score=scores[i], trace=trace if i == winner else ()) for i in order]
 
 
 def choice(scores: Sequence[float | None], votes: Sequence[str | None], vote: Vote) -> int:

@@ -12,8 +12,8 @@ import numpy as np
 from stepkd.errors import ConfigError, check_bounds
 from stepkd.scorers.scorer import Reduction
 from stepkd.search.beam import event
-from stepkd.search.state import Found, Problem, Search, Tools, found, ranked
-from stepkd.search.tokens import Drafter, Drawn, Name, Writing
+from stepkd.search.state import Found, Name, Problem, Search, Tools, found, ranked
+from stepkd.search.tokens import Drafter, Drawn, Writing
 
 
 @dataclass(frozen=True, kw_only=True)

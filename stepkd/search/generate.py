@@ -21,16 +21,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, get_args
 
+from stepkd.data.completion import Completion
 from stepkd.data.encode import Encoder
 from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, DataError, check_bounds, check_choice
 from stepkd.grading.pool import Grader
 from stepkd.models.checkpoint import weights_fingerprint
 from stepkd.models.policy import Policy
-from stepkd.randomness import stream_key
 from stepkd.sampling.engine import Engine, SamplingConfig, before_stop, decode_text
 from stepkd.scorers.scorer import Reduction, Solutions, StepScorer, default_reduction, reduce_scores
-from stepkd.search.state import Costs, End, Problem, State, Step, StepGenerator
+from stepkd.search.state import Costs, End, Name, Problem, State, Step, StepGenerator
 from stepkd.steps.confidence import SIGNAL_SEGMENTERS
 from stepkd.steps.segment import get_segmenter, segment, segmenter_settings
 from stepkd.steps.text import TokenizedText, text_from_ids
@@ -38,11 +38,7 @@ from stepkd.steps.text import TokenizedText, text_from_ids
 STEP_STOPS: dict[str, tuple[str, ...]] = {"newline": ("\n",), "blank_line": ("\n\n",)}
 """Strings that end a step, by segmenter."""
 
-PROPOSE, COMPLETE = "search_step", "search_rest"
-DRAWN = {PROPOSE: "steps", COMPLETE: "continuations"}
-"""What tokens are counted as, by what they are drawn for."""
 _REMEMBERED = 100_000  # scored solutions
-_INDEX_BITS = 52  # sample numbers are added to it, and some engines keep the sum in 64 bits
 
 
 @dataclass
@@ -59,12 +55,6 @@ class _Draft:
         """Sum over some of its tokens."""
         return None if self.raw_logprobs is None else sum(self.raw_logprobs[start:end])
 
-    def keep(self, room: int | None) -> None:
-        """Cut it off where there is no room: a batch draws as many tokens as some state of it has room for."""
-        if room is not None and room < len(self.token_ids):
-            self.token_ids, self.finish = self.token_ids[:room], "length"
-            self.raw_logprobs = self.raw_logprobs and self.raw_logprobs[:room]
-
 
 @dataclass(eq=False)
 class SampledSteps:
@@ -75,7 +65,8 @@ class SampledSteps:
     """
 
     engine: Engine
-    """Draws the tokens."""
+    """Draws the tokens, and from now on keeps prefixes (:attr:`~stepkd.sampling.engine.Engine.keeps_prefixes`), whoever
+    else it draws for."""
     policy: Policy
     """The engine's model, whose tokenizer turns ids into text."""
     sampling: SamplingConfig
@@ -115,15 +106,11 @@ class SampledSteps:
         drafts = [[_Draft(state, j) for j in range(n)] for state in states]
         stops = (*STEP_STOPS.get(self.segmenter, ()), *self.sampling.stop)
         spec = replace(self._sampling(temperature), n=n, max_new_tokens=self.max_step_tokens, stop=stops)
-        self._first(states, drafts, spec, PROPOSE)
+        self._first(drafts, spec, "steps")
         flat = [draft for group in drafts for draft in group]
-        for draft in flat:
-            draft.keep(self.room(draft.state))
         while blank := [draft for draft in flat if self._unfinished_blank(draft)]:
-            for room in sorted({self._room(draft) for draft in blank}):
-                alike = [draft for draft in blank if self._room(draft) == room]
-                keys = [("sample", draft.sample, "token", len(draft.token_ids)) for draft in alike]
-                self._draw([[d] for d in alike], replace(spec, n=1, max_new_tokens=room), PROPOSE, keys)
+            names = [("sample", draft.sample, "token", len(draft.token_ids)) for draft in blank]
+            self._draw([[draft] for draft in blank], replace(spec, n=1), "steps", names)
         return [[self._step(draft) for draft in group] for group in drafts]
 
     def complete(self, states: Sequence[State], n: int, *, temperature: float | None = None) -> list[list[State]]:
@@ -133,11 +120,7 @@ class SampledSteps:
             DataError: a state that fills the model's context.
         """
         drafts = [[_Draft(state, j) for j in range(n)] for state in states]
-        spec = replace(self._sampling(temperature), n=n)
-        longest = max((spec.longest if (room := self.room(state)) is None else room for state in states), default=1)
-        self._first(states, drafts, replace(spec, max_new_tokens=max(1, min(spec.longest, longest))), COMPLETE)
-        for draft in (draft for group in drafts for draft in group):
-            draft.keep(self.room(draft.state))
+        self._first(drafts, replace(self._sampling(temperature), n=n), "continuations")
         return [[self._rest(draft) for draft in group] for group in drafts]
 
     def asked(self, problem: Problem, prompt: Any) -> Problem | None:
@@ -166,6 +149,39 @@ class SampledSteps:
         raw = None if raw_logprobs is None else list(raw_logprobs)
         return self._rest(_Draft(State(problem), 0, list(token_ids), raw, end))
 
+    def draw(
+        self,
+        wanted: Sequence[tuple[Problem, Sequence[int], Name, int]],
+        spec: SamplingConfig,
+        kind: str = "tokens",
+        *,
+        entropies: bool = False,
+    ) -> list[list[Completion]]:
+        """Draw tokens behind solutions so far, and count them.
+
+        Args:
+            wanted: of each the problem, the solution's tokens, what tells this from other draws for the problem, and
+                the most tokens to draw, >= 1.
+            spec: how to draw.
+            kind: what they are counted as, one of :attr:`~stepkd.search.state.Costs.DRAWN`.
+            entropies: whether these are wanted.
+
+        Returns:
+            For each its ``spec.n`` continuations; the first ones are those of a smaller n.
+        """
+        drawn = self.engine.generate(
+            [(*problem.prompt_ids, *ids) for problem, ids, _, _ in wanted],
+            spec,
+            purpose=Costs.DRAWN[kind],
+            indices=[(problem.index, *name) for problem, _, name, _ in wanted],
+            limits=[most for *_, most in wanted],
+            entropies=entropies,
+            goes_on=kind != "continuations",  # nothing goes on from what was continued to its end
+        )
+        for (problem, *_), own in zip(wanted, drawn, strict=True):
+            self.costs[problem.index][kind] += sum(len(each.token_ids) for each in own)
+        return drawn
+
     def provenance(self) -> dict[str, Any]:
         """See :class:`~stepkd.search.state.StepGenerator`."""
         spec = self.policy.spec
@@ -178,6 +194,7 @@ class SampledSteps:
             **sampling,
             "segmenter": {"name": self.segmenter.partition(":")[0], **segmenter_settings(self._cut)},
             "max_step_tokens": self.max_step_tokens,
+            "max_tokens": self.max_tokens,
         }
 
     def room(self, state: State) -> int | None:
@@ -190,50 +207,41 @@ class SampledSteps:
     def _sampling(self, temperature: float | None) -> SamplingConfig:
         return self.sampling if temperature is None else replace(self.sampling, temperature=temperature)
 
-    def _first(
-        self, states: Sequence[State], drafts: Sequence[Sequence[_Draft]], spec: SamplingConfig, purpose: str
-    ) -> None:
-        for state in states:
+    def _first(self, drafts: Sequence[Sequence[_Draft]], spec: SamplingConfig, kind: str) -> None:
+        for state in (group[0].state for group in drafts):
             if (room := self.room(state)) is not None and room < 1:
                 raise DataError(
                     f"the solution so far has {len(state.token_ids)} tokens behind a prompt of "
                     f"{len(state.problem.prompt_ids)}, which fills the model's context of {self.engine.max_length}",
                     path=str(state.problem.row.get("id", state.problem.index)),
                 )
-        self._draw(drafts, spec, purpose, [()] * len(states))
+        self._draw(drafts, spec, kind, [()] * len(drafts))
 
-    def _draw(
-        self,
-        drafts: Sequence[Sequence[_Draft]],
-        spec: SamplingConfig,
-        purpose: str,
-        keys: Sequence[tuple[int | str, ...]],
-    ) -> None:
-        """Continue groups of drafts that say the same so far; ``keys`` tell groups of one state apart."""
-        heads = [group[0] for group in drafts]
-        prompts = [(*d.state.problem.prompt_ids, *d.state.token_ids, *d.token_ids) for d in heads]
-        indices = [_index(d.state.problem.index, *d.state.path, *key) for d, key in zip(heads, keys, strict=True)]
-        goes_on = purpose == PROPOSE  # nothing goes on from what was continued to its end
-        drawn = self.engine.generate(prompts, spec, purpose=purpose, indices=indices, goes_on=goes_on)
-        for group, continuations in zip(drafts, drawn, strict=True):
+    def _draw(self, drafts: Sequence[Sequence[_Draft]], spec: SamplingConfig, kind: str, names: Sequence[Name]) -> None:
+        """Continue groups of drafts that say the same so far; ``names`` tell groups of one state apart."""
+        heads = [(group[0], group[0].state) for group in drafts]
+        wanted = [
+            (state.problem, (*state.token_ids, *head.token_ids), (*state.path, *name), self._room(head, spec.longest))
+            for (head, state), name in zip(heads, names, strict=True)
+        ]
+        for group, continuations in zip(drafts, self.draw(wanted, spec, kind), strict=True):
             for draft, continuation in zip(group, continuations, strict=True):
                 draft.token_ids += continuation.token_ids.tolist()
-                self.costs[draft.state.problem.index][DRAWN.get(purpose, "tokens")] += len(continuation.token_ids)
                 if draft.raw_logprobs is None or continuation.raw_logprobs is None:
                     draft.raw_logprobs = None
                 else:
                     draft.raw_logprobs += continuation.raw_logprobs.tolist()
                 draft.finish = continuation.finish
 
-    def _room(self, draft: _Draft) -> int:
-        """Tokens that a draft of a step may still have."""
-        left, context = self.max_step_tokens - len(draft.token_ids), self.room(draft.state)
-        return left if context is None else min(left, context - len(draft.token_ids))
+    def _room(self, draft: _Draft, longest: int) -> int:
+        """Tokens that a draft of at most so many may still have."""
+        room = self.room(draft.state)
+        return (longest if room is None else min(longest, room)) - len(draft.token_ids)
 
     def _unfinished_blank(self, draft: _Draft) -> bool:
         return (
             draft.finish == "stop"
-            and self._room(draft) >= 1
+            and self._room(draft, self.max_step_tokens) >= 1
             and draft.token_ids[-1] not in self.policy.eos_ids
             and not (text := decode_text(self.policy.tokenizer, draft.token_ids)).strip()
             and before_stop(draft.state.text + text, self.sampling.stop) == draft.state.text + text
@@ -282,11 +290,6 @@ class SampledSteps:
     def _until_stop(self, state: State, text: str) -> str:
         """The new text before a string that ends the solution; such a string may begin in an earlier step."""
         return before_stop(state.text + text, self.sampling.stop)[len(state.text) :]
-
-
-def _index(*parts: int | str) -> int:
-    """One number for a place in a tree: the engine keys noise by the number of a prompt."""
-    return stream_key(0, "search", *parts) >> (128 - _INDEX_BITS)
 
 
 @dataclass(eq=False)

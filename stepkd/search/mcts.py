@@ -43,8 +43,8 @@ from typing import Any, Literal, TypeAlias
 from stepkd.errors import ConfigError, DataError, check_bounds
 from stepkd.grading.pool import Grader
 from stepkd.scorers.scorer import Reduction
-from stepkd.search.best_of_n import choice
-from stepkd.search.state import Found, Problem, Search, State, Step, StepGenerator, Tools, found
+from stepkd.search.best_of_n import answered, choice, eligible
+from stepkd.search.state import Found, Problem, Search, State, Step, StepGenerator, Tools
 from stepkd.search.tree import Decision, Node, Option, SearchTree, back_up, best_child, select
 
 Estimate: TypeAlias = Callable[[Sequence[State]], Sequence[float | None]]
@@ -148,7 +148,7 @@ def tree_search(
                 column="answer",
             )
     trees = [SearchTree(problem) for problem in problems]
-    walks = [_decide_all(tree, settings) for tree in trees]
+    walks = [_decide_all(tree, settings, scored=reference is None) for tree in trees]
     going = list(range(len(trees)))
     while going:
         stopped = [(i, leaf) for i in going if (leaf := next(walks[i], None)) is not None]
@@ -158,7 +158,7 @@ def tree_search(
     return trees
 
 
-def _decide_all(tree: SearchTree, settings: TreeConfig) -> Iterator[Node]:
+def _decide_all(tree: SearchTree, settings: TreeConfig, *, scored: bool) -> Iterator[Node]:
     """Decide step after step; yields the nodes that need children and goes on when they have them."""
     node, walks = tree.root, settings.iterations * settings.root_factor
     while not node.terminal and node.depth < settings.deepest:
@@ -167,7 +167,7 @@ def _decide_all(tree: SearchTree, settings: TreeConfig) -> Iterator[Node]:
         if not node.children:
             return
         options = tuple(Option(child, child.q, child.visits) for child in node.children)
-        tree.decisions.append(Decision(node, options, best_child(node, settings.choose)))
+        tree.decisions.append(Decision(node, options, best_child(node, settings.choose, scored=scored)))
         node, walks = tree.decisions[-1].chosen, settings.iterations
 
 
@@ -203,6 +203,7 @@ def _expand(
         grades = reference.grader.grade(
             [node.state(tree.problem).text for tree, node in over],
             [str(tree.problem.row["answer"]) for tree, _ in over],
+            cut_off=[node.step.end == "length" for _, node in over],
             rows=[tree.problem.row for tree, _ in over],
         )
         for (_, node), grade in zip(over, grades, strict=True):
@@ -212,7 +213,7 @@ def _expand(
         assert node.parent is not None
         # Without an estimate the step neither gains nor loses.
         damping = 1 if settings.damp_after is None else max(node.parent.depth - settings.damp_after, 1)
-        node.value = node.parent.value if value is None else value / damping
+        node.score, node.value = value, node.parent.value if value is None else value / damping
         if reference and node.correct is not None:
             node.value += reference.outcome * (1 if node.correct else -1)
         node.q = node.reward
@@ -265,8 +266,7 @@ def _merged(children: Sequence[Node]) -> list[Node]:
     """Of children that say the same and end alike only the first."""
     kept: dict[tuple[str, bool], Node] = {}
     for child in children:
-        if (same := kept.setdefault(_says(child), child)) is not child:
-            same.copies += 1
+        kept.setdefault(_says(child), child)
     return list(kept.values())
 
 
@@ -299,20 +299,19 @@ class MCTS(TreeConfig, Search):
         states = [[node.state(tree.problem) for node in nodes] for tree, nodes in zip(trees, ends, strict=True)]
         keys: Sequence[Sequence[str | None]] = [()] * len(trees) if self.vote == "path" else tools.votes(states)
         results = []
-        for tree, nodes, votes in zip(trees, ends, keys, strict=True):
+        for tree, nodes, own, votes in zip(trees, ends, states, keys, strict=True):
             trace = [_told(decision) for decision in tree.decisions]
             answer = tree.last
-            # Solutions that were cut off have no part in a vote.
-            whole = [i for i, node in enumerate(nodes) if node.step.end == "stop"]
-            if self.vote != "path" and whole:
-                scores = [nodes[i].value for i in whole]
-                taken = choice(scores, [votes[i] for i in whole], self.vote)
-                answer = nodes[whole[taken]]
-                told = {"scores": scores, "votes": [votes[i] for i in whole], "kept": [taken]}
+            if self.vote != "path" and nodes:
+                may = eligible(own)
+                scores = [nodes[i].score for i in may]
+                taken = choice(scores, [votes[i] for i in may], self.vote)
+                answer = nodes[may[taken]]
+                told = {"scores": scores, "votes": [votes[i] for i in may], "kept": [taken]}
                 trace.append({"event": "choice", "vote": self.vote, **told})
-            first = found(answer.state(tree.problem), score=answer.value, trace=trace)
-            others = [found(node.state(tree.problem), score=node.value) for node in nodes if node is not answer]
-            results.append([first, *others])
+            every = [answer, *(node for node in nodes if node is not answer)]
+            solutions = [node.state(tree.problem) for node in every]
+            results.append(answered(solutions, [node.score for node in every], 0, trace))
         return results
 
 

@@ -50,7 +50,8 @@ import numpy as np
 from stepkd.errors import ConfigError, check_bounds
 from stepkd.randomness import generator
 from stepkd.search.beam import event
-from stepkd.search.state import Found, Problem, Search, State, Tools, found
+from stepkd.search.best_of_n import answered
+from stepkd.search.state import Found, Problem, Search, State, Tools
 from stepkd.statistics import FloatArray
 
 _COMPLETION = 1 << 20  # no sample's number: else the last completions would be the foresight from the same places
@@ -199,8 +200,7 @@ class PhiDecoding(Search):
         scores = weights.tolist()
         more = {"advantages": advantages.tolist(), "clusters": labels.tolist(), "kept": [winner]}
         trace.append({"event": "choice", "scores": scores, **more})
-        order = [winner, *(i for i in range(len(paths)) if i != winner)]
-        return [found(paths[i].end, score=scores[i], trace=trace if i == winner else []) for i in order]
+        return answered([path.end for path in paths], scores, winner, trace)
 
     def _judged(
         self, paths: Sequence[_Path], clusters: int, problem: Problem, step: int

@@ -16,8 +16,9 @@ from typing import Any
 
 from stepkd.errors import ConfigError, check_bounds
 from stepkd.scorers.scorer import Reduction
+from stepkd.search.best_of_n import answered, eligible
 from stepkd.search.revise import with_draft
-from stepkd.search.state import Found, Problem, Search, State, Tools, Writer, doubtful, found, ranked
+from stepkd.search.state import Found, Problem, Search, State, Tools, Writer, doubtful, ranked
 
 MARK = "[BAD] "
 """Stands before the step at which a local refinement begins."""
@@ -76,15 +77,13 @@ class Refine(Search):
             # A refiner that writes nothing has refined nothing.
             own = [i for i, each in enumerate(asked) if each.number == number and drawn[i][0].text.strip()]
             states, own_scores = [draft, *(refined[i] for i in own)], [score, *(scores[i] for i in own)]
-            # As in a beam: what was cut off has no part in it while others are whole.
-            whole = [i for i, state in enumerate(states) if state.end == "stop"] or range(len(states))
-            winner = whole[ranked([own_scores[i] for i in whole])[0]]
+            may = eligible(states)
+            winner = may[ranked([own_scores[i] for i in may])[0]]
             event: dict[str, Any] = {"event": "refine", "kinds": ["draft", *(asked[i].kind for i in own)]}
             event |= {"step": cuts[number]} if cuts[number] is not None else {}
             event |= {"steps": [state.text for state in states], "scores": own_scores, "kept": [winner]}
             trace = [{"event": "verify", "steps": list(draft.steps), "scores": list(steps)}, event]
-            order = [winner, *(i for i in range(len(states)) if i != winner)]
-            results.append([found(states[i], score=own_scores[i], trace=trace if i == winner else []) for i in order])
+            results.append(answered(states, own_scores, winner, trace))
         return results
 
     def _asked(self, drafts: Sequence[State], cuts: Sequence[int | None], tools: Tools) -> list[_Asked]:

@@ -17,7 +17,8 @@ from typing import Any, Literal
 
 from stepkd.errors import check_bounds
 from stepkd.scorers.scorer import Reduction
-from stepkd.search.state import Found, Problem, Search, State, Tools, doubtful, found, ranked
+from stepkd.search.best_of_n import answered, eligible
+from stepkd.search.state import Found, Problem, Search, State, Tools, doubtful, ranked
 
 
 @dataclass
@@ -53,7 +54,7 @@ class VerifyRevise(Search):
     to follow instructions), or written anew by the model, which is shown the draft, the step and its score, as in the
     released code (in other words)."""
     answer: Literal["last", "best"] = "last"
-    """Which version is the answer where none was accepted: the last one, as in the released code, also where it was cut
+    """Which version is the answer: the last one, as in the released code, also where it was cut
     off (it then cannot say the same as the one before, and all rounds are used up), or the one with the highest score
     among those that are whole."""
     reduction: Reduction | None = None
@@ -132,12 +133,9 @@ class VerifyRevise(Search):
         return [work for work, _ in starts]
 
     def _found(self, work: _Work) -> list[Found]:
-        last = len(work.versions) - 1
-        # As in a beam: what was cut off has no part in it while others are whole.
-        whole = [i for i, state in enumerate(work.versions) if state.end == "stop"] or range(last + 1)
-        winner = last if self.answer == "last" else whole[ranked([work.scores[i] for i in whole])[0]]
-        order = [winner, *(i for i in range(last + 1) if i != winner)]
-        return [found(work.versions[i], score=work.scores[i], trace=work.trace if i == winner else []) for i in order]
+        may = eligible(work.versions) if self.answer == "best" else [len(work.versions) - 1]
+        winner = may[ranked([work.scores[i] for i in may])[0]]
+        return answered(work.versions, work.scores, winner, work.trace)
 
 
 def rewrite_prompt(prompt: Any, steps: Sequence[str], step: int, score: float) -> Any:

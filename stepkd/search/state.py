@@ -27,6 +27,8 @@ from stepkd.scorers.scorer import Reduction
 End = Literal["step", "stop", "length"]
 """How a step ends: the solution goes on (``step``), is over (``stop``: end token or stop string), or was cut off
 (``length``: no room for more tokens)."""
+Name = tuple[int | str, ...]
+"""What tells several draws for one problem apart."""
 
 
 @dataclass(frozen=True)
@@ -203,7 +205,8 @@ class Costs(defaultdict[int, Counter[str]]):
     ``drafted``, ``passes``: tokens of a small model that drafts, and forward passes of the one that it drafts for.
     """
 
-    DRAWN: ClassVar = ("steps", "continuations", "tokens")
+    DRAWN: ClassVar = {"steps": "search_step", "continuations": "search_rest", "tokens": "search_rest"}
+    """What tokens are drawn for, and the purpose that keys their noise."""
     APART: ClassVar = ("drafted", "passes", "no_room")
     """What is neither tokens of the policy nor of the scorer."""
 

@@ -14,14 +14,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stepkd.data.completion import Completion
 from stepkd.errors import ConfigError
-from stepkd.search.state import End, Problem, State, StepGenerator, Tools
+from stepkd.search.state import End, Name, Problem, State, StepGenerator, Tools
 from stepkd.steps.text import text_from_ids
 
 if TYPE_CHECKING:
     from stepkd.search.generate import SampledSteps
-
-Name = tuple[int | str, ...]
-"""What tells several draws for one problem apart."""
 
 
 class Drawn(NamedTuple):
@@ -81,12 +78,12 @@ class Drafter:
     """Draws tokens behind partial solutions.
 
     Args:
-        tools: whose generator has the engine, and whose costs the tokens are counted in.
+        tools: whose generator has the engine, and counts the tokens.
         method: who asks, for messages.
     """
 
     def __init__(self, tools: Tools, method: str) -> None:
-        self.generator, self.costs = sampled_steps(tools.generator, method), tools.costs
+        self.generator = sampled_steps(tools.generator, method)
         self.eos = self.generator.policy.eos_ids
         self.stops = self.generator.sampling.stop
 
@@ -112,26 +109,17 @@ class Drafter:
             ConfigError: entropies that the engine cannot tell.
             DataError: a prompt that fills the model's context.
         """
-        from stepkd.search.generate import COMPLETE, _index
-
         given = list(wanted)
         spec = replace(self.generator.sampling, n=1, stop=(*until, *self.stops))
         if greedy:
             spec = replace(spec, temperature=0.0, top_p=1.0, top_k=0)
         left = [max(1, longest(self.generator, each.problem) - len(each.token_ids)) for each, _ in given]
-        limits = [own if most is None else min(own, most) for own in left]
-        drawn: dict[int, Drawn] = {}
-        for limit in sorted(set(limits)):
-            numbers = [number for number, own in enumerate(limits) if own == limit]
-            found = self.generator.engine.generate(
-                [(*each.problem.prompt_ids, *each.token_ids) for each, _ in (given[i] for i in numbers)],
-                replace(spec, max_new_tokens=limit),
-                purpose=COMPLETE,
-                indices=[_index(each.problem.index, *name) for each, name in (given[i] for i in numbers)],
-                entropies=entropies,
-            )
-            drawn |= {i: self._drawn(given[i][0], own) for i, (own,) in zip(numbers, found, strict=True)}
-        return [drawn[number] for number in range(len(given))]
+        places = [
+            (each.problem, each.token_ids, name, own if most is None else min(own, most))
+            for (each, name), own in zip(given, left, strict=True)
+        ]
+        drawn = self.generator.draw(places, spec, entropies=entropies) if places else []
+        return [self._drawn(each, own) for (each, _), (own,) in zip(given, drawn, strict=True)]
 
     def state(self, writing: Writing, drawn: Drawn | None = None) -> State:
         """A partial solution, cut into steps, with what may come behind it."""
@@ -144,7 +132,6 @@ class Drafter:
         return Drawn([token_id], [logprob], [], self._standing(writing, [token_id])[1])
 
     def _drawn(self, writing: Writing, completion: Completion) -> Drawn:
-        self.costs[writing.problem.index]["tokens"] += len(completion.token_ids)
         ids = completion.token_ids.tolist()
         kept, end = self._standing(writing, ids)
         if completion.raw_logprobs is None:

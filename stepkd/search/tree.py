@@ -33,12 +33,12 @@ class Node:
     """Where the action was taken; None at the root."""
     value: float = 0.0
     """How good the state is, by estimate and outcome; the root's is 0."""
+    score: float | None = None
+    """What was estimated of it, in [0, 1]; None: nothing."""
     correct: bool | None = None
     """Whether the finished solution is correct; None: it goes on."""
     depth: int = 0
     """Steps from the root."""
-    copies: int = 1
-    """How many of the samples said the same."""
     whole: State | None = None
     """The solution up to here, where the action has several steps: a forced end."""
     children: list[Node] = field(default_factory=list)
@@ -157,7 +157,7 @@ def select(node: Node, exploration: float) -> Node:
     return max(node.children, key=lambda child: puct(child, exploration))
 
 
-def best_child(node: Node, choose: Literal["value", "visits"] = "value") -> Node:
+def best_child(node: Node, choose: Literal["value", "visits"] = "value", *, scored: bool = False) -> Node:
     """The child that a decision takes; of equals the first.
 
     Args:
@@ -165,6 +165,7 @@ def best_child(node: Node, choose: Literal["value", "visits"] = "value") -> Node
         choose: ``value``: the highest Q, of equals the highest value, then the most visited. ``visits``: the highest
             ``N * (1 + gap)``, of equals the highest Q, then V; the gap is that between the most and the least visited
             of the child's own children, as in the released code of arXiv 2405.00451 at temperature 0.
+        scored: whether a child without a score is taken only where all are.
     """
 
     def rank(child: Node) -> tuple[float, float, float]:
@@ -174,7 +175,8 @@ def best_child(node: Node, choose: Literal["value", "visits"] = "value") -> Node
         # Under an exact checker a correct step to a dead end has the Q of an incorrect one.
         return child.q, child.value, child.visits
 
-    return max(node.children, key=rank)
+    rivals = [child for child in node.children if child.score is not None] if scored else []
+    return max(rivals or node.children, key=rank)
 
 
 def back_up(path: Sequence[Node], gamma: float) -> None:

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 class _Guided(Writing):
     """A solution whose next tokens have been drafted."""
 
-    places: frozenset[int] | None = None
-    """Numbers of the tokens to decide on; None: those that are unsure."""
+    places: tuple[list[int], int] | None = None
+    """Numbers of tokens in the order in which they are to be decided on, and how many; None: those that are unsure."""
     draft: Drawn = field(default_factory=lambda: Drawn([], [], [], "step"))
     likely: Scores | None = None
     """The most likely tokens at every position of the draft as it was drawn."""
@@ -59,7 +59,7 @@ class ValueGuided(Search):
     """Tokens that are scored, at least 1, which is greedy decoding; 8 in the released code."""
     placement: Literal["unsure", "random"] = "unsure"
     """Whether the scorer is asked where the model is unsure, or as often at tokens drawn at random, which tells what
-    the placement is worth."""
+    the placement is worth; less often where a solution ends before so many tokens (compare the calls)."""
     ahead: int = 32
     """Tokens that are drafted at a time, at least 1; what is behind another choice is thrown away, and counted."""
     reduction: Reduction | None = None
@@ -91,17 +91,18 @@ class ValueGuided(Search):
             self._decide(drafter, tools, asked)
         return [[found(drafter.state(each), trace=each.trace)] for each in solutions]
 
-    def _places(self, problems: Sequence[Problem], tools: Tools, eos: frozenset[int]) -> list[frozenset[int]]:
-        """As many tokens of every problem as are unsure, anywhere in a solution as long as the one that they are in.
-        Finding out how many that is costs the method nothing: its rival has paid for it."""
+    def _places(self, problems: Sequence[Problem], tools: Tools, eos: frozenset[int]) -> list[tuple[list[int], int]]:
+        """As many tokens of every problem as are unsure, anywhere in a solution as long as the one that they are in:
+        all its tokens in random order, since others take the place of those behind the new solution's end. Finding out
+        how many there are costs the method nothing: its rival has paid for it."""
         before = {problem.index: Counter(tools.costs[problem.index]) for problem in problems}
         guided = replace(self, placement="unsure").run(problems, tools)
         tools.costs |= before
         places = []
         for problem, (answer, *_) in zip(problems, guided, strict=True):
             length = len(answer.token_ids) - (int(answer.token_ids[-1]) in eos)
-            drawn = stream(problem.seed, "value-guided", problem.index).permutation(length)[: len(answer.trace)]
-            places.append(frozenset(drawn.tolist()))
+            order = stream(problem.seed, "value-guided", problem.index).permutation(length)
+            places.append((order.tolist(), len(answer.trace)))
         return places
 
     def _look_ahead(self, drafter: Drafter, new: Sequence[_Guided]) -> None:
@@ -119,12 +120,14 @@ class ValueGuided(Search):
 
     def _next(self, each: _Guided, eos: frozenset[int]) -> int | None:
         """The first token of the draft that is to be decided on; an end token never is."""
-        for number, (token_id, logprob) in enumerate(zip(each.draft.token_ids, each.draft.raw_logprobs, strict=True)):
-            unsure = math.exp(logprob) < self.threshold
-            asks = unsure if each.places is None else len(each.token_ids) + number in each.places
-            if asks and token_id not in eos:
-                return number
-        return None
+        ids, at = each.draft.token_ids, len(each.token_ids)
+        if each.places is None:
+            asked = [n for n, logprob in enumerate(each.draft.raw_logprobs) if math.exp(logprob) < self.threshold]
+        else:
+            order, most = each.places
+            room = math.inf if each.draft.end == "step" else sum(token_id not in eos for token_id in ids)
+            asked = [place - at for place in order if 0 <= place - at < room][: most - len(each.trace)]
+        return min((n for n in asked if n < len(ids) and ids[n] not in eos), default=None)
 
     def _decide(self, drafter: Drafter, tools: Tools, asked: Sequence[_Guided]) -> None:
         """Choose the first token of every draft."""

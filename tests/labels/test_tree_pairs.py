@@ -146,10 +146,7 @@ class NoisySolver:
         self, prompts: Sequence[Sequence[int]], spec: SamplingConfig, *, purpose: str, indices: Any, **_: Any
     ) -> list[list[Completion]]:
         return [
-            [
-                self._continuation(p, j, prompt, spec, generator(spec.seed, purpose, index * spec.n + j))
-                for j in range(spec.n)
-            ]
+            [self._continuation(p, j, prompt, spec, generator(spec.seed, purpose, *index, j)) for j in range(spec.n)]
             for p, (prompt, index) in enumerate(zip(prompts, indices, strict=True))
         ]
 

@@ -175,12 +175,14 @@ class _Grade(NamedTuple):
 
 
 class LastWordGrader:
-    """Correct iff the text's last word is the answer."""
+    """Correct iff the text's last word is the answer, and it was not cut off."""
 
-    def grade(self, texts: Sequence[str], answers: Sequence[str], **_: object) -> list[_Grade]:
+    def grade(
+        self, texts: Sequence[str], answers: Sequence[str], *, cut_off: Sequence[bool] = (), **_: object
+    ) -> list[_Grade]:
         return [
-            _Grade("correct" if text.split()[-1:] == [answer] else "incorrect")
-            for text, answer in zip(texts, answers, strict=True)
+            _Grade("correct" if text.split()[-1:] == [answer] and not cut else "incorrect")
+            for text, answer, cut in zip(texts, answers, cut_off or [False] * len(texts), strict=True)
         ]
 
 

@@ -11,8 +11,8 @@ import pytest
 
 from stepkd.errors import ConfigError
 from stepkd.grading.pool import Grader
-from stepkd.search.best_of_n import BestOfN, Greedy, Vote, choice, soft_choice
-from stepkd.search.state import Problem, State, Tools
+from stepkd.search.best_of_n import BestOfN, Greedy, Vote, answered, choice, eligible, soft_choice
+from stepkd.search.state import Problem, State, Step, Tools
 
 SCORES = {"a\n#### 1": 0.6, "b\n#### 2": 0.5, "c\n#### 2": 0.3, "d\n": None}
 
@@ -138,3 +138,16 @@ def test_a_scorer_that_is_missing_is_named(tools: Tools, problem: Problem) -> No
     with pytest.raises(ConfigError, match="give --scorer"):
         answers(tools, problem, vote="max")
     assert answers(tools, problem, vote="majority")[0] == "b\n#### 2"
+
+
+def test_answers_are_taken_from_what_was_not_cut_off_and_come_first(problem: Problem) -> None:
+    cut, done, other = (State(problem).then(Step(text, (1,), 0.0, end)) for text, end in ENDS)
+    assert list(eligible([cut, done, other])) == [1, 2]
+    assert list(eligible([cut])) == [0]
+    completions = answered([cut, done, other], [0.1, None, 0.3], 1, [{"event": "choice"}])
+    assert [(each.text, each.score, len(each.trace)) for each in completions] == [
+        *(("b", None, 1), ("a", 0.1, 0), ("c", 0.3, 0))
+    ]
+
+
+ENDS: Any = (("a", "length"), ("b", "stop"), ("c", "stop"))

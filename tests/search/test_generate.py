@@ -15,7 +15,7 @@ from stepkd.models.policy import Policy
 from stepkd.models.spec import build_tiny
 from stepkd.sampling.engine import SamplingConfig
 from stepkd.sampling.transformers_engine import TransformersEngine
-from stepkd.search.generate import PROPOSE, SampledSteps, _index
+from stepkd.search.generate import SampledSteps
 from stepkd.search.state import Problem, State
 from stepkd.steps.segment import get_segmenter, segment
 from stepkd.steps.text import text_from_ids
@@ -45,16 +45,23 @@ class Typist:
         self.calls: list[list[str]] = []
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], spec: SamplingConfig, *, purpose: str, indices: Any, goes_on: bool
+        self,
+        prompts: Sequence[Sequence[int]],
+        spec: SamplingConfig,
+        *,
+        purpose: str,
+        limits: Sequence[int],
+        goes_on: bool,
+        **_: Any,
     ) -> list[list[Completion]]:
-        assert goes_on == (purpose == PROPOSE), "what goes on to its end is not kept"
+        assert goes_on == (purpose == "search_step"), "what goes on to its end is not kept"
         decode = self.policy.tokenizer.decode
         self.calls.append([decode(prompt) for prompt in prompts])
         results = []
-        for prompt in prompts:
+        for prompt, limit in zip(prompts, limits, strict=True):
             ids: list[int] = []
             finish = "length"
-            while len(ids) < spec.max_new_tokens:
+            while len(ids) < limit:
                 ids.append(self.whole[len(prompt) + len(ids)])
                 if ids[-1] in self.policy.eos_ids or any(stop in decode(ids) for stop in spec.stop):
                     finish = "stop"
@@ -198,7 +205,7 @@ def test_a_step_is_the_first_one_of_the_whole_completion(policy: Policy) -> None
     generator = SampledSteps(TransformersEngine(policy), policy, spec, segmenter="regex:[a-m]", max_step_tokens=24)
     problem = Problem(2, {"id": "p"}, ids_of(policy, "12+3="))
     ((*steps,),) = generator.propose([State(problem)], 6)
-    (whole,) = TransformersEngine(policy).generate([problem.prompt_ids], spec, purpose=PROPOSE, indices=[_index(2)])
+    (whole,) = TransformersEngine(policy).generate([problem.prompt_ids], spec, purpose="search_step", indices=[(2,)])
     assert len({step.text for step in steps}) > 2
     for step, continuation in zip(steps, whole, strict=True):
         completion = text_from_ids(policy.tokenizer, continuation.token_ids)
@@ -209,21 +216,29 @@ def test_a_step_is_the_first_one_of_the_whole_completion(policy: Policy) -> None
 
 
 def test_states_do_not_depend_on_their_batch(policy: Policy) -> None:
-    spec = SamplingConfig(max_new_tokens=12, seed=3)
+    """Nor do their costs: each has room of its own, of at most 14 tokens."""
+    spec = SamplingConfig(max_new_tokens=14, seed=3)
     engine = TransformersEngine(policy, max_rows=4)
     problems = [Problem(i, {"id": str(i)}, ids_of(policy, text)) for i, text in enumerate(("7", "long 12+34=", "abc"))]
     states = [State(problem) for problem in problems]
     more = ids_of(policy, "12\n")
     states += [State(problems[0], ("12\n",), more, path) for path in ((0,), (1,))]
-    generator = SampledSteps(engine, policy, spec, segmenter="regex:[a-m]", max_step_tokens=12)
+    states += [State(problems[1], ("9" * 12,), ids_of(policy, "9" * 12), (0,))]
+    generator = SampledSteps(engine, policy, spec, segmenter="regex:[a-m]", max_step_tokens=12, max_tokens=14)
     for draw in (generator.propose, generator.complete):
+        generator.costs.clear()
         together = draw(states, 3)
+        costs = {problem.index: generator.costs[problem.index].total() for problem in problems}
         backwards = draw(states[::-1], 3)[::-1]
         assert [[s.token_ids for s in g] for g in backwards] == [[s.token_ids for s in g] for g in together]
+        generator.costs.clear()
         for state, expected in zip(states, together, strict=True):
             (alone,) = draw([state], 3)
             assert [(s.token_ids, s.text, s.end) for s in alone] == [(s.token_ids, s.text, s.end) for s in expected]
+        assert {problem.index: generator.costs[problem.index].total() for problem in problems} == costs
         assert together[3] != together[4], "the same text, reached by two samples, draws two noises"
+        first = [[own[0].token_ids] for own in together]
+        assert [[s.token_ids for s in g] for g in draw(states, 1)] == first, "fewer samples are the first of more"
 
 
 def test_tokens_are_counted_by_problem(policy: Policy) -> None:

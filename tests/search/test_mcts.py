@@ -140,8 +140,17 @@ def test_equal_steps_are_merged(scripted: Any, known_values: Any, grader: Any, p
     script = {"": steps, "a\n": [("#### 1", 0.5, "stop")], "b\n": [("#### 2", 0.5, "stop")]}
     settings = TreeConfig(iterations=1, actions=4, depth=2)
     (tree,) = tree_search([problem], scripted(script), known_values.values, settings, Reference(grader))
-    found = [(n.step.text, n.step.end, n.copies) for n in tree.root.children]
-    assert found == [("a\n", "step", 2), ("b\n", "step", 1), ("a\n", "stop", 1)]
+    found = [(n.step.text, n.step.end) for n in tree.root.children]
+    assert found == [("a\n", "step"), ("b\n", "step"), ("a\n", "stop")]
+
+
+def test_a_solution_that_was_cut_off_is_not_correct(scripted: Any, valued: Any, grader: Any, problem: Problem) -> None:
+    """Its last number may be the beginning of another one."""
+    script = {"": [("so 1", 0.5, "length"), ("so 2", 0.5, "stop")]}
+    even = valued({"so 1": 0.5, "so 2": 0.5})
+    (tree,) = tree_search([problem], scripted(script), even.values, TreeConfig(iterations=2), Reference(grader))
+    assert [(node.correct, node.q) for node in tree.root.children] == [(False, -0.5), (False, -0.5)]
+    assert not tree.solved
 
 
 def test_the_look_ahead_and_the_longest_solution_are_kept(
@@ -343,6 +352,31 @@ def test_errors_name_settings_as_a_user_writes_them(kind: Any, place: str) -> No
         kind(iterations=0)
     with pytest.raises(ConfigError, match=rf"^{place}max_steps=2 is below the look-ahead, {place}depth=3"):
         kind(max_steps=2)
+
+
+@pytest.mark.parametrize("vote", ["path", "max"])
+def test_what_has_no_score_ranks_last(
+    scripted: Any, valued: Any, known_tree: Any, grader: Any, problem: Problem, vote: Any
+) -> None:
+    """``a`` is better than ``b``, but its ends have no score; and one of two siblings has none."""
+    ends = {"a\n#### 1": None, "a\n#### 2": 0.2, "b\n#### 2": 0.9, "b\n#### 3": None}
+    values = valued({"a\n": 0.95, "b\n": 0.9} | (ends if vote == "max" else ends | {"b\n#### 2": 0.1}))
+    ((answer, *others),) = MCTS(vote=vote, **FIELDS).run([problem], tools(scripted(known_tree), values, grader))  # type: ignore[arg-type]
+    scores = {each.text: each.score for each in (answer, *others)}
+    assert scores == {text: values.known[text] for text in scores}, "what the scorer said, or nothing"
+    assert (answer.text, answer.score) == (("b\n#### 2", 0.9) if vote == "max" else ("a\n#### 2", 0.2))
+    assert len(scores) == 4
+
+
+def test_votes_are_over_scores_and_not_over_estimates_divided_by_depth(
+    scripted: Any, valued: Any, grader: Any, problem: Problem
+) -> None:
+    script = {"": [("#### 1", 0.5, "stop"), ("a\n", 0.5, "step")], "a\n": [("b\n", 0.5, "step")]}
+    script |= {"a\nb\n": [("#### 2", 0.5, "stop")]}
+    values = valued({"#### 1": 0.5, "a\n": 0.9, "a\nb\n": 0.9, "a\nb\n#### 2": 0.95})
+    method = MCTS(iterations=4, root_factor=1, depth=3, damp_after=0, vote="max")
+    ((answer, other),) = method.run([problem], tools(scripted(script), values, grader))
+    assert (answer.text, answer.score, other.score) == ("a\nb\n#### 2", 0.95, 0.5)
 
 
 def test_answers_do_not_depend_on_the_other_problems(

@@ -129,6 +129,26 @@ def test_random_placement_asks_as_often_and_elsewhere(table_engine: Any, tools_o
     assert tuple(event["token"] for event in other.trace) != asked[2]
 
 
+def test_random_placement_asks_as_often_where_choices_shorten_solutions(
+    table_engine: Any, tools_of: Any, counted: Any
+) -> None:
+    """The scorer wants b; behind it come two tokens and the end, so that places behind them would never be asked."""
+    table: dict[str, Any] = {}
+    for length in range(12):
+        text = "a" * length
+        table[text] = {"a": 0.5 if length in (3, 5) else 0.9, "b": 0.1}
+        table |= {f"{text}b": {"c": 0.9, "d": 0.1}, f"{text}bc": {"c": 0.9, "d": 0.1}}
+    value = counted({f"{'a' * length}b": 0.9 for length in range(12) if length not in (3, 5)})
+    problems = [Problem(index, {"id": str(index)}, (7,)) for index in range(8)]
+    calls = []
+    for placement in ("unsure", "random"):
+        method = ValueGuided(candidates=2, placement=placement)  # type: ignore[arg-type]
+        found = method.run(problems, tools_of(table_engine(table), value))
+        calls.append([len(answer.trace) for (answer,) in found])
+    assert calls == [[2] * 8] * 2
+    assert any(len(answer.token_ids) < 12 for (answer,) in found)
+
+
 def test_generators_of_steps_are_refused(scripted: Any, known_tree: Any, problem: Problem) -> None:
     with pytest.raises(ConfigError, match=r"value_guided@8 decides on tokens, and ScriptedSteps gives steps"):
         ValueGuided().run([problem], Tools(scripted(known_tree), None))  # type: ignore[arg-type]
