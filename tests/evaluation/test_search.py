@@ -261,7 +261,9 @@ RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes" / "search").gl
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_runs_with_a_tiny_model(recipe: Path, policy: Policy, tmp_path: Path) -> None:
-    (tmp_path / "recipe.yaml").write_text(re.sub(r"\b(runs|models)/[\w./-]+", "tiny-0.1m", recipe.read_text("utf-8")))
+    (tmp_path / "recipe.yaml").write_text(
+        re.sub(r"\b(runs|models|HuggingFaceTB)/[\w./-]+", "tiny-0.1m", recipe.read_text("utf-8"))
+    )
     own = f"--scorer checker --model tiny-0.1m --benchmark task --data {TASK} --limit 1 --dtype float64 --device cpu"
     short = f"--sampling.max_new_tokens 8 --max_step_tokens 4 --difficulty_samples 0 --out {tmp_path / 'out'}"
     words = ["--config", str(tmp_path / "recipe.yaml"), *own.split(), *short.split()]
