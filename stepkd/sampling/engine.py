@@ -324,7 +324,7 @@ class Engine(ABC):
         return {}
 
     def forget(self) -> None:  # noqa: B027
-        """Let go of what is kept of earlier calls. A job does so before every unit of work: what was read in another
+        """Clear what is kept of earlier calls. A job does so before every unit of work: what was read in another
         shape differs by rounding, and a job that is resumed has not read it."""
 
     def update(self, version: int) -> None:

@@ -83,7 +83,7 @@ class Prefixes:
         self.clear()
 
     def clear(self) -> None:
-        """Let go of everything."""
+        """Keep nothing of what was read."""
         self._first: dict[int, _Token] = {}
         self.bytes = 0
 

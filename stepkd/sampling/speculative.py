@@ -180,7 +180,7 @@ class Reader:
         self._weights: list[Any] = []
 
     def renew(self) -> None:
-        """Let go of what was read with other weights."""
+        """Clear what was read with other weights."""
         if (weights := state_of_weights(self.policy)) != self._weights:
             self._ids, self._cache, self._weights = [], None, weights
 
