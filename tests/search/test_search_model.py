@@ -103,7 +103,7 @@ def told(found: Sequence[Found]) -> str:
     ids=lambda method: method.name,
 )
 def test_what_is_found_does_not_depend_on_what_else_is_searched(policy: Policy, method: Search) -> None:
-    """Solutions of at most 20 tokens, some of which are full in the middle of the search."""
+    """Nor what it costs; solutions of at most 20 tokens, some of which are full in the middle of the search."""
     texts = {0: "1+2=", 4: "a much longer problem: 17*3+4=", 7: "9"}
     problems = [
         Problem(index, {"id": str(index), "prompt": text, "answer": "3"}, tuple(policy.tokenizer(text)["input_ids"]))
@@ -115,7 +115,9 @@ def test_what_is_found_does_not_depend_on_what_else_is_searched(policy: Policy, 
             spec = SamplingConfig(temperature=0.8, max_new_tokens=20)
             engine = TransformersEngine(policy, max_rows=max_rows)
             steps = SampledSteps(engine, policy, spec, segmenter="regex:[a-m]", max_step_tokens=8, max_tokens=20)
-            return [told(found) for found in method.run(some, Tools(steps, grader, ByText()))]
+            results = method.run(some, Tools(steps, grader, ByText(), steps.costs))
+            spent = [dict(steps.costs[problem.index]) for problem in some]
+            return [f"{told(found)} {cost}" for found, cost in zip(results, spent, strict=True)]
 
         together = run(problems, 64)
         assert len(set(together)) == 3
