@@ -238,7 +238,7 @@ def _attend_short(
     start = 0
     while start < number:
         width = int(rows.lengths_B[order[start]])
-        own = order[start : (start := start + max(1, _SCORES // (query_1AUD.shape[1] * width**2)))]
+        own = order[start : (start := start + max(1, _SCORES // (query_1AUD.shape[1] * max(width, 1) ** 2)))]
         tokens = token_BT[own, :width].flatten()
         query, key, value = (
             each.squeeze(0).transpose(0, 1).index_select(0, tokens).view(len(own), width, heads, -1, size)
