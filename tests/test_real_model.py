@@ -90,7 +90,7 @@ def test_evaluation_gives_verdicts(gguf: Path, data_dir: Path, tmp_path: Path) -
 
 
 def test_every_search_method_answers_a_problem(gguf: Path, tmp_path: Path) -> None:
-    """With the model as its own judge and, where there is one, its refiner; 32 new tokens."""
+    """With the model as its own judge, refiner and draft; 32 new tokens."""
     from dataclasses import fields
 
     from stepkd.evaluation.config import METHODS, SearchJobConfig
@@ -98,9 +98,10 @@ def test_every_search_method_answers_a_problem(gguf: Path, tmp_path: Path) -> No
     from stepkd.runs.files import write_jsonl
     from stepkd.runs.job import read_results
     from stepkd.sampling.engine import SamplingConfig
+    from stepkd.search.speculative import Speculative
 
     small: dict[str, Any] = dict.fromkeys(("n", "width", "iterations", "beams", "rollouts", "clusters", "max_steps"), 2)
-    small |= {"rounds": 1, "depth": 2, "min_rounds": 1, "max_rounds": 2, "refiner": str(gguf)}
+    small |= {"rounds": 1, "depth": 2, "min_rounds": 1, "max_rounds": 2, "refiner": str(gguf), "k_max": 2}
     write_jsonl(
         tmp_path / "rows.jsonl", [{"id": "0", "prompt": "Tom has 3 apples and buys 4. How many?", "answer": "7"}]
     )
@@ -109,8 +110,11 @@ def test_every_search_method_answers_a_problem(gguf: Path, tmp_path: Path) -> No
         benchmark="rows",
         data=str(tmp_path / "rows.jsonl"),
         template="gsm8k",
-        methods=tuple(kind(**{each.name: small[each.name] for each in fields(kind) if each.name in small})
-                      for kind in METHODS),
+        methods=tuple(
+            kind(**{each.name: small[each.name] for each in fields(kind) if each.name in small},
+                 **({"draft": str(gguf)} if kind is Speculative else {}))
+            for kind in METHODS
+        ),
         scorer=f"judge:{gguf}",
         samples=2,
         max_step_tokens=16,
