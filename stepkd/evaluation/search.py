@@ -227,7 +227,9 @@ class _Bench:
             return self._pool_rows(problems, tools)
         starts = [State(problem, path=_ELSEWHERE) for problem in problems]
         drawn = tools.generator.complete(starts, self.config.difficulty_samples)
-        return self._rows(DIFFICULTY, problems, [list(map(found, states)) for states in drawn], tools)
+        return self._rows(
+            DIFFICULTY, problems, [[found(each, sample=j) for j, each in enumerate(states)] for states in drawn], tools
+        )
 
     def _rows(
         self, name: str, problems: Sequence[Problem], completions: Sequence[Sequence[Found]], tools: Tools
@@ -262,7 +264,9 @@ class _Bench:
         assert value is None or isinstance(value, ScorerValue)
         scored = iter([None] * len(flat) if value is None else value.step_scores(flat))
         scores = [[next(scored) for _ in states] for states in drawn]
-        rows = self._rows(POOL, problems, [list(map(found, states)) for states in drawn], tools)
+        rows = self._rows(
+            POOL, problems, [[found(each, sample=j) for j, each in enumerate(states)] for states in drawn], tools
+        )
         for row, states, own in zip(rows, drawn, scores, strict=True):
             for sample, state, steps in zip(row["samples"], states, own, strict=True):
                 sample["step_chars"] = list(accumulate(map(len, state.steps)))

@@ -108,7 +108,7 @@ def answered(
         trace: see :attr:`~stepkd.search.state.Found.trace`.
     """
     order = [winner, *(i for i in range(len(states)) if i != winner)]
-    return [found(states[i], score=scores[i], trace=trace if i == winner else ()) for i in order]
+    return [found(states[i], sample=i, score=scores[i], trace=trace if i == winner else ()) for i in order]
 
 
 def choice(scores: Sequence[float | None], votes: Sequence[str | None], vote: Vote) -> int:

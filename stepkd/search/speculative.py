@@ -81,5 +81,5 @@ class Speculative(Search):
                 ids, raw = completion.token_ids.tolist(), completion.raw_logprobs.tolist()
                 state = generator.cut(problem, ids, raw, completion.finish)
                 told = {"event": "speculation", **new, "accepted": accepted}
-                results[-1].append(found(state, trace=[told]))
+                results[-1].append(found(state, sample=number, trace=[told]))
         return results

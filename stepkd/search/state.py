@@ -228,11 +228,14 @@ class Found(Completion):
     """What the method ranked it by, the higher the better; None: nothing."""
 
 
-def found(state: State, *, score: float | None = None, trace: Sequence[Mapping[str, Any]] = ()) -> Found:
+def found(
+    state: State, *, sample: int = 0, score: float | None = None, trace: Sequence[Mapping[str, Any]] = ()
+) -> Found:
     """A state as a completion.
 
     Args:
         state: finished, or as far as the method came: it then counts as cut off.
+        sample: its number among the problem's solutions, from 0.
         score: what it was ranked by.
         trace: see :attr:`Found.trace`.
     """
@@ -242,7 +245,7 @@ def found(state: State, *, score: float | None = None, trace: Sequence[Mapping[s
         np.array(state.step_ends) if state.step_ends else UNKNOWN,
         finish="stop" if state.end == "stop" else "length",
         text=state.text,
-        sample=state.path[0] if state.path else 0,
+        sample=sample,
         id=str(state.problem.row.get("id", state.problem.index)),
         row=state.problem.row,
         score=score,

@@ -151,3 +151,8 @@ def test_answers_are_taken_from_what_was_not_cut_off_and_come_first(problem: Pro
 
 
 ENDS: Any = (("a", "length"), ("b", "stop"), ("c", "stop"))
+
+
+def test_solutions_have_their_number_whatever_path_led_to_them(problem: Problem) -> None:
+    states = [State(problem, ("a\n",), (1,), (-1, 7), end="stop") for _ in range(3)]
+    assert [each.sample for each in answered(states, [0.1, 0.9, 0.2], 1, [])] == [1, 0, 2]
