@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # what type checkers and editors see of _HOMES
     from stepkd.modules.dpo import DPOModule as DPOModule
     from stepkd.modules.gkd import GKDModule as GKDModule
     from stepkd.modules.kdrl import KDRLModule as KDRLModule
+    from stepkd.modules.kto import ImplicitPRMModule as ImplicitPRMModule
     from stepkd.modules.kto import KTOModule as KTOModule
     from stepkd.modules.kto import StepKTOModule as StepKTOModule
     from stepkd.modules.prm import PRMModule as PRMModule
@@ -42,7 +43,7 @@ _HOMES = {
     "grading.judge": "judge",
     "models": "LoRAConfig PolicyConfig",
     "models.checkpoint": "export_model load_policy",
-    "modules": "DPOModule GKDModule KDRLModule KTOModule PRMModule SFTModule StepKTOModule",
+    "modules": "DPOModule GKDModule ImplicitPRMModule KDRLModule KTOModule PRMModule SFTModule StepKTOModule",
     "sampling": "SamplingConfig",
     "sampling.transformers_engine": "sample",
     "scorers.load": "load_scorer",

@@ -48,6 +48,8 @@ class StepEncoder(Encoder):
     """
 
     contracts = ()  # a source knows its contract, a file's columns tell it
+    takes_blank_steps = False
+    """Whether a step may be white space."""
 
     def __init__(
         self,
@@ -79,8 +81,10 @@ class StepEncoder(Encoder):
         Raises:
             DataError: no steps, an empty one, one without a token, or the marker inside a step.
         """
-        if not steps or any(not step.strip() for step in steps):
+        if not steps or (not self.takes_blank_steps and any(not step.strip() for step in steps)):
             raise DataError(f"{len(steps)} steps, some without text: drop empty steps", path=name, column="completions")
+        if self.format.marker_place == "prompt_end":
+            return self._asked_before(len(steps))
         pieces: list[str] = []
         counts: list[int] = []
         for step in written_steps(steps, self.format.separator, close_last=self._closes_last):
@@ -93,6 +97,11 @@ class StepEncoder(Encoder):
             raise DataError("a step has no token in this tokenizer: drop it", path=name, column="completions")
         return self._marked(_joined(parts), ends, name)
 
+    def _asked_before(self, steps: int) -> Layout:
+        """The marker alone, at which all steps are scored: nothing of them is read."""
+        assert self.marker_id is not None
+        return Layout((self.marker_id,), ((0, 1),) * steps, (0,) * steps)
+
     def _tokenized(self, pieces: Sequence[str]) -> list[TokenizedText]:
         """Pieces of one solution, each tokenised without the next: no token reaches over the end of a step, and none
         depends on what follows it. All but the first are read as behind a line break, unless every step is to begin a
@@ -100,13 +109,13 @@ class StepEncoder(Encoder):
         alone = tokenize_texts(self.tokenizer, pieces)
         if self.format.tokenize == "per_step" or not self._begins_texts:
             return alone
-        return alone[:1] + _behind_line_break(self.tokenizer, alone[1:])
+        return alone[:1] + behind_line_break(self.tokenizer, alone[1:])
 
     @cached_property
     def _begins_texts(self) -> bool:
         """Whether the tokenizer begins a text with a piece of its own (SentencePiece)."""
         alone = tokenize_texts(self.tokenizer, ["1"])
-        return _behind_line_break(self.tokenizer, alone) != alone
+        return behind_line_break(self.tokenizer, alone) != alone
 
     def layout_from_ids(self, completion: TokenizedText, spans: Sequence[Span], name: str = "?") -> Layout:
         """Token ids with markers of a sampled solution; its own ids are kept, without the end token.
@@ -183,6 +192,9 @@ class StepEncoder(Encoder):
     def row_layout(self, row: Mapping[str, Any]) -> Layout:
         """Layout of a row: sampled ids where this tokenizer wrote them, else step texts, else the segmented text."""
         name = str(row.get("id", "?"))
+        if self.format.marker_place == "prompt_end":
+            columns = ("step_ends", "completions", "steps")
+            return self._asked_before(len(next((row[each] for each in columns if row.get(each) is not None), "1")))
         if row.get("token_ids") is not None and self.format.tokenize == "whole" and row.get("step_ends") is not None:
             completion = text_from_ids(self.tokenizer, row["token_ids"])
             if row.get("completion") in (None, completion.text):
@@ -218,6 +230,8 @@ class StepEncoder(Encoder):
             self.counts["rows_unreadable"] += 1
             return None
         targets = step_targets(row, len(layout.spans), self.num_classes, self.labels)
+        if self.format.marker_place == "prompt_end":
+            layout, targets = self._asked_before(1), targets[-1:]
         if all(target is None for target in targets):
             self.counts["rows_without_labels"] += 1
             return None
@@ -257,7 +271,7 @@ class StepEncoder(Encoder):
         )
 
 
-def _behind_line_break(tokenizer: Any, alone: Sequence[TokenizedText]) -> list[TokenizedText]:
+def behind_line_break(tokenizer: Any, alone: Sequence[TokenizedText]) -> list[TokenizedText]:
     """Texts' tokens as they are behind a line break; as they are alone where one token holds the break and more."""
     found = []
     for text, behind in zip(alone, tokenize_texts(tokenizer, ["\n" + text.text for text in alone]), strict=True):

@@ -181,7 +181,7 @@ class SearchJobConfig(BenchmarkJobConfig):
     '[{class_path: Beam, init_args: {n: 8}}, ...]'; Greedy is always run, because the others are compared with it."""
     scorer: ScorerConfig | str | None = None
     """What scores steps: one of the classes, or a word (run folder, checkpoint, export or published PRM; judge:MODEL;
-    checker; arithmetic; gain); null for methods that need none."""
+    implicit:RUN; checker; arithmetic; gain); null for methods that need none."""
     max_rows: int = 32
     """Solutions scored at once, at least 1; it belongs to what decides the result: batch shapes decide rounding."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -256,7 +256,7 @@ class _ScorerJobConfig(JobConfig):
 
     scorer: ScorerConfig | str
     """What scores the steps: one of the classes, or a word (run folder, checkpoint, export or published PRM;
-    judge:MODEL; checker; arithmetic; gain)."""
+    judge:MODEL; implicit:RUN; checker; arithmetic; gain)."""
     max_rows: int = 32
     """Solutions scored at once, at least 1; it belongs to what decides the result: batch shapes decide rounding."""
 

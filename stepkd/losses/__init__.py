@@ -14,7 +14,15 @@ from stepkd.losses.divergence import (
     top_k_buckets,
 )
 from stepkd.losses.dpo import dpo, visit_smoothing
-from stepkd.losses.kto import kto, kto_values, ratio_rule, reference_point, step_kto, step_kto_counts
+from stepkd.losses.kto import (
+    kto,
+    kto_values,
+    outcome_cross_entropy,
+    ratio_rule,
+    reference_point,
+    step_kto,
+    step_kto_counts,
+)
 from stepkd.losses.linear import (
     DEFAULT_CHUNK,
     VocabHead,

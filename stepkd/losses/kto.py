@@ -1,4 +1,4 @@
-"""KTO and Step-KTO: value terms of desirable and undesirable completions and steps.
+"""KTO and Step-KTO: value terms of desirable and undesirable completions and steps; and cross-entropy of outcomes.
 
 Axes: R completions, S steps of all completions (in order, completion by completion).
 
@@ -12,6 +12,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from stepkd.losses.reduce import LossTerms, segment_sum
 from stepkd.steps.labels import is_settled
@@ -92,6 +93,41 @@ def kto(
     """
     loss, metrics = _value_loss(logratios_R, labels_R, z0, beta, weights, torch.ones_like(logratios_R))
     return LossTerms({"outcome": loss}, metrics)
+
+
+def outcome_cross_entropy(logratios_R: Tensor, labels_R: Tensor, *, beta: float = 0.05) -> LossTerms:
+    """Cross-entropy of outcomes; ``sigma(beta r)`` of a completion's log-ratio r is the chance that it is correct.
+
+    Trained so, the policy and its reference score steps, too (``stepkd.scorers.implicit``).
+
+    Args:
+        logratios_R: summed log-ratios of the completions.
+        labels_R: 1 correct, 0 incorrect, -1 without a label (no loss).
+        beta: > 0.
+
+    Returns:
+        ``sums["outcome"]``: ``-log sigma(beta r)`` of correct ones, ``-log(1 - sigma(beta r))`` of incorrect ones; the
+        denominator is the number of labelled ones. Metrics: ``reward_correct`` and ``reward_incorrect`` (mean of beta r
+        by label), and ``accuracy`` (of ``sigma(beta r)`` at 0.5).
+
+    Raises:
+        ValueError: shapes that differ.
+
+    Source: ImplicitPRM (Yuan et al. 2024, arXiv 2412.01981), cross-entropy loss; its print lacks the minus.
+    """
+    if labels_R.shape != logratios_R.shape:
+        raise ValueError(f"log-ratios {tuple(logratios_R.shape)} and labels {tuple(labels_R.shape)}")
+    correct_R, labelled_R = labels_R == 1, labels_R >= 0
+    signs_R = torch.where(correct_R, 1.0, -1.0).to(logratios_R.dtype)
+    logps_R = F.logsigmoid(signs_R * beta * logratios_R)
+    rewards_R = beta * logratios_R.detach()
+    hits_R = labelled_R & ((rewards_R >= 0) == correct_R)
+    metrics = {
+        "reward_correct": (rewards_R[correct_R].sum(), correct_R.sum().float()),
+        "reward_incorrect": (rewards_R[labels_R == 0].sum(), (labels_R == 0).sum().float()),
+        "accuracy": (hits_R.sum().float(), labelled_R.sum().float()),
+    }
+    return LossTerms({"outcome": -torch.where(labelled_R, logps_R, 0.0).sum()}, metrics)
 
 
 def step_kto(

@@ -156,6 +156,13 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
     return getattr(model, "files", "") or parameters_fingerprint(model.named_parameters())
 
 
+def reference_fingerprint(policy: Policy) -> str:
+    """:func:`weights_fingerprint` of the policy's reference: another model, or what its own adapter stands on."""
+    with policy.reference() as frozen:
+        named = frozen.named_parameters()
+        return parameters_fingerprint(named if frozen is not policy else ((n, p) for n, p in named if "lora_" not in n))
+
+
 def _files_fingerprint(path: Path) -> str:
     """Short hash of the weights' files of a folder, or of a file; empty where there are none here (of the hub)."""
     digest = hashlib.sha256()

@@ -139,6 +139,11 @@ class _Head(StepHeadConfig):
 
     def __post_init__(self) -> None:
         check_bounds("head.", self)
+        if self.format.marker_place == "prompt_end" and self.meaning != "outcome":
+            raise ConfigError(
+                f"head.meaning={self.meaning!r}: a head that reads the prompt alone (format.marker_place: prompt_end) "
+                "scores no steps; set head.meaning: outcome (and data.labels.scope: outcome)"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

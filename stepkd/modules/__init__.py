@@ -20,7 +20,7 @@ _HOMES = {
         "AsAdvantage Constant ExactKL KDConfig Linear PolicyLossConfig RolloutConfig SampleLogConfig SampledKL "
         "StepCreditConfig Switch"
     ),
-    "kto": "KTOModule ReferencePointConfig StepKTOModule",
+    "kto": "ImplicitPRMModule KTOModule ReferencePointConfig StepKTOModule",
     "optim": "OptimizerConfig",
     "preference": "PreferenceModule ReferenceConfig",
     "prm": "LanguageModelling PRMModule StepCrossEntropy StepLoss",

@@ -1,4 +1,5 @@
-"""KTO (arXiv 2402.01306) and Step-KTO (arXiv 2501.10799): learning from correct and incorrect, of answers and of steps.
+"""KTO (arXiv 2402.01306) and Step-KTO (arXiv 2501.10799): learning from correct and incorrect, of answers and of steps;
+and ImplicitPRM's cross-entropy (arXiv 2412.01981), which learns a reward of both from answers.
 
 Axes: N completion tokens, R completions, S steps.
 """
@@ -18,7 +19,16 @@ from stepkd.data.completion import Completion
 from stepkd.data.datamodule import StepData
 from stepkd.data.feedback import FeedbackEncoder, feedback_counts
 from stepkd.errors import ConfigError, check_bounds, check_choice
-from stepkd.losses import LossTerms, kto, ratio_rule, reference_point, segment_sum, step_kto, step_kto_counts
+from stepkd.losses import (
+    LossTerms,
+    kto,
+    outcome_cross_entropy,
+    ratio_rule,
+    reference_point,
+    segment_sum,
+    step_kto,
+    step_kto_counts,
+)
 from stepkd.losses.kto import DEFAULT_REDUCTION, ClassWeights, Reduction
 from stepkd.models.spec import PolicyConfig
 from stepkd.modules.components import Component, ForwardPass
@@ -199,6 +209,16 @@ class ValueTerms(Component):
         return terms
 
 
+class OutcomeCrossEntropy(ValueTerms):
+    """Cross-entropy of completions' outcomes; see :func:`stepkd.losses.outcome_cross_entropy`."""
+
+    def terms(self, forward: ForwardPass) -> LossTerms:
+        """``outcome`` alone."""
+        batch = forward.batch
+        ratios_R = segment_sum(forward.logratios_N, batch.completion_N, batch.num_completions)
+        return outcome_cross_entropy(ratios_R, batch.outcome_R, beta=self.beta)
+
+
 class KTOModule(PreferenceModule):
     """KTO on whole completions, each of them correct or incorrect, measured from a reference point.
 
@@ -316,6 +336,26 @@ class StepKTOModule(KTOModule):
         super().__init__(policy, reference, beta, class_weights, reference_point, **settings)
         check_choice("reduction", reduction, get_args(Reduction))
         self.values = ValueTerms(beta, class_weights, reduction)
+        self.components = (self.values,)
+
+
+class ImplicitPRMModule(KTOModule):
+    """A reward model that is a policy: cross-entropy on outcomes, whose log-ratios score steps (``implicit:RUN``).
+
+    The paper's other objectives are :class:`KTOModule` and :class:`~stepkd.modules.dpo.DPOModule` as they are.
+
+    Args:
+        policy: the model to train; LoRA or all weights.
+        reference: the frozen model.
+        beta: > 0; the paper has 0.05.
+        **settings: ``optimizer``, ``validation`` and what else :class:`~stepkd.modules.base.StepModule` takes.
+    """
+
+    def __init__(
+        self, policy: PolicyConfig, reference: ReferenceConfig | None = None, beta: float = 0.05, **settings: Any
+    ) -> None:
+        super().__init__(policy, reference, beta, [*EVEN], ReferencePointConfig("zero", "zero"), **settings)
+        self.values = OutcomeCrossEntropy(beta, [*EVEN])
         self.components = (self.values,)
 
 

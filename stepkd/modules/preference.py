@@ -18,7 +18,7 @@ from stepkd.data.batching import Position, StepBatch, StepLoader
 from stepkd.data.collate import Batch, plan
 from stepkd.data.completion import Completion
 from stepkd.errors import ConfigError
-from stepkd.models.checkpoint import load_trained, parameters_fingerprint
+from stepkd.models.checkpoint import load_trained, reference_fingerprint
 from stepkd.models.spec import PolicyConfig
 from stepkd.modules.base import StepModule
 from stepkd.modules.components import ForwardPass
@@ -87,11 +87,7 @@ class PreferenceModule(StepModule):
             policy.set_reference(reference)
         elif spec is None or spec.lora is None:
             policy.freeze_copy()  # all weights are trained, or an adapter that is no longer at its start
-        with policy.reference() as view:
-            named = view.named_parameters()
-            own = named if view is not policy else [(n, p) for n, p in named if "lora_" not in n]
-            identity = parameters_fingerprint(own)
-        self.frozen["reference"] = identity
+        self.frozen["reference"] = reference_fingerprint(policy)
 
     def check_run(self) -> None:
         """Refuse text that is longer than the reference's context, too."""

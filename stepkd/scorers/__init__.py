@@ -9,8 +9,9 @@ from stepkd.lazy import lazily
 
 _HOMES = {
     "calibration": "fit_temperature scaled",
+    "implicit": "ImplicitPRM",
     "judge": "PromptedJudge",
-    "load": "Judge MathShepherdPRM PRM QwenPRM TRLPRM load_scorer scorer_of",
+    "load": "ASPRM Implicit Judge MathShepherdPRM PRM QwenPRM TRLPRM load_scorer scorer_of",
     "prm": "PRMScorer",
     "rules": "Arithmetic Checker Gain",
     "scorer": (

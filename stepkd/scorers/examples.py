@@ -1,10 +1,12 @@
-"""Labelled steps of other problems for a prompted judge to see: those nearest to the step in question.
+"""What a prompted judge is shown beside problem and solution: labelled steps of other problems, those nearest to the
+step in question; or other samples of the same problem, as brainstormed ideas (Kadavath et al. 2022, arXiv 2207.05221).
 
-After descriptions of KG-RAR (Wu et al. 2025, arXiv 2503.01642; its method section was not read), which retrieves, for a
-problem and then for its step, from a graph of labelled solutions, has the model rewrite what it found, and asks the
-same model about the step. Here the graph is a flat index, both retrievals are one sum, and nothing is rewritten. That
-as many correct as incorrect steps are shown, so that they lean to no answer, is ours, and so is the measure: the TF-IDF
-cosine of the problems plus that of the steps, with the weights of :class:`~stepkd.scorers.rules.Gain`.
+The steps are after descriptions of KG-RAR (Wu et al. 2025, arXiv 2503.01642; its method section was not read), which
+retrieves, for a problem and then for its step, from a graph of labelled solutions, has the model rewrite what it found,
+and asks the same model about the step. Here the graph is a flat index, both retrievals are one sum, and nothing is
+rewritten. That as many correct as incorrect steps are shown, so that they lean to no answer, is ours, and so is the
+measure: the TF-IDF cosine of the problems plus that of the steps, with the weights of
+:class:`~stepkd.scorers.rules.Gain`.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from stepkd.errors import ConfigError, DataError
 from stepkd.scorers.rules import words_of
 from stepkd.scorers.scorer import Row
 from stepkd.statistics import FloatArray
+from stepkd.steps.format import written_steps
 from stepkd.steps.labels import verdicts
 
 _DIGITS = 12
@@ -114,6 +117,59 @@ class StepExamples:
             able = numbers[(values >= least) & (values > -math.inf)]
             chosen += able[np.argsort(-near_N[able], kind="stable")][: self.shots].tolist()
         return sorted(chosen, key=lambda i: (near_N[i], i))
+
+
+IDEAS = 5
+"""Samples of a problem that are shown, as many as in the paper."""
+
+
+class Ideas:
+    """Index of sampled solutions by problem.
+
+    A text that was sampled twice is shown twice, as the paper does: how often it came is part of what is known.
+
+    Args:
+        rows: completions, or rows with step texts; those of one problem share prompt or ``problem_id``.
+
+    Raises:
+        DataError: a row without a solution's text.
+    """
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self._texts = [row.get("completion") or "".join(written_steps(row.get("completions") or ())) for row in rows]
+        self._numbers: dict[str, list[int]] = defaultdict(list)
+        for number, row in enumerate(rows):
+            if not self._texts[number].strip():
+                raise DataError(
+                    "no text of a solution (completion, or completions): drop the row",
+                    path=str(row.get("id", "?")),
+                    column="completion",
+                )
+            for key in _keys(row):
+                self._numbers[key].append(number)
+
+    def of(self, row: Row) -> list[str]:
+        """The first :data:`IDEAS` samples of a row's problem, in the order of their rows.
+
+        Raises:
+            DataError: there are none.
+        """
+        numbers = sorted({number for key in _keys(row) for number in self._numbers.get(key, ())})
+        if not numbers:
+            raise DataError(
+                "the judge's ideas hold no sample of this problem: sample it too, or drop the row",
+                path=str(row.get("id", "?")),
+                column="prompt",
+            )
+        return [self._texts[number].strip() for number in numbers[:IDEAS]]
+
+    def provenance(self) -> dict[str, Any]:
+        """What a job notes of the index, as JSON values."""
+        return {
+            "samples": len(self._texts),
+            "shown": IDEAS,
+            "fingerprint": fingerprint([{"text": text} for text in self._texts]),
+        }
 
 
 def problem_text(row: Row) -> str:

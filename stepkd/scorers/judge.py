@@ -7,7 +7,8 @@ The text of step k+1's question goes on where the text of step k ended, so a sol
 short continuation that sees the solution up to its step. vLLM is asked in two rounds: about the last step of every
 solution, then about those before it, whose beginnings its prefix cache holds by then. Labelled steps of other problems
 (:mod:`stepkd.scorers.examples`) are other ones for every step, so they stand in the question, behind the solution:
-they make questions longer, and the solution is still read once.
+they make questions longer, and the solution is still read once. Other samples of the problem stand before the
+solution, the same for all solutions of a problem, and are read once with it.
 
 Axes: B rows, T padded length, S questions, H hidden size.
 """
@@ -33,7 +34,7 @@ from stepkd.sampling.branches import gap_limit
 from stepkd.sampling.decode import Decoder
 from stepkd.sampling.engine import Engine
 from stepkd.sampling.transformers_engine import TransformersEngine
-from stepkd.scorers.examples import StepExamples, problem_text
+from stepkd.scorers.examples import Ideas, StepExamples, problem_text
 from stepkd.scorers.prm import Ids, Item, PolicyScorer, continue_rows, packed
 from stepkd.scorers.scorer import Meaning, Row, Solutions
 from stepkd.steps.format import marker_token_id
@@ -44,6 +45,7 @@ QUESTION = "Is step {step} right, given the problem and the steps before it? Ans
 WHOLE_QUESTION = "Is this solution, as far as it goes, on the way to the correct answer? Answer Yes or No."
 EXAMPLES = "Steps of other problems:\n\n"
 EXAMPLE = "Problem: {problem}\nStep: {step}\nIs the step right? {answer}\n\n"
+BRAINSTORMED = "Here are some brainstormed ideas:"
 USUAL = (("Yes", "No"), (" Yes", " No"), ("yes", "no"), (" yes", " no"))
 """Forms of yes and no."""
 _PLACE = "<<<the steps go here>>>"
@@ -61,6 +63,8 @@ class PromptedJudge(PolicyScorer):
         reference: show the row's ``solution`` (else its ``answer``) to the model.
         whole: ask once, about all steps; the last one's score is then P(yes) among all tokens, as in the released code
             of MCTS-DPO (arXiv 2405.00451), and those before it have none.
+        ideas: samples, of which the first of the problem are shown before the solution, as many as half of the text has
+            room for.
         examples: labelled steps, of which the nearest ones are shown with every question, as far as the text has room.
         engine: holds the policy's model and reads in place of this process; None: this process reads.
         **reading: settings of :class:`~stepkd.scorers.prm.PolicyScorer`. Without ``shared_prefix`` problem and solution
@@ -72,8 +76,6 @@ class PromptedJudge(PolicyScorer):
             out of range.
     """
 
-    meaning: Meaning = "correctness"
-
     def __init__(
         self,
         policy: Policy,
@@ -83,6 +85,7 @@ class PromptedJudge(PolicyScorer):
         answers: Sequence[tuple[str, str]] = (),
         reference: bool = False,
         whole: bool = False,
+        ideas: Ideas | None = None,
         examples: StepExamples | None = None,
         engine: Engine | None = None,
         **reading: Any,
@@ -92,12 +95,13 @@ class PromptedJudge(PolicyScorer):
         self.shared_prefix &= isinstance(self.engine, TransformersEngine)  # an engine elsewhere has its own cache
         self.max_length = min(self.max_length, self.engine.scored_length or self.max_length)
         self.whole = whole
+        self.meaning: Meaning = "outcome" if whole else "correctness"
         self.question = question or (WHOLE_QUESTION if whole else QUESTION)
         if not whole and self.question.count("{step}") != 1:
             raise ConfigError(f"the judge's question must hold {{step}} once, found {question!r}")
         self.yes_ids, self.no_ids = answer_ids(policy.tokenizer, answers)
         self.reference = reference
-        self.examples = examples
+        self.ideas, self.examples = ideas, examples
         self._words = [form.strip() for form in (*answers, *USUAL)[0]]
 
     @torch.no_grad()
@@ -123,6 +127,7 @@ class PromptedJudge(PolicyScorer):
         engine = {"name": type(self.engine).__name__, **self.engine.facts()}
         asked = {"scorer": "judge", "question": self.question, "reference": self.reference, "answer_ids": forms}
         asked |= {"whole": True} if self.whole else {}
+        asked |= {} if self.ideas is None else {"ideas": self.ideas.provenance()}
         asked |= {} if self.examples is None else {"examples": self.examples.provenance()}
         return asked | {"engine": engine} | super().provenance()
 
@@ -130,9 +135,7 @@ class PromptedJudge(PolicyScorer):
         name = str(problem.row.get("id", "?"))
         if not steps or any(not step.strip() for step in steps):
             raise DataError(f"{len(steps)} steps, some without text: drop empty steps", path=name, column="completions")
-        rendered = self.template.render({**problem.row, "prompt": self._text(problem.row, name)}, self.tokenizer)
-        before, _, behind = rendered.partition(_PLACE)
-        head = self._head_ids(before)
+        head, behind = self._head(problem.row, name)
         leads = self._examples(problem.row, steps)
         ids: Ids = ()
         places: list[tuple[int, int, Ids]] = []
@@ -149,8 +152,19 @@ class PromptedJudge(PolicyScorer):
             places = [place for place in places if place[0] == len(steps) - 1]
         return Item(name, head, ids, tuple(places), [math.nan] * len(steps))
 
-    def _text(self, row: Row, name: str) -> str:
-        """Problem and reference, with a place for the steps."""
+    def _head(self, row: Row, name: str) -> tuple[Ids, str]:
+        """Ids of what stands before the steps, and the text behind a question."""
+        ideas = [] if self.ideas is None else self.ideas.of(row)
+        while True:
+            text = self.template.render({**row, "prompt": self._text(row, name, ideas)}, self.tokenizer)
+            before, _, behind = text.partition(_PLACE)
+            head = self._head_ids(before)
+            if not ideas or len(head) <= self.max_length // 2:
+                return head, behind
+            ideas.pop()
+
+    def _text(self, row: Row, name: str, ideas: Sequence[str]) -> str:
+        """Problem, reference and ideas, with a place for the steps."""
         prompt = problem_text(row)
         if not prompt:
             raise DataError("the row has no problem to show to the judge", path=name, column="prompt")
@@ -163,6 +177,7 @@ class PromptedJudge(PolicyScorer):
                     path=name,
                 )
             shown = f"Reference {known[0][0]}:\n{str(known[0][1]).strip()}\n\n"
+        shown += "\n\n".join([BRAINSTORMED, *ideas, ""]) if ideas else ""
         return f"Problem:\n{prompt}\n\n{shown}Solution:\n{_PLACE}"
 
     def _examples(self, row: Row, steps: Sequence[str]) -> list[tuple[str, ...]]:

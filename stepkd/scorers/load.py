@@ -49,7 +49,7 @@ class _Reader(ScorerConfig):
             name = type(self).__name__
             where = " or ".join([*(f"by {each.__name__}" for each in self.engines), "in this process"])
             raise ConfigError(
-                f"scorer.engine={type(self.engine).__name__}: the step head of a {name} is read {where}: "
+                f"scorer.engine={type(self.engine).__name__}: the model of a {name} is read {where}: "
                 "drop scorer.engine. Engines read for a Judge, VLLMServer also for a QwenPRM (published, or written by "
                 "stepkd export --layout qwen_prm)"
             )
@@ -112,7 +112,7 @@ def _family(path: str) -> str | None:
 
     folder = Path(path).expanduser()
     family = None if find_checkpoint(folder) is not None else recognise(path)
-    named_only = family == MathShepherdPRM.family and (folder / "step_head.json").is_file()
+    named_only = family in (MathShepherdPRM.family, ASPRM.family) and (folder / "step_head.json").is_file()
     return None if named_only else family
 
 
@@ -142,6 +142,13 @@ class MathShepherdPRM(_Published):
 
 
 @dataclass(frozen=True)
+class ASPRM(_Published):
+    """A published model with the layout of AdaptiveStep's ASPRM-L, ASPRM-M and ASPRM-D."""
+
+    family = "asprm"
+
+
+@dataclass(frozen=True)
 class QwenPRM(_Published):
     """A published model with the layout of Qwen2.5-Math-PRM."""
 
@@ -167,6 +174,12 @@ class Judge(_Reader):
     """The two tokens for yes and for no; the default takes the usual forms of Yes and No."""
     reference: bool = False
     """Show the row's gold solution, else its answer, to the model; off, it judges by itself."""
+    whole: bool = False
+    """Ask once, whether the whole solution is correct, and take the chance of yes among all tokens (P(True)); off, ask
+    about every step, and take yes against no."""
+    ideas: str | None = None
+    """Sampled solutions, of which the first five of the same problem are shown before the one in question: a file, the
+    folder of a labelling job, or data settings in one word; the default shows none."""
     examples: str | None = None
     """Step-labelled rows, of which those steps of other problems are shown that are nearest to the one in question: a
     file, the folder of a labelling job, or data settings in one word (prm800k:limit=2000); the default shows none."""
@@ -187,7 +200,7 @@ class Judge(_Reader):
     def _load(self, weights: dict[str, Any], **reading: Any) -> Any:
         from stepkd.data.load import load_rows
         from stepkd.models.checkpoint import load_trained
-        from stepkd.scorers.examples import StepExamples
+        from stepkd.scorers.examples import Ideas, StepExamples
         from stepkd.scorers.judge import JUDGE_TEMPLATE, PromptedJudge
 
         rows = None if self.examples is None else load_rows(parse_spec(self.examples))
@@ -198,15 +211,44 @@ class Judge(_Reader):
             template=JUDGE_TEMPLATE if self.template is None else self.template,
             answers=(self.answers,) if self.answers else (),
             reference=self.reference,
+            whole=self.whole,
+            ideas=None if self.ideas is None else Ideas(load_rows(parse_spec(self.ideas))),
             examples=None if rows is None else StepExamples(rows, shots=self.shots),
             engine=self._built(policy),
             **reading,
         )
 
 
+@dataclass(frozen=True)
+class Implicit(_Reader):
+    """A policy that learnt from outcomes (a run of KTO, DPO or ImplicitPRM), as an implicit process reward model."""
+
+    reference: str | None = None
+    """Frozen model whose log-probabilities are subtracted; the default is the one that the run was trained against,
+    which an export does not know."""
+    beta: float | None = None
+    """Factor of the log-ratios, positive, which changes how sure scores are, not their order; the default is the run's
+    own."""
+    cumulative: bool = True
+    """Score a step by the log-ratio of all that was written up to its end, an estimate of future success; off, by its
+    own tokens alone, which says whether the step made success likelier."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_bounds("scorer.", self, beta="(0, inf)")
+
+    def _load(self, weights: dict[str, Any], **reading: Any) -> Any:
+        from stepkd.models.source import trained_template
+        from stepkd.scorers.implicit import ImplicitPRM, load_implicit
+
+        policy, beta = load_implicit(self.path, self.reference, self.beta, **weights)
+        template = self.template or _known(trained_template(self.path), self.path)
+        return ImplicitPRM(policy, template=template, beta=beta, cumulative=self.cumulative, **reading)
+
+
 _ALONE: dict[str, type[ScorerConfig]] = {"checker": Checker, "arithmetic": Arithmetic, "gain": Gain}
-_WITH_MODEL: dict[str, type[_Reader]] = {"prm": PRM, "judge": Judge}
-_WITH_MODEL |= {each.family: each for each in (MathShepherdPRM, QwenPRM, TRLPRM)}
+_WITH_MODEL: dict[str, type[_Reader]] = {"prm": PRM, "judge": Judge, "implicit": Implicit}
+_WITH_MODEL |= {each.family: each for each in (MathShepherdPRM, ASPRM, QwenPRM, TRLPRM)}
 
 
 def scorer_of(scorer: ScorerConfig | str) -> ScorerConfig:
@@ -214,8 +256,8 @@ def scorer_of(scorer: ScorerConfig | str) -> ScorerConfig:
 
     Args:
         scorer: settings, which stay as they are; or ``checker``, ``arithmetic``, ``gain``, ``judge:MODEL``,
-            ``prm:PATH``, ``math-shepherd:PATH``, ``qwen-prm:PATH``, ``trl:PATH``; or a path or hub id alone, whose kind
-            is told from what is there.
+            ``prm:PATH``, ``implicit:RUN``, ``math-shepherd:PATH``, ``asprm:PATH``, ``qwen-prm:PATH``, ``trl:PATH``; or
+            a path or hub id alone, whose kind is told from what is there.
 
     Raises:
         ConfigError: an unknown kind.

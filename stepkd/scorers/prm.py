@@ -7,6 +7,7 @@ Axes: B rows, T padded length, S scored steps, H hidden size.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from stepkd.sampling.decode import Decoder, Reading, padded
 from stepkd.scorers.calibration import scaled
 from stepkd.scorers.scorer import Meaning, Row, Solutions, row_steps
 
-_NO_LIMIT = 10**9
+NO_LIMIT = 10**9
 
 Ids = tuple[int, ...]
 
@@ -83,7 +84,7 @@ class PolicyScorer:
         self.policy = policy
         self.tokenizer = policy.tokenizer
         self.template = get_template(template)
-        self.max_length = min(max_length or _NO_LIMIT, policy.max_length or _NO_LIMIT)
+        self.max_length = min(max_length or NO_LIMIT, policy.max_length or NO_LIMIT)
         self.max_rows = max_rows
         self.shared_prefix = shared_prefix
         self.temperature = temperature
@@ -125,39 +126,11 @@ class PolicyScorer:
         return scores if self.temperature is None else scaled(scores, self.temperature).tolist()
 
 
-class PRMScorer(PolicyScorer):
-    """Scores steps with a model that has a step head.
+class SolutionScorer(PolicyScorer):
+    """Scorers that read solutions as training does: from step texts, or sampled ids as they are."""
 
-    Args:
-        policy: the model, with :meth:`~stepkd.models.policy.Policy.attach_step_head` done; in evaluation mode while it
-            scores.
-        template: prompt template; must be the one that the model was trained with.
-        encoder: how solutions become token ids.
-        **reading: settings of :class:`PolicyScorer`.
-
-    Raises:
-        ModelError: the model has no step head.
-        ConfigError: a number out of range.
-    """
-
-    def __init__(
-        self,
-        policy: Policy,
-        *,
-        template: str | PromptTemplate,
-        encoder: type[StepEncoder] = StepEncoder,
-        **reading: Any,
-    ) -> None:
-        head = policy.require_step_head()
-        super().__init__(policy, template, **reading)
-        self.meaning = head.spec.meaning
-        self.encoder = encoder(
-            policy.tokenizer,
-            self.template,
-            format=head.spec.format,
-            marker_id=head.ids.marker,
-            max_length=_NO_LIMIT,
-        )
+    encoder: StepEncoder
+    """How solutions become token ids."""
 
     def score(self, problems: Sequence[Solutions]) -> list[list[list[float]]]:
         """Score every step; see :class:`~stepkd.scorers.scorer.StepScorer`.
@@ -207,10 +180,6 @@ class PRMScorer(PolicyScorer):
             return str(error)
         return None
 
-    def provenance(self) -> dict[str, Any]:
-        """See :class:`~stepkd.scorers.scorer.StepScorer`."""
-        return {"scorer": "prm", "head": self.policy.require_step_head().spec.to_dict()} | super().provenance()
-
     def _layout(self, steps: Sequence[str], name: str) -> Layout:
         """The solution's layout; one whose steps are read nowhere when it cannot be laid out."""
         try:
@@ -230,6 +199,49 @@ class PRMScorer(PolicyScorer):
         places = tuple((step, layout.read_at[step]) for step in judged if layout.read_at[step] < room)
         end = places[-1][1] + 1 if places else 0
         return Item(name, prompt, layout.ids[:end], places, [math.nan] * steps)
+
+    @abstractmethod
+    def _score_items(self, items: Sequence[Item]) -> list[list[float]]:
+        """Scores of items, in order; one without places has none."""
+
+
+class PRMScorer(SolutionScorer):
+    """Scores steps with a model that has a step head.
+
+    Args:
+        policy: the model, with :meth:`~stepkd.models.policy.Policy.attach_step_head` done; in evaluation mode while it
+            scores.
+        template: prompt template; must be the one that the model was trained with.
+        encoder: how solutions become token ids.
+        **reading: settings of :class:`PolicyScorer`.
+
+    Raises:
+        ModelError: the model has no step head.
+        ConfigError: a number out of range.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        template: str | PromptTemplate,
+        encoder: type[StepEncoder] = StepEncoder,
+        **reading: Any,
+    ) -> None:
+        head = policy.require_step_head()
+        super().__init__(policy, template, **reading)
+        self.meaning = head.spec.meaning
+        self.encoder = encoder(
+            policy.tokenizer,
+            self.template,
+            format=head.spec.format,
+            marker_id=head.ids.marker,
+            max_length=NO_LIMIT,
+        )
+
+    def provenance(self) -> dict[str, Any]:
+        """See :class:`~stepkd.scorers.scorer.StepScorer`."""
+        return {"scorer": "prm", "head": self.policy.require_step_head().spec.to_dict()} | super().provenance()
 
     @torch.no_grad()
     def _score_items(self, items: Sequence[Item]) -> list[list[float]]:
@@ -269,7 +281,7 @@ class PRMScorer(PolicyScorer):
 
 
 def _unread(steps: int) -> Layout:
-    return Layout((), (), (_NO_LIMIT,) * steps)
+    return Layout((), (), (NO_LIMIT,) * steps)
 
 
 def continue_rows(

@@ -1,6 +1,6 @@
 r"""Published process reward models as scorers, in the layout they were trained with; no code of theirs is run.
 
-Three families, checked against the usage code of the model cards, of huggingface/search-and-learn
+Four families, checked against the usage code of the model cards, of huggingface/search-and-learn
 (``reward_models.py``) and of TRL (``PRMTrainer.tokenize_row``). The weights are large, so the
 wiring is tested on stand-ins of the same architecture.
 
@@ -8,6 +8,11 @@ wiring is tested on stand-ins of the same architecture.
   ``{question} {solution}`` with the tag ``ки`` behind every step, before the newline. At each tag the softmax over the
   logits of ``+`` and ``-``, in this order, of which the card takes class 0. The card looks the tag and the labels up
   with a begin-of-word prefix, which is what encoding them alone gives.
+* ``asprm``: ``Lux0926/ASPRM-L``, ``-M`` and ``-D`` (AdaptiveStep, arXiv 2502.13943; server settings, evaluation code
+  and data of Lux0926/ASPRM). As above, but steps are cuts of one text: the question, the solution as it was sampled (it
+  begins with a blank), the tag with a blank on both sides at every cut; a blank first segment is a step. The labels are
+  the tag's two letters with what stands before a word, ``к`` good and ``и`` bad: 7820 and 7740 in Llama 3.1's
+  tokenizer, 1878 and 839 in Mistral's, as in the servers; 898 and 701 of deepseek-coder were not looked up.
 * ``qwen-prm``: ``Qwen/Qwen2.5-Math-PRM-7B`` and its kin (arXiv 2501.07301; ``Qwen2ForProcessRewardModel``). The
   chat template with the system prompt "Please reason step by step, and put your final answer within \boxed{}.", the
   answer being the steps with ``<extra_0>`` behind each and nothing else between; a two-layer head (``score.0``,
@@ -32,7 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepkd.data.step_encode import Layout, StepEncoder
+from stepkd.data.step_encode import Layout, StepEncoder, behind_line_break
 from stepkd.data.templates import PromptTemplate
 from stepkd.errors import DataError, ModelError
 from stepkd.models.adapter import first_line
@@ -47,6 +52,7 @@ from stepkd.sampling.engine import Engine
 from stepkd.sampling.vllm import ServerEngine
 from stepkd.scorers.prm import Item, PRMScorer
 from stepkd.steps.format import StepFormat
+from stepkd.steps.text import TokenizedText, tokenize_texts
 
 _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
@@ -65,9 +71,29 @@ class SpacedSteps(BareSteps):
     def layout(self, steps: Sequence[str], name: str = "?") -> Layout:
         """See :meth:`StepEncoder.layout`."""
         bare = [step.strip() for step in steps]
-        if bare and bare[0] and not self.tokenizer.tokenize("x")[0].startswith("▁"):
+        if bare and bare[0] and not _begins_words(self.tokenizer):
             bare[0] = f" {bare[0]}"
         return StepEncoder.layout(self, bare, name)
+
+
+class CutSteps(StepEncoder):
+    """ASPRM: a blank behind every tag and before the solution; steps are what stands between, blank ones too."""
+
+    takes_blank_steps = True
+
+    def layout(self, steps: Sequence[str], name: str = "?") -> Layout:
+        """See :meth:`StepEncoder.layout`."""
+        return super().layout([step if step[:1] == " " and not k else f" {step}" for k, step in enumerate(steps)], name)
+
+    def _tokenized(self, pieces: Sequence[str]) -> list[TokenizedText]:
+        """None as the beginning of a text, not even the first: their blanks are all that stands there."""
+        alone = tokenize_texts(self.tokenizer, pieces)
+        return behind_line_break(self.tokenizer, alone) if self._begins_texts else alone
+
+
+def _begins_words(tokenizer: Any) -> bool:
+    """Whether the tokenizer puts a blank before a text by itself (SentencePiece)."""
+    return bool(tokenizer.tokenize("x")[0].startswith("▁"))
 
 
 class SeparatedSteps(StepEncoder):
@@ -137,7 +163,8 @@ def recognise(path: str) -> str | None:
         path: folder or hub id.
 
     Returns:
-        ``math-shepherd``, ``qwen-prm`` or ``trl``; None for everything else (plain language models, stepkd's exports).
+        ``math-shepherd``, ``asprm``, ``qwen-prm`` or ``trl``; None for everything else (plain language models, stepkd's
+        exports).
 
     Raises:
         ModelError: nothing of that name here or on the hub.
@@ -155,6 +182,8 @@ def recognise(path: str) -> str | None:
     if any(name.endswith("ForTokenClassification") for name in names):
         return "trl"
     name = folder.name.lower()
+    if "asprm" in name:
+        return "asprm"
     return "math-shepherd" if "math-shepherd" in name and "prm" in name else None
 
 
@@ -164,7 +193,7 @@ def open_published(
     """Load a published model.
 
     Args:
-        family: ``math-shepherd``, ``qwen-prm`` or ``trl``.
+        family: ``math-shepherd``, ``asprm``, ``qwen-prm`` or ``trl``.
         path: folder or hub id.
         separator: the ``step_separator`` that TRL's PRMTrainer had; the other families have their own.
         weights: off, the weights of a classifier stay on the ``meta`` device: a server has them.
@@ -183,6 +212,13 @@ def open_published(
         layout = StepFormat(marker="ки", separator="\n", marker_place="before_separator")
         policy.attach_step_head(LabelTokens(format=layout, labels=("-", "+"), meaning="value"))
         return policy, PromptTemplate(style="plain"), SpacedSteps
+    if family == "asprm":
+        policy = load_trained(path, **how)
+        before = "" if _begins_words(policy.tokenizer) else " "
+        layout = StepFormat(marker=f"{before}ки", separator="", tokenize="per_step")
+        labels = (f"{before}и", f"{before}к")
+        policy.attach_step_head(LabelTokens(format=layout, labels=labels, restricted=False, meaning="value"))
+        return policy, PromptTemplate(style="plain"), CutSteps
     layout = QWEN_FORMAT if family == "qwen-prm" else replace(QWEN_FORMAT, marker=separator)
     spec = Classifier(format=layout, layers=2 if family == "qwen-prm" else 1)
     policy, head = _load_classifier(path, **how) if weights else (load_trained(path, weights=False, **how), None)

@@ -29,9 +29,10 @@ class StepFormat:
     separator: str = "\n"
     """Text between two steps (:func:`written_steps`); empty where the steps are cuts of one text (AdaptiveStep) and
     joining them gives it back."""
-    marker_place: Literal["step_end", "before_separator"] = "step_end"
+    marker_place: Literal["step_end", "before_separator", "prompt_end"] = "step_end"
     """``step_end``: behind the separator, where the step's span ends; ``before_separator``: between the step's text and
-    its separator (Math-Shepherd's ``ки`` before the newline)."""
+    its separator (Math-Shepherd's ``ки`` before the newline); ``prompt_end``: once, behind the prompt, so that nothing
+    of the solution is read: whether the sampler will know the answer, P(IK) of arXiv 2207.05221."""
     tokenize: Literal["whole", "per_step"] = "whole"
     """``whole``: one solution, as the policy reads it, in which no token reaches over the end of a step; ``per_step``:
     every step as the beginning of a text, as models do whose marker is a special token between steps without a
@@ -41,8 +42,8 @@ class StepFormat:
         check_bounds("", self)
         if self.marker == "":
             raise ConfigError("the step marker is empty text: name a token, 'auto', or null for no marker")
-        if self.marker is None and self.marker_place == "before_separator":
-            raise ConfigError("marker_place 'before_separator' needs a marker")
+        if self.marker is None and self.marker_place != "step_end":
+            raise ConfigError(f"marker_place {self.marker_place!r} needs a marker")
 
 
 def written_steps(steps: Sequence[str], separator: str = "\n", *, close_last: bool = False) -> tuple[str, ...]:

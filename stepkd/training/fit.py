@@ -33,7 +33,7 @@ from stepkd.modules.base import StepModule
 from stepkd.modules.dpo import DPOModule
 from stepkd.modules.gkd import GKDModule
 from stepkd.modules.kdrl import KDRLModule
-from stepkd.modules.kto import KTOModule, StepKTOModule
+from stepkd.modules.kto import ImplicitPRMModule, KTOModule, StepKTOModule
 from stepkd.modules.prm import PRMModule
 from stepkd.modules.sft import SFTModule
 from stepkd.runs.files import write_file
@@ -57,7 +57,7 @@ from stepkd.training.trainer_settings import check_trainer_settings
 from stepkd.yaml_files import nested
 
 DATA_MODULES = (StepData,)
-METHODS = (SFTModule, PRMModule, DPOModule, KTOModule, StepKTOModule, GKDModule, KDRLModule)
+METHODS = (SFTModule, PRMModule, DPOModule, KTOModule, StepKTOModule, ImplicitPRMModule, GKDModule, KDRLModule)
 """Imported so that ``--data.help`` and ``--model.help`` list them and ``--data`` and ``--model`` take their names."""
 _HINTS = inspect.unwrap(Trainer.__init__).__annotations__
 for _name, _hint in _HINTS.items():

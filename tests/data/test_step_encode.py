@@ -16,7 +16,7 @@ from stepkd.data.feedback import FeedbackEncoder
 from stepkd.data.step_encode import Layout, StepEncoder
 from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, DataError, UnreadableSolution
-from stepkd.models.spec import tiny_tokenizer
+from stepkd.models.spec import LabelTokens, tiny_tokenizer
 from stepkd.scorers.published import BareSteps, SeparatedSteps, SpacedSteps
 from stepkd.steps.format import StepFormat, auto_marker, marker_token_id
 from stepkd.steps.segment import get_segmenter, spans_from_ends, step_ends
@@ -49,6 +49,27 @@ def bpe() -> Any:
     )
     backend.train_from_iterator(["a\nb"] * 40 + ["7.\n"] * 30 + ["so "] * 20, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", clean_up_tokenization_spaces=False)
+
+
+def test_a_marker_behind_the_prompt_reads_nothing_of_the_solution(tiny: Any) -> None:
+    """One label a row, whether the answer is correct: over a problem's samples the target is its pass rate."""
+    encoder = make(tiny, StepFormat(marker="~", marker_place="prompt_end"), labels=LabelRule(scope="outcome"))
+    marker, prompt = encoder.marker_id, tuple(tiny("p?")["input_ids"])
+    assert encoder.layout(STEPS) == Layout((marker,), ((0, 1),) * 3, (0, 0, 0))
+    sampled = {"token_ids": [5, 6, 7], "step_ends": [1, 3], "completion": "?"}
+    for row, steps in (({"completions": STEPS}, 3), (sampled, 2), ({"solution": "a\nb"}, 1), ({}, 1)):
+        assert len(encoder.row_layout(row).read_at) == steps
+        for outcome, target in ((True, (0.0, 1.0)), (False, (1.0, 0.0))):
+            example = encoder.example({"prompt": "p?", "outcome": outcome, **row})
+            assert example is not None
+            assert (tuple(example.prompt_ids), tuple(example.token_ids)) == (prompt, (marker,))
+            assert (example.targets, example.read_at, example.spans) == ((target,), (0,), ((0, 1),))
+    with pytest.raises(DataError, match="needs whether the answer is correct"):
+        encoder.example({"prompt": "p?", "completions": STEPS})
+    with pytest.raises(ConfigError, match="marker_place 'prompt_end' needs a marker"):
+        StepFormat(marker=None, marker_place="prompt_end")
+    with pytest.raises(ConfigError, match="reads the prompt alone"):
+        LabelTokens(format=encoder.format)
 
 
 def make(tokenizer: Any, format: StepFormat | None = None, **settings: Any) -> StepEncoder:

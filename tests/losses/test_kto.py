@@ -13,7 +13,16 @@ from losses_helper import reduce
 from torch import Tensor
 from torch.nn import functional as F
 
-from stepkd.losses import LossTerms, kto, kto_values, ratio_rule, reference_point, step_kto, step_kto_counts
+from stepkd.losses import (
+    LossTerms,
+    kto,
+    kto_values,
+    outcome_cross_entropy,
+    ratio_rule,
+    reference_point,
+    step_kto,
+    step_kto_counts,
+)
 from stepkd.losses.kto import Reduction
 
 REDUCTIONS = get_args(Reduction)
@@ -109,6 +118,34 @@ def test_closed_form(label: int, ratio: float) -> None:
     terms = kto(double([ratio]), torch.tensor([label]), z0=0.5, beta=0.1)
     assert list(terms.sums) == ["outcome"]
     assert terms.sums["outcome"].item() == pytest.approx(0.4625702, abs=5e-8)
+
+
+def test_outcome_cross_entropy_by_hand() -> None:
+    """The two halves of ImplicitPRM's loss, with gradients; completions without a label are in nothing."""
+    ratios, labels, beta = [3.0, -8.0, 0.5, -2.0, 40.0], [1, 1, 0, 0, -1], 0.3
+    inputs = double(ratios).requires_grad_()
+    terms = outcome_cross_entropy(inputs, torch.tensor(labels), beta=beta)
+    chances = [sigmoid(beta * ratio) for ratio in ratios]
+    known = [(p, label) for p, label in zip(chances, labels, strict=True) if label >= 0]
+    close(terms.sums["outcome"].item(), -sum(math.log(p if label else 1 - p) for p, label in known))
+    close(gradient(terms.sums["outcome"], inputs)[0], [*(beta * (p - label) for p, label in known), 0.0])
+    metrics = {name: (float(total), float(count)) for name, (total, count) in terms.metrics.items()}
+    assert metrics["reward_correct"] == pytest.approx((0.3 * -5, 2))
+    assert metrics["reward_incorrect"] == pytest.approx((0.3 * -1.5, 2))
+    assert metrics["accuracy"] == (2, 4)
+    close(terms.sums["outcome"].item(), -kto_values(inputs[:4], torch.tensor(labels[:4]), beta=beta).log().sum().item())
+
+
+def test_outcome_cross_entropy_of_anything_stays_finite() -> None:
+    inputs = double([1e6, -1e6, 0.0]).requires_grad_()
+    terms = outcome_cross_entropy(inputs, torch.tensor([0, 1, -1]), beta=0.1)
+    close(terms.sums["outcome"].item(), 2e5)
+    close(gradient(terms.sums["outcome"], inputs)[0], [0.1, -0.1, 0.0])
+    with pytest.raises(ValueError, match=r"log-ratios \(3,\) and labels \(2,\)"):
+        outcome_cross_entropy(inputs, torch.tensor([0, 1]))
+    points = torch.linspace(-4, 4, 6, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([1, 0, 1, 0, -1, 1])
+    assert torch.autograd.gradcheck(lambda r: outcome_cross_entropy(r, labels, beta=0.7).sums["outcome"], points)
 
 
 def test_policy_equal_to_reference() -> None:

@@ -27,7 +27,7 @@ from stepkd.modules.base import StepModule
 from stepkd.modules.dpo import IPO, DPOModule
 from stepkd.modules.gkd import GKDModule
 from stepkd.modules.kdrl import KDRLModule
-from stepkd.modules.kto import KTOModule, ReferencePointConfig, StepKTOModule
+from stepkd.modules.kto import ImplicitPRMModule, KTOModule, ReferencePointConfig, StepKTOModule
 from stepkd.modules.prm import PQM, LanguageModelling, PRMModule, StepCrossEntropy
 from stepkd.modules.sft import SFTModule
 from stepkd.runs.launcher import check_launch, trainer_defaults
@@ -84,6 +84,11 @@ METHODS: dict[str, Method] = {
     "dpo": Method(DPOModule, lambda: preference.pair_examples(7), {"reference": preference.OTHER}),
     "dpo ipo": Method(DPOModule, lambda: preference.pair_examples(7), {"reference": preference.OTHER, "loss": IPO()}),
     "kto": Method(KTOModule, lambda: preference.feedback_examples(7)[:13], FEEDBACK),
+    "implicit prm": Method(
+        ImplicitPRMModule,
+        lambda: preference.feedback_examples(7)[:13],
+        {"reference": preference.OTHER, "beta": 0.3},
+    ),
     "step kto": Method(StepKTOModule, lambda: preference.feedback_examples(7)[:13], STEPS),
     "step kto by index": Method(
         StepKTOModule,

@@ -61,7 +61,7 @@ def test_layout_of_every_method(name: str, layout: str, distance: Callable[..., 
     assert distance(module.gradients, plain(name).gradients) < TOLERANCE
     assert worker.facts(module)["losses"] == pytest.approx(worker.facts(plain(name))["losses"], rel=1e-6)
     assert (module.split > 1) == ("micro_batch_tokens" in settings)
-    several = any(method in name for method in ("dpo", "kto", "kdrl"))  # completions of a prompt
+    several = any(method in name for method in ("dpo", "kto", "implicit", "kdrl"))  # completions of a prompt
     assert (plain(name).taken_over > 0) == several, "what rows of one prompt begin with is computed once"
     assert module.taken_over == 0 or settings.get("shares", True)
 

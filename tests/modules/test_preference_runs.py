@@ -18,10 +18,12 @@ from stepkd.data.config import DataConfig
 from stepkd.data.datamodule import StepData
 from stepkd.data.encode import LabelRule
 from stepkd.errors import ConfigError, DataError, ModelError
-from stepkd.models.spec import PolicyConfig, build_tiny
+from stepkd.models.spec import LoRAConfig, PolicyConfig, build_tiny
 from stepkd.modules.dpo import DPOModule, Sigmoid, SigmoidByVisits
-from stepkd.modules.kto import KTOModule, ReferencePointConfig, StepKTOModule
+from stepkd.modules.kto import ImplicitPRMModule, KTOModule, ReferencePointConfig, StepKTOModule
 from stepkd.modules.preference import ReferenceConfig
+from stepkd.scorers.load import Implicit, load_scorer
+from stepkd.scorers.scorer import score_rows
 
 WORKER = Path(__file__).with_name("preference_worker.py")
 _SPEC = importlib.util.spec_from_file_location("preference_worker", WORKER)
@@ -108,6 +110,26 @@ def test_the_cache_serves_a_whole_run(rows: Path, tmp_path: Path) -> None:
         assert torch.allclose(value, weights(cached)[name], rtol=1e-4, atol=1e-6), name
     first, second = (m.trainer.callback_metrics["train/z0"] for m in (plain, cached))
     assert float(first) == pytest.approx(float(second), rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("lora", [pytest.param(None, marks=pytest.mark.slow), LoRAConfig(r=4)], ids=["all", "adapter"])
+def test_a_run_of_outcomes_scores_steps_by_what_it_learnt(rows: Path, tmp_path: Path, lora: Any) -> None:
+    """The scorer finds beta, template and reference in the checkpoint; an end token is of no step."""
+    policy = PolicyConfig(path="tiny-0.1m", dtype="float32", lora=lora)
+    module = fit(tmp_path, ImplicitPRMModule(policy, beta=0.5, optimizer=worker.STEADY), data(rows), 2)
+    module.trainer.save_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    examples = module.datamodule.examples["train"][:3]
+    module.know_reference(examples)
+    for cumulative in (True, False):
+        scorer = load_scorer(Implicit(str(tmp_path / "run"), cumulative=cumulative), device="cpu")
+        found = score_rows(scorer, [example.row for example in examples])
+        for example, ratios_N, scores in zip(examples, module.frozen_logratios(examples), found, strict=True):
+            ratios_N[-1] = 0.0
+            ends_S = torch.as_tensor(example.step_ends)
+            q_S = 0.5 * ratios_N.double().cumsum(0)[ends_S - 1]
+            wanted = q_S if cumulative else q_S.diff(prepend=torch.zeros(1))
+            assert scores == pytest.approx(wanted.sigmoid().tolist(), abs=1e-6)
+            assert q_S.abs().max() > 1e-4
 
 
 class AtStart(KTOModule):

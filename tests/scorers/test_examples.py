@@ -14,7 +14,7 @@ import torch
 from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, DataError
 from stepkd.models.policy import Policy
-from stepkd.scorers.examples import LabelledStep, StepExamples
+from stepkd.scorers.examples import Ideas, LabelledStep, StepExamples
 from stepkd.scorers.judge import PromptedJudge
 from stepkd.scorers.load import Judge, load_scorer
 from stepkd.scorers.scorer import Solutions
@@ -170,6 +170,43 @@ def test_a_question_without_room_for_them_is_asked_without(make_policy: Callable
     (whole,) = PromptedJudge(policy, examples=StepExamples(ROWS), **SHORT).score([problem])[0]
     (without,) = PromptedJudge(policy, **SHORT).score([problem])[0]
     assert scores == pytest.approx([whole[0], without[1]], abs=1e-10)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_ideas_stand_before_the_solution(make_policy: Callable[..., Policy], shared: bool, tokens_read: Any) -> None:
+    """The first five samples of the same problem, told by prompt or id, and read once for all its solutions."""
+    policy = make_policy()
+    rows = [{"prompt": "apples", "completion": f"idea {k}\n"} for k in range(6)]
+    own = {"prompt": "?", "problem_id": "x", "completions": ["a", "b"]}
+    rows[3:3] = [{"prompt": "pears", "completion": "none"}, own]
+    judge = PromptedJudge(policy, ideas=Ideas(rows), shared_prefix=shared, **SHORT)
+    problem = Solutions({"problem_id": "x", "prompt": "Apples"}, [["add two", "add"], ["add one"]])
+    ideas = "Here are some brainstormed ideas:\n\nidea 0\n\nidea 1\n\nidea 2\n\na\nb\n\nidea 3\n\n"
+    head = f"Problem:\nApples\n\n{ideas}Solution:\n"
+    texts = ["Step 1: add two\n\n1", "Step 1: add two\nStep 2: add\n\n2", "Step 1: add one\n\n1"]
+    read = tokens_read(policy)
+    first, second = judge.score([problem])[0]
+    assert (read() < 3 * len(head)) is shared
+    assert [*first, *second] == pytest.approx([by_hand(policy, f"{head}{text} ok?\nA:") for text in texts], abs=1e-10)
+    small = PromptedJudge(policy, ideas=Ideas(rows), shared_prefix=shared, max_length=2 * len(head) - 1, **SHORT)
+    fewer = head.replace("idea 3\n\n", "")
+    assert small.score([problem])[0][1] == pytest.approx([by_hand(policy, f"{fewer}{texts[2]} ok?\nA:")], abs=1e-10)
+    assert judge.provenance()["ideas"]["samples"] == 8
+    with pytest.raises(DataError, match="hold no sample of this problem"):
+        judge.score([Solutions({"id": "z", "prompt": "plums"}, [["a"]])])
+    with pytest.raises(DataError, match="no text of a solution"):
+        Ideas([{"prompt": "apples"}])
+
+
+def test_the_judge_of_whole_solutions_is_an_outcome_scorer(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(ROWS[0]) + "\n")
+    judge = load_scorer(Judge("tiny-0.1m", answers=("Y", "N"), whole=True, ideas=str(file)), device="cpu")
+    assert isinstance(judge, PromptedJudge)
+    assert (judge.meaning, judge.whole) == ("outcome", True)
+    first, last = judge.score([Solutions({"prompt": ROWS[0]["prompt"]}, [["a", "b"]])])[0][0]
+    assert math.isnan(first)
+    assert 0 < last < 1
 
 
 def test_settings_say_what_is_shown(tmp_path: Path) -> None:

@@ -119,6 +119,20 @@ def test_outcome_scores_only_the_last_step(make_policy: MakePolicy, problems: li
             assert values[-1] == pytest.approx(one_by_one(policy, problem, list(steps))[-1], abs=1e-10)
 
 
+def test_a_head_behind_the_prompt_scores_the_question_alone(make_policy: MakePolicy) -> None:
+    """P(IK): the same for every solution of a problem, and for a row without one."""
+    head = Classifier(format=StepFormat(marker="~", marker_place="prompt_end"), meaning="outcome")
+    policy = make_policy(head)
+    scorer = PRMScorer(policy, template="task")
+    with torch.no_grad():
+        ids = torch.tensor([policy.tokenizer("7x?~")["input_ids"]])
+        expected = float(policy.step_scores(policy.hidden(ids, torch.ones_like(ids))[0, -1:]))
+    first, second = scorer.score([Solutions({"id": "a", "prompt": "7x?"}, [["a", "b"], ["c"]])])[0]
+    assert math.isnan(first[0])
+    assert [first[1], *second] == pytest.approx([expected, expected], abs=1e-12)
+    assert scorer.score_rows([{"id": "a", "prompt": "7x?"}])[0] == pytest.approx([expected], abs=1e-12)
+
+
 def test_steps_beyond_the_context_are_not_scored(make_policy: MakePolicy) -> None:
     policy = make_policy(LabelTokens())
     steps = ["aaaa", "bbbb", "cccc"]  # 6 tokens each: separator and marker are two of them

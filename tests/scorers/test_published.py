@@ -93,7 +93,7 @@ def sentencepiece_like(style: str) -> Any:
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
     pieces += [chr(code) for code in range(0x21, 0x7F)] + ["к", "и"]
     merges = [("▁", "к"), ("▁к", "и"), ("▁", "+"), ("▁", "-"), ("▁", "T"), ("▁T", "h"), ("▁Th", "e"), ("e", "r")]
-    merges += [(".", "▁T"), ("▁", "S"), ("▁S", "h"), ("d", "u")]
+    merges += [("▁", "и"), (".", "▁T"), ("▁", "S"), ("▁S", "h"), ("d", "u")]
     vocabulary = {piece: i for i, piece in enumerate([*pieces, *("".join(pair) for pair in merges)])}
     backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     if style == "normalizer":
@@ -150,6 +150,65 @@ def test_math_shepherd_layout_on_a_byte_level_tokenizer(tmp_path: Path, sharpene
     scorer = load_scorer(MathShepherdPRM(str(tmp_path / "m")))
     encode = scorer.encoder.layout(["So it is", "Done"])
     assert tokenizer.decode(encode.ids) == " So it isки\nDoneки"
+
+
+# --- ASPRM -----------------------------------------------------------------------------------------------------------
+
+CUTS = [[" \n", "If 3", " and 4.\n", "#### 7"], ["  Two", "blanks"], [" It is 7.\nSo", " then"], ["The answer is 7"]]
+"""As AdaptiveStep cuts: within lines, with the blanks of the text; the last one as other segmenters leave it."""
+
+
+def with_mistrals_ids(tokenizer: Any) -> Any:
+    """The same pieces, tag and label letters under their ids in Mistral's tokenizer."""
+    from transformers import PreTrainedTokenizerFast
+
+    written = json.loads(tokenizer.backend_tokenizer.to_str())
+    pieces = written["model"]["vocab"]
+    pieces |= {"▁к": 1878, "▁и": 839, "▁ки": 12902}
+    pieces |= {f"<{i}>": i for i in sorted({*range(12902)} - {*pieces.values()})}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=type(tokenizer.backend_tokenizer).from_str(json.dumps(written)), unk_token="<unk>",
+        bos_token="<s>", eos_token="</s>",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("base", ["normalizer", "metaspace", "byte level"])
+def test_asprm(tmp_path: Path, sharpened: Sharpen, base: str) -> None:
+    """The released text (a blank on both sides of every tag, a blank first segment with a tag of its own) and ids."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path / "ASPRM-L"
+    if base != "byte level":
+        tokenizer, (good, bad, tag) = with_mistrals_ids(sentencepiece_like(base)), (1878, 839, 12902)
+    else:
+        tokenizer = byte_level(bos="<s>", adds_bos=True)
+        tokenizer.add_tokens([" ки", " к", " и"])
+        tag, good, bad = (tokenizer.convert_tokens_to_ids(text) for text in (" ки", " к", " и"))
+    torch.manual_seed(1)
+    model = sharpened(LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **SHAPE))).eval()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def served(question: str, steps: Sequence[str]) -> list[float]:
+        text = "".join(f"{step} ки " for step in steps)
+        ids = torch.tensor([tokenizer.encode(question + (text if text.startswith(" ") else f" {text}"))])
+        with torch.no_grad():
+            scores = model(ids).logits[:, :, [good, bad]].softmax(dim=-1)[:, :, 0]
+        return scores[ids == tag].tolist()
+
+    assert recognise(str(folder)) == "asprm"
+    scorer = load_prm(str(folder))
+    assert (scorer.meaning, scorer.encoder.marker_id) == ("value", tag)
+    assert scorer.policy.require_step_head().ids.labels == (bad, good)
+    expected = [served(QUESTIONS[0], steps) for steps in CUTS]
+    assert [len(each) for each in expected] == [4, 2, 2, 1]
+    values = [value for each in expected for value in each]
+    assert max(values) - min(values) > 0.02
+    for each in (scorer, load_apart(str(folder))):
+        found = each.score([Solutions({"id": "q", "prompt": QUESTIONS[0]}, CUTS)])[0]
+        assert [value for scores in found for value in scores] == pytest.approx(values, abs=2e-5)
+    assert_not_scored(scorer, "a ки b")
 
 
 # --- Qwen2.5-Math-PRM ----------------------------------------------------------------------------------------------

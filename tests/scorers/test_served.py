@@ -133,7 +133,7 @@ def test_jobs_score_and_label_through_a_server(path: str, server: Any, tmp_path:
 
 
 def test_engines_that_cannot_score_say_what_can() -> None:
-    with pytest.raises(ConfigError, match=r"scorer.engine=VLLMServer: the step head of a PRM is read in this process"):
+    with pytest.raises(ConfigError, match=r"scorer.engine=VLLMServer: the model of a PRM is read in this process"):
         PRM("runs/prm", engine=VLLMServer("http://x"))
     with pytest.raises(ConfigError, match=r"scorer.engine=VLLM: .* drop scorer.engine. .* export --layout qwen_prm"):
         QwenPRM("m", engine=VLLM())
