@@ -5,6 +5,8 @@ stepkd convert runs/labels --to Unpaired --out unpaired.jsonl                   
 stepkd convert runs/labels --to Preference --to.max_pairs 2 --out pairs.jsonl         (DPO)
 stepkd convert runs/labels --to Demonstrations --to.clean true --out clean.jsonl      (SFT on one's own solutions)
 stepkd convert runs/labels --to Refinements --to.max_pairs 4 --out refine.jsonl       (SFT of a refiner: GLoRe)
+stepkd convert runs/prm-scores/results.jsonl --to Selected --to.by convincing --to.count 200 --out to_label.jsonl
+stepkd convert runs/labels --to WithinBudget --to.tokens 100000 --out cheap.jsonl     (what labels for that much)
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import stepkd.labels.refinements  # noqa: F401 (a choice of --to)
+import stepkd.labels.refinements
+import stepkd.labels.selection  # noqa: F401 (choices of --to)
 from stepkd.labels.convert import ConverterConfig, convert_rows
 
 
@@ -24,10 +27,10 @@ class ConvertConfig:
     POSITIONAL: ClassVar = ("rows",)
 
     rows: str
-    """Labelled rows: a file, or the folder of a labelling job."""
+    """Labelled rows (to be Selected: scored ones): a file, or the folder of a labelling job."""
     to: ConverterConfig
-    """Kind of the new rows: Stepwise, TRLStepwise, MathShepherd, Balanced, Unpaired, Preference, Demonstrations or
-    Refinements."""
+    """Kind of the new rows: Stepwise, TRLStepwise, MathShepherd, Balanced, Unpaired, Preference, Demonstrations,
+    Refinements, Selected or WithinBudget."""
     out: str
     """File of rows to write."""
 

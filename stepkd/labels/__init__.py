@@ -17,6 +17,7 @@ _HOMES = {
     "monte_carlo": "MonteCarlo MonteCarloLabeller",
     "quality": "LabelQuality label_quality",
     "refinements": "Refinements",
+    "selection": "Selected WithinBudget k_centres row_cost uncertainty",
     "settings": (
         "Cut Existing Fitted LabelConfig OwnSteps PAIR_JOBS Reject ContinuationShare Sampled SelfEvaluation "
         "StepPairConfig StepScore TreePairConfig"

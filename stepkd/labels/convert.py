@@ -155,7 +155,8 @@ class MathShepherd(TRLStepwise):
 
 @dataclass(frozen=True, kw_only=True)
 class Balanced(ConverterConfig):
-    """The same rows with as many correct as incorrect labels at every step number."""
+    """The same rows with as many correct as incorrect labels at every step number (GLoRe, arXiv 2402.10963); a reward
+    model that learns from them should have labels.after_error: keep, which hides none of those that are left."""
 
     seed: int = 0
     """Keys which labels in surplus go."""

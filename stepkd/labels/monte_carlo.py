@@ -3,18 +3,22 @@
 What is estimated is the chance of success from there on (a value), not whether the step itself is correct: an incorrect
 step from which the model recovers counts as good.
 
+The first error can be searched for in place of labelling every prefix (:func:`next_steps`). A prefix gets the same
+continuations in whatever order it is asked about: their noise is keyed by solution, prefix and number.
+
 Source: Math-Shepherd (Wang et al. 2023, arXiv 2312.08935); GLoRe (arXiv 2402.10963); AdaptiveStep (arXiv 2502.13943)
-draws 8 continuations per step in the same way.
+draws 8 continuations per step in the same way; the binary search is that of OmegaPRM (Luo et al. 2024, arXiv
+2406.06592) on single solutions, without its tree.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from stepkd.data.completion import Completion
-from stepkd.errors import DataError, check_bounds
+from stepkd.errors import ConfigError, DataError, check_bounds
 from stepkd.grading.extract import extract_answer, numbers_in
 from stepkd.grading.normalise import canonical_answer
 from stepkd.grading.pool import Grader
@@ -22,6 +26,8 @@ from stepkd.labels.labellers import Labeller, LabellerConfig, Solution, StepLabe
 from stepkd.sampling.engine import Branch, SamplingConfig, decode_text
 from stepkd.steps.labels import Label, Reduce, passes, reduce_values
 
+Order = Literal["all", "forward", "binary"]
+"""Which prefixes of a solution are continued: see :func:`next_steps`."""
 _MARKS = ("hash", "boxed")
 """Extractors of answers that are marked as final; a last number is in nearly every prefix."""
 
@@ -36,6 +42,10 @@ class MonteCarlo(LabellerConfig):
     """From shares of successes to labels: correct where any succeeds (the default, Math-Shepherd's hard estimate), the
     mean itself (its soft estimate), correct up to the first_error and nothing behind it (Qwen2.5-Math-PRM, arXiv
     2501.07301), or propagate, correct where any of this step or of a later one succeeds (GLoRe, arXiv 2402.10963)."""
+    order: Order = "all"
+    """Which prefixes are continued: all of them (the default); one after the other up to the first that fails (forward,
+    the same labels for less); or by binary search for the first that fails (OmegaPRM, arXiv 2406.06592), about the
+    logarithm of the number of steps, and none where the answer is correct. The last two need reduce first_error."""
     consistent: bool = False
     """Whether a step that is labelled correct loses its label where no continuation that succeeds takes up the number
     that the step ends with: it may have been solved past it (GLoRe, arXiv 2402.10963)."""
@@ -53,6 +63,11 @@ class MonteCarlo(LabellerConfig):
     def __post_init__(self) -> None:
         check_bounds("", self)
         check_noise(self.sampling, "continuations of a step")
+        if self.order != "all" and self.reduce != "first_error":
+            raise ConfigError(
+                f"order={self.order} looks for the first error and says nothing of the steps behind it, and "
+                f"reduce={self.reduce} labels every step: set reduce to first_error, or order to all"
+            )
 
     def build(self, bench: Any, engine: Any) -> Labeller:
         """A :class:`MonteCarloLabeller`."""
@@ -62,13 +77,30 @@ class MonteCarlo(LabellerConfig):
             bench.grader,
             bench.limited(self.sampling),
             reduce=self.reduce,
+            order=self.order,
             consistent=self.consistent,
             keep_continuations=self.keep_continuations,
         )
 
 
+@dataclass
+class _Search:
+    """What is known so far of a solution."""
+
+    solution: Solution
+    values: list[float | None]
+    """Of every step; None: not known."""
+    generated: int = 0
+    prefill: int = 0
+
+    def __post_init__(self) -> None:
+        steps = range(len(self.values))
+        self.successes, self.trials = [0 for _ in steps], [0 for _ in steps]
+        self.texts: list[list[str]] = [[] for _ in steps]
+
+
 class MonteCarloLabeller:
-    """Label steps by continuing every prefix.
+    """Label steps by continuing prefixes.
 
     Args:
         engine: draws the continuations (an :class:`~stepkd.sampling.engine.Engine`).
@@ -77,7 +109,7 @@ class MonteCarloLabeller:
         sampling: how to draw; ``n`` is J, the continuations per step. Its ``seed`` and the solution's ``index`` key the
             noise.
         reduce: from values to labels; see :func:`~stepkd.steps.labels.reduce_values`.
-        consistent, keep_continuations: see :class:`MonteCarlo`.
+        order, consistent, keep_continuations: see :class:`MonteCarlo`.
     """
 
     def __init__(
@@ -88,11 +120,12 @@ class MonteCarloLabeller:
         sampling: SamplingConfig,
         *,
         reduce: Reduce = "any",
+        order: Order = "all",
         consistent: bool = False,
         keep_continuations: bool = False,
     ) -> None:
         self.engine, self.policy, self.grader, self.sampling, self.reduce = engine, policy, grader, sampling, reduce
-        self.consistent, self.keep_continuations = consistent, keep_continuations
+        self.order, self.consistent, self.keep_continuations = order, consistent, keep_continuations
 
     def label(self, solutions: Sequence[Solution]) -> list[StepLabels]:
         """See :class:`~stepkd.labels.labellers.Labeller`.
@@ -100,8 +133,9 @@ class MonteCarloLabeller:
         No continuations are drawn where the solution is over: at its end (unless it was cut off), once it holds an end
         token or, marked as such, the answer it ends with, and where the context is full. The value there is 1 or 0 by
         ``solution.correct``. ``facts`` has ``successes`` and ``trials`` of every step (0 trials where the solution
-        is over), and the ``generated_tokens`` and ``prefill_tokens`` spent on it; with the options ``suspicious``, the
-        number of labels that were dropped, and ``continuations``, a text or None for every step.
+        is over, or the order passes it over: its value is None), and the ``generated_tokens`` and ``prefill_tokens``
+        spent on it; with the options ``suspicious``, the number of labels that were dropped, and ``continuations``, a
+        text or None for every step. A search goes in rounds: a prefix of every solution that is left, all together.
 
         Args:
             solutions: cut into steps, each with a prompt and with the ``answer`` in its row.
@@ -109,45 +143,58 @@ class MonteCarloLabeller:
         Raises:
             DataError: one without an answer, or one that is over and was not graded.
         """
-        open_steps = [self._open_steps(solution) for solution in solutions]
-        for each, steps in zip(solutions, open_steps, strict=True):
+        searches = []
+        for each in solutions:
+            steps = self._open_steps(each)
             if each.row.get("answer") in (None, "") or (each.correct is None and len(steps) < len(each.steps)):
                 what = "needs an 'answer' to grade continuations by, and 'correct' where the solution is over"
                 raise DataError(what, path=each.id)
-        cuts = [[s.spans[step][1] for step in steps] for s, steps in zip(solutions, open_steps, strict=True)]
-        branches = [continued(solution, ends) for solution, ends in zip(solutions, cuts, strict=True)]
+            known = float(each.correct is True)
+            searches.append(_Search(each, [None if i in steps else known for i in range(len(each.steps))]))
+        while asked := [(each, steps) for each in searches if (steps := next_steps(each.values, self.order))]:
+            self._continue(asked)
+        return [self._labels(each) for each in searches]
+
+    def _continue(self, asked: Sequence[tuple[_Search, list[int]]]) -> None:
+        """Continue these prefixes, and keep what comes of it."""
+        cuts = [[each.solution.spans[step][1] for step in steps] for each, steps in asked]
+        branches = [continued(each.solution, ends) for (each, _), ends in zip(asked, cuts, strict=True)]
         results = self.engine.continue_branches(branches, self.sampling, purpose="monte-carlo")
         drawn = [
-            (solution, end, continuations)
-            for solution, ends, result in zip(solutions, cuts, results, strict=True)
+            (each.solution, end, continuations)
+            for (each, _), ends, result in zip(asked, cuts, results, strict=True)
             for end, continuations in zip(ends, result.continuations, strict=True)
         ]
         verdicts = grade_continuations(drawn, self.policy, self.grader, self.sampling)
         succeeding = iter(self._succeeding(drawn, verdicts))
         marks = iter(verdicts)
-        labels = []
-        for solution, steps, result in zip(solutions, open_steps, results, strict=True):
-            successes, trials = [0] * len(solution.steps), [0] * len(solution.steps)
-            values = [float(solution.correct is True)] * len(solution.steps)
-            texts: list[list[str]] = [[] for _ in solution.steps]
+        for (each, steps), result in zip(asked, results, strict=True):
             for step in steps:
-                found, texts[step] = next(marks), next(succeeding)
-                successes[step], trials[step], values[step] = sum(found), len(found), sum(found) / len(found)
-            facts: dict[str, Any] = {
-                "successes": successes,
-                "trials": trials,
-                "generated_tokens": sum(len(each.token_ids) for group in result.continuations for each in group),
-                "prefill_tokens": result.prefill_tokens,
-            }
-            reduced = reduce_values(values, self.reduce)
-            if self.consistent:
-                kept, texts = consistent_labels(solution.steps, reduced, texts)
-                facts["suspicious"] = sum(after is not before for after, before in zip(kept, reduced, strict=True))
-                reduced = kept
-            if self.keep_continuations:
-                facts["continuations"] = [each[0] if each else None for each in texts]
-            labels.append(StepLabels(reduced, values=tuple(values), facts=facts))
-        return labels
+                found, each.texts[step] = next(marks), next(succeeding)
+                each.successes[step], each.trials[step] = sum(found), len(found)
+                each.values[step] = sum(found) / len(found)
+            each.generated += sum(len(one.token_ids) for group in result.continuations for one in group)
+            each.prefill += result.prefill_tokens
+
+    def _labels(self, search: _Search) -> StepLabels:
+        """What a search that is over says of its solution."""
+        values, texts = search.values, search.texts
+        facts: dict[str, Any] = {
+            "successes": search.successes,
+            "trials": search.trials,
+            "generated_tokens": search.generated,
+            "prefill_tokens": search.prefill,
+        }
+        first = bracket(values, self.order)[1]  # what the search passed over follows from it
+        known = [float(i < first) if self.order != "all" else value or 0.0 for i, value in enumerate(values)]
+        reduced = reduce_values(known, self.reduce)
+        if self.consistent:
+            kept, texts = consistent_labels(search.solution.steps, reduced, texts)
+            facts["suspicious"] = sum(after is not before for after, before in zip(kept, reduced, strict=True))
+            reduced = kept
+        if self.keep_continuations:
+            facts["continuations"] = [each[0] if each else None for each in texts]
+        return StepLabels(reduced, values=tuple(values), facts=facts)
 
     def _succeeding(
         self, drawn: Sequence[tuple[Solution, int, Sequence[Completion]]], verdicts: Sequence[Sequence[bool]]
@@ -181,6 +228,7 @@ class MonteCarloLabeller:
             **sampling,
             "stop": list(self.sampling.stop),
             "reduce": self.reduce,
+            **({"order": self.order} if self.order != "all" else {}),
             **({"consistent": True} if self.consistent else {}),
         }
 
@@ -204,6 +252,47 @@ class MonteCarloLabeller:
     def _marked_answer(self, ids: Sequence[int]) -> str | None:
         marks = [name for name in self.grader.extractors if name in _MARKS]
         return extract_answer(decode_text(self.policy.tokenizer, ids), marks) if marks else None
+
+
+def bracket(values: Sequence[float | None], order: Order) -> tuple[int, int]:
+    """Where the first error of a solution must be.
+
+    Args:
+        values: of its steps; None: not known.
+        order: ``binary`` takes for granted that a prefix of one that succeeds would succeed; the others go by the steps
+            from the first one on whose values are known.
+
+    Returns:
+        The last step that is taken to be correct (-1: none), and the first one behind it whose prefix is known to fail
+        (the number of steps: none): the first error, where the two are neighbours.
+    """
+    if order == "binary":
+        low = max((i for i, value in enumerate(values) if value), default=-1)
+    else:
+        low = [*map(bool, values), False].index(False) - 1
+    return low, next((i for i in range(low + 1, len(values)) if values[i] == 0), len(values))
+
+
+def next_steps(values: Sequence[float | None], order: Order) -> list[int]:
+    """The steps whose prefixes are to be continued next.
+
+    Args:
+        values: shares of success of the steps' prefixes; None: not known yet.
+        order: ``all`` asks about every prefix at once. ``forward`` asks about one after the other until one fails.
+            ``binary`` asks about the middle one of those left: ceil(log2(S)) prefixes of the S of a solution with an
+            incorrect answer (which is known to fail at its end), and none where the answer is correct. It finds the
+            first error that labelling every prefix finds where values are monotone (no prefix behind one that fails
+            succeeds); else it finds a step that fails behind one that succeeds.
+
+    Returns:
+        Their numbers, in order; none when the solution is settled.
+    """
+    if order == "all":
+        return [i for i, value in enumerate(values) if value is None]
+    low, high = bracket(values, order)
+    if high - low == 1:
+        return []
+    return [low + 1 if order == "forward" else (low + high) // 2]
 
 
 def consistent_labels(

@@ -208,8 +208,8 @@ def _balance(marks: Sequence[Sequence[bool | None]]) -> dict[str, Any]:
 
 def _totals(records: Sequence[Row]) -> dict[str, int]:
     """Sums of the labeller's whole-number facts (tokens generated, tokens read) and of its trials (continuations
-    made)."""
-    totals: Counter[str] = Counter()
+    made); what every labeller's labels cost in generated tokens, 0 where none are."""
+    totals: Counter[str] = Counter({"generated_tokens": 0})
     for record in records:
         facts = record["row"].get("label_facts", {}) if "row" in record else record.get("facts", {})
         if "trials" in facts:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepkd.data.config import parse_spec
+from stepkd.data.encode import LabelRule, step_targets
 from stepkd.data.load import load_rows
 from stepkd.data.rows import STEPWISE, validate
 from stepkd.errors import DataError
@@ -90,6 +91,20 @@ def test_balanced_by_count() -> None:
     assert convert_rows(rows, Balanced(seed=1)).rows == found.rows
     with pytest.raises(DataError, match="none of 3 rows is left"):
         convert_rows([completion(i, [True]) for i in range(3)], Balanced())
+
+
+def test_a_reward_model_learns_as_many_correct_as_incorrect_steps_of_balanced_rows(tmp_path: Path) -> None:
+    """Where the steps behind an incorrect one keep their labels; hidden, there are more correct ones."""
+    path = tmp_path / "balanced.jsonl"
+    rows = [completion(i, [i % 4 < 3, i % 4 < 2, i % 4 < 1]) for i in range(8)]
+    Balanced().write(convert_rows(rows, Balanced()).rows, path)
+
+    def counts(rule: LabelRule) -> list[tuple[int, int]]:
+        targets = [step_targets(row, 3, 2, rule) for row in load_rows(parse_spec(str(path)))]
+        return [(step.count((0.0, 1.0)), step.count((1.0, 0.0))) for step in zip(*targets, strict=True)]
+
+    assert counts(LabelRule(after_error="keep")) == [(2, 2), (4, 4), (2, 2)]
+    assert counts(LabelRule(after_error="mask"))[:2] == [(2, 2), (4, 2)]
 
 
 def test_what_is_refused() -> None:
