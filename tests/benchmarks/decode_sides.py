@@ -178,12 +178,17 @@ def server(given: dict[str, Any], requests: int, seeded: bool = True) -> Run:
     return anew
 
 
+def name_vllm() -> None:
+    """Let lm-evaluation-harness find vLLM, whose version it asks for by a name that one built for CPUs lacks."""
+    metadata, version = import_module("importlib.metadata"), import_module("vllm").__version__
+    ask = metadata.version
+    metadata.version = lambda name: version if name == "vllm" else ask(name)  # type: ignore[attr-defined]
+
+
 def harness(given: dict[str, Any], backend: str) -> Run:
     """A backend of lm-evaluation-harness."""
-    if backend == "vllm":  # asked for by this name, which a rebuild for CPUs does not have
-        metadata, version = import_module("importlib.metadata"), import_module("vllm").__version__
-        ask = metadata.version
-        metadata.version = lambda name: version if name == "vllm" else ask(name)  # type: ignore[attr-defined]
+    if backend == "vllm":
+        name_vllm()
     instance, registry = import_module("lm_eval.api.instance"), import_module("lm_eval.api.registry")
     import_module("lm_eval.models")
     settings: dict[str, Any] = {"pretrained": given["model"], "dtype": given["dtype"], "batch_size": given["rows"]}

@@ -24,6 +24,7 @@ from typing import Any
 
 import lm_eval
 import yaml
+from decode_sides import name_vllm
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
@@ -161,6 +162,7 @@ def main() -> None:
                         f"finish {row['finish']}"
                     )
             if given.generate:
+                name_vllm()
                 own = verdicts("vllm", name, Path(place), metrics, model_args=given.generate, batch_size="auto")
                 for which, theirs in own.items():
                     correct = share([is_correct for is_correct, _ in theirs])
