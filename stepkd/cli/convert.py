@@ -7,6 +7,7 @@ stepkd convert runs/labels --to Demonstrations --to.clean true --out clean.jsonl
 stepkd convert runs/labels --to Refinements --to.max_pairs 4 --out refine.jsonl       (SFT of a refiner: GLoRe)
 stepkd convert runs/prm-scores/results.jsonl --to Selected --to.by convincing --to.count 200 --out to_label.jsonl
 stepkd convert runs/labels --to WithinBudget --to.tokens 100000 --out cheap.jsonl     (what labels for that much)
+stepkd convert runs/critiques --to Critiques --out graded.jsonl                       (then Demonstrations, Preference)
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import stepkd.labels.critiques
 import stepkd.labels.refinements
 import stepkd.labels.selection  # noqa: F401 (choices of --to)
 from stepkd.labels.convert import ConverterConfig, convert_rows
@@ -30,7 +32,7 @@ class ConvertConfig:
     """Labelled rows (to be Selected: scored ones): a file, or the folder of a labelling job."""
     to: ConverterConfig
     """Kind of the new rows: Stepwise, TRLStepwise, MathShepherd, Balanced, Unpaired, Preference, Demonstrations,
-    Refinements, Selected or WithinBudget."""
+    Refinements, Selected, WithinBudget, Critiques or Tagged."""
     out: str
     """File of rows to write."""
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from stepkd.cli.score import CRITIQUES
 from stepkd.evaluation.config import EvaluatePRMConfig
 from stepkd.statistics import percent, shown
 
@@ -62,6 +63,8 @@ def _print_process(console: Any, summary: dict[str, Any]) -> None:
         if section["unknown_first_error"]:
             label += f"\n({section['unknown_first_error']} not in F1: labels\nmissing before an error)"
         rules = [(f"below {section['fixed']['threshold']:.2f}", section["fixed"], "\n")]
+        if "predicted" in section:
+            rules.append(("the critic's own, by vote", section["predicted"], "\n"))
         if "tuned" in section:
             where = "here: optimistic" if section["tuned"]["optimistic"] else f"on {summary['tuned_on']}"
             rules.append((f"below {section['tuned']['threshold']:.2f},\ntuned {where}", section["tuned"], "\n"))
@@ -83,6 +86,9 @@ def _print_process(console: Any, summary: dict[str, Any]) -> None:
         if set(cells) != {"-"}:
             steps.add_row(title, *cells)
     console.print(steps)
+    for name, section in summary["sets"].items():
+        if "critiques" in section:
+            console.print(f"{name}: {CRITIQUES.format(**section['critiques'])}", markup=False, highlight=False)
     for what, why in summary["undefined"].items():
         console.print(f"no {what.replace('_', ' ')}: {why}", markup=False, highlight=False)
 

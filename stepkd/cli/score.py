@@ -18,6 +18,9 @@ from typing import Any
 
 from stepkd.evaluation.config import ScoreConfig
 
+CRITIQUES = "{critiques} critiques ({without_verdict} without a verdict), {generated_tokens} tokens generated"
+"""What is said of a critic's cost."""
+
 
 def run(config: ScoreConfig) -> int:
     """Run ``stepkd score``."""
@@ -39,6 +42,8 @@ def _summary_lines(summary: dict[str, Any]) -> Iterator[str]:
     means = [summary["mean_score_correct"], summary["mean_score_incorrect"]]
     if means != [None, None]:
         yield "  of correct solutions {}, of incorrect ones {}".format(*map(_number, means))
+    if summary["critiques"]:
+        yield CRITIQUES.format(**summary["critiques"])
     if summary["temperature"] is not None:
         yield f"temperature: {summary['temperature']:.4g}"
     if cut := summary["unscored_rows"] - summary["unreadable_rows"]:

@@ -280,9 +280,13 @@ def summarise_process(
     sections = {}
     for name, rows in whole.items():
         if not rows:
-            raise DataError(f"no solution of {name!r} has a score for each of its steps: the context is too short")
+            raise DataError(
+                f"no solution of {name!r} has a score for each of its steps: the context is too short, "
+                "or the critiques have no verdicts"
+            )
         section = sections[name] = _section(rows, threshold, meaning, seed)
         section["unscored_solutions"] = len(sets[name]) - len(rows)
+        section |= _critic(sets[name], seed)
         if tuned is not None:
             section["tuned"] = _f1(rows, tuned, seed) | {"optimistic": name == tune_on}
             section["baselines"]["random, tuned"] = _random(rows, random_threshold)
@@ -294,6 +298,26 @@ def summarise_process(
         "undefined": undefined,
         "sets": sections,
     }
+
+
+def _critic(rows: Sequence[Row], seed: int) -> dict[str, Any]:
+    """What critiques cost, and F1 of the critic's own predictions, over all solutions: one without is a miss, as in
+    ProcessBench's code. Empty for other scorers."""
+    if not (costs := critique_costs(rows)):
+        return {}
+    known = [row for row in rows if row["first_error"] is not None]
+    predictions = [len(row["labels"]) if row["prediction"] is None else row["prediction"] for row in known]
+    f1 = processbench_f1(predictions, [row["first_error"] for row in known], seed=seed).to_dict()
+    without = sum(row["prediction"] is None for row in known)
+    return {"critiques": costs, "predicted": f1 | {"without_prediction": without}}
+
+
+def critique_costs(rows: Sequence[Row]) -> dict[str, int]:
+    """What critiques cost, over scored rows: how many there are, without a verdict, and tokens; empty without any."""
+    facts = [row["score_facts"] for row in rows if "critiques" in row.get("score_facts", {})]
+    names = ("without_verdict", "generated_tokens", "prefill_tokens")
+    written = {"critiques": sum(len(each["critiques"]) for each in facts)}
+    return written | {name: sum(each[name] for each in facts) for name in names} if facts else {}
 
 
 def _section(rows: Sequence[Row], threshold: float, meaning: Meaning, seed: int) -> dict[str, Any]:

@@ -19,10 +19,11 @@ from stepkd.data.config import parse_spec
 from stepkd.data.encode import LabelRule, step_targets
 from stepkd.data.io import fingerprint
 from stepkd.data.load import load_rows
+from stepkd.data.rows import passed_on
 from stepkd.errors import ConfigError, DataError
 from stepkd.evaluation.config import EvaluatePRMConfig, ScoreConfig
 from stepkd.evaluation.diagnostics import task_swaps
-from stepkd.evaluation.process import summarise_process
+from stepkd.evaluation.process import critique_costs, summarise_process
 from stepkd.models.policy import Policy
 from stepkd.runs.job import (
     ALONE,
@@ -39,6 +40,7 @@ from stepkd.scorers.calibration import fit_temperature, scaled
 from stepkd.scorers.load import load_scorer
 from stepkd.scorers.prm import packed
 from stepkd.scorers.scorer import (
+    Judged,
     Row,
     Solutions,
     StepScorer,
@@ -132,6 +134,7 @@ def score_file(config: ScoreConfig, *, scorer: StepScorer | None = None, options
                 "score": reduce_scores(values, reduction, meaning=loaded.meaning),
                 "scorer": provenance,
                 **({} if result["error"] is None else {"score_error": result["error"]}),
+                **passed_on(result, "score_facts", "prediction"),
             }
         )
     summary = _summarise_scores(scored) | {"temperature_fit": fit}
@@ -180,7 +183,13 @@ def _row_scores(scorer: StepScorer, row: Row, number: int, scores: Sequence[floa
     """A row's scores, with the reason where the scorer could not read the solution at all."""
     reason = getattr(scorer, "unreadable", None)
     error = None if reason is None or not all(map(math.isnan, scores)) else reason(row)
-    return {"index": number, "scores": [None if math.isnan(value) else value for value in scores], "error": error}
+    found = {"index": number, "scores": [None if math.isnan(value) else value for value in scores], "error": error}
+    return found | _facts(scores)
+
+
+def _facts(scores: Sequence[float]) -> dict[str, Any]:
+    """What a scorer says beside its scores, as columns."""
+    return {"score_facts": dict(scores.facts), "prediction": scores.prediction} if isinstance(scores, Judged) else {}
 
 
 def _summarise_scores(scored: Sequence[Row]) -> dict[str, Any]:
@@ -204,6 +213,7 @@ def _summarise_scores(scored: Sequence[Row]) -> dict[str, Any]:
         "mean_score": mean([score for score, _ in kept]),
         "mean_score_correct": mean([score for score, good in kept if good is True]),
         "mean_score_incorrect": mean([score for score, good in kept if good is False]),
+        "critiques": critique_costs(scored),
     }
 
 
@@ -325,7 +335,7 @@ def _with_steps(row: Row) -> dict[str, Any]:
 
 def _judged(scorer: StepScorer, name: str, row: Row, index: int, scores: Sequence[float]) -> dict[str, Any]:
     """A line of the results; with the scores for the order-swap test, where the exact checker knows which steps need
-    each other (the tiny world)."""
+    each other (the tiny world) and no critique would have to be written for it."""
 
     def rounded(values: Sequence[float | None]) -> list[float | None]:
         return [None if value is None or math.isnan(value) else round(float(value), 6) for value in values]
@@ -339,8 +349,8 @@ def _judged(scorer: StepScorer, name: str, row: Row, index: int, scores: Sequenc
         "scores": rounded(step_scores(row, scores)),
         "labels": verdicts(row["labels"]),
         "first_error": first_incorrect(row["labels"]),
-    }
-    if is_task_row(row) and (swaps := task_swaps(row)):
+    } | _facts(scores)
+    if is_task_row(row) and not isinstance(scores, Judged) and (swaps := task_swaps(row)):
         swapped = scorer.score([Solutions(row, pair) for pair in swaps])
         result["swaps"] = [[rounded(part) for part in pair] for pair in swapped]
     return result

@@ -18,7 +18,7 @@ from stepkd.data.completion import Completion
 from stepkd.errors import ConfigError, DataError, check_bounds
 from stepkd.sampling.engine import SamplingConfig
 from stepkd.scorers.load import load_scorer
-from stepkd.scorers.scorer import ScorerConfig, Solutions, StepScorer
+from stepkd.scorers.scorer import ScorerConfig, Solutions, StepScorer, facts_of
 from stepkd.steps.labels import Label, check_threshold, passes
 from stepkd.tasks.base import Given
 from stepkd.tasks.rows import check_row
@@ -247,7 +247,7 @@ class ScorerLabeller:
             if not all(score is None or 0 <= score <= 1 for score in known):
                 raise DataError(f"scores outside [0, 1]: {known}", path=solution.id)
             labels = known if self.threshold is None else [passes(score, self.threshold) for score in known]
-            found.append(StepLabels(tuple(labels), facts={"scores": known}))
+            found.append(StepLabels(tuple(labels), facts={"scores": known, **facts_of(scores)}))
         return found
 
     def provenance(self) -> dict[str, Any]:

@@ -150,6 +150,7 @@ def cross_entropy(
     hidden_NH: Tensor,
     targets_N: Tensor,
     *,
+    weights_N: Tensor | None = None,
     chunk_size: int = DEFAULT_CHUNK,
 ) -> LossTerms:
     """Masked next-token cross-entropy as a named sum.
@@ -158,10 +159,11 @@ def cross_entropy(
 
     Args:
         head, hidden_NH, targets_N, chunk_size: as in :func:`token_logps`.
+        weights_N: weight of every target, >= 0; None: 1.
 
     Returns:
-        ``sums["ce"]``: sum over targets of ``-log p(target)`` in nats; metric ``token_accuracy``: share of targets that
-        are the most likely token.
+        ``sums["ce"]``: sum over targets of ``-log p(target)`` in nats, each times its weight; metric
+        ``token_accuracy``: share of targets that are the most likely token, whatever they weigh.
 
     Raises:
         ValueError: lengths that differ.
@@ -169,7 +171,8 @@ def cross_entropy(
     stats_N2 = chunked_head(_logp_and_hit, head, hidden_NH, targets_N, chunk_size=chunk_size)
     logps_N, hits_N = stats_N2[:, 0], stats_N2[:, 1].detach()
     count = torch.tensor(float(targets_N.numel()), device=hidden_NH.device)
-    return LossTerms({"ce": -logps_N.sum()}, {"token_accuracy": (hits_N.sum(), count)})
+    weighted_N = logps_N if weights_N is None else logps_N * weights_N.to(logps_N)
+    return LossTerms({"ce": -weighted_N.sum()}, {"token_accuracy": (hits_N.sum(), count)})
 
 
 def _logp_and_hit(logits_CV: Tensor, targets_C: Tensor) -> Tensor:

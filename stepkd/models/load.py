@@ -17,6 +17,7 @@ from stepkd.models.machine import check_host_room, compute_dtype, fast_bfloat16
 from stepkd.models.source import as_trained, check_source, no_model
 from stepkd.models.spec import TINY_PRESETS, PolicyConfig, build_tiny, tiny_config, tiny_tokenizer
 from stepkd.safe import check_remote_code
+from stepkd.steps.format import marker_token_id
 
 logger = logging.getLogger(__name__)
 
@@ -232,12 +233,15 @@ def load_tokenizer(spec: PolicyConfig) -> Any:
 
     Raises:
         ModelError: no tokenizer there, or one without an end token.
-        ConfigError: a chat template of one's own that is no Jinja text.
+        ConfigError: a chat template of one's own that is no Jinja text, or a special token that is not one token here.
     """
     from jinja2 import TemplateSyntaxError
 
     where, revision = _tokenizer_place(spec)
     tokenizer = tiny_tokenizer() if where in TINY_PRESETS else _stored_tokenizer(where, revision, spec)
+    for token in as_trained(spec).special_tokens:
+        marker_token_id(tokenizer, token, what="policy.special_tokens:")
+        tokenizer.add_tokens(token, special_tokens=True)
     if (own := as_trained(spec).chat_template) is not None:
         tokenizer.chat_template = own
         try:

@@ -33,7 +33,7 @@ def find_checkpoint(path: Path) -> Path | None:
     return None
 
 
-_KEPT = ("tokenizer", "chat_template", "lora", "trust_remote_code")
+_KEPT = ("tokenizer", "chat_template", "special_tokens", "lora", "trust_remote_code")
 
 
 def as_trained(spec: PolicyConfig) -> PolicyConfig:

@@ -58,6 +58,8 @@ class PolicyConfig:
     chat_template: str | None = None
     """Chat template in place of the tokenizer's: a Jinja file, or its text. Checkpoints hold it, exports write it into
     the tokenizer."""
+    special_tokens: tuple[str, ...] = ()
+    """Tokens that the tokenizer has and that texts shall not show, such as the tags of steps; exports keep them so."""
     dtype: DType | None = "float32"
     """Parameter dtype; null is the stored one. What is trained is float32: adapters and ``modules_to_save`` on any
     base, all weights under null; ``bfloat16`` without adapters is refused by ``fit``."""
@@ -106,7 +108,8 @@ def spec_from_dict(values: dict[str, Any]) -> PolicyConfig:
     for name, kind, found in (("policy", PolicyConfig, values), ("policy.lora", LoRAConfig, lora or {})):
         if unknown := set(found) - {each.name for each in fields(kind)}:
             raise ConfigError(f"unknown {name} settings {sorted(unknown)}: was this written by a newer stepkd?")
-    return PolicyConfig(**{**values, "lora": lora and LoRAConfig(**lora)})
+    special = tuple(values.get("special_tokens", ()))
+    return PolicyConfig(**{**values, "special_tokens": special, "lora": lora and LoRAConfig(**lora)})
 
 
 class StepHeadConfig(ABC):

@@ -9,7 +9,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 
+import torch
 from torch import Tensor
 
 from stepkd.data.collate import Batch
@@ -142,17 +144,37 @@ class Component(ABC):
 
 
 class CrossEntropy(Component):
-    """Next-token cross-entropy on the targets, every token weighing the same."""
+    """Next-token cross-entropy on the targets.
+
+    Args:
+        weights: weight of each token id, >= 0; an id that is not there has 1.
+    """
 
     names = ("ce",)
 
+    def __init__(self, weights: Mapping[int, float] = MappingProxyType({})) -> None:
+        self.weights = weights
+
     def count(self, batch: Batch) -> dict[str, float]:
-        """Targets."""
-        return {"ce": float(batch.targets_N.numel())}
+        """Targets, by weight."""
+        return {"ce": float(self._weights(batch.targets_N).sum())}
 
     def terms(self, forward: ForwardPass) -> LossTerms:
-        """``ce``: summed negative log-likelihood of the targets (nats)."""
-        return cross_entropy(forward.head, forward.hidden_NH, forward.batch.targets_N, chunk_size=forward.chunk_size)
+        """``ce``: summed negative log-likelihood of the targets (nats), by weight."""
+        weights_N = self._weights(forward.batch.targets_N) if self.weights else None
+        return cross_entropy(
+            forward.head,
+            forward.hidden_NH,
+            forward.batch.targets_N,
+            weights_N=weights_N,
+            chunk_size=forward.chunk_size,
+        )
+
+    def _weights(self, targets_N: Tensor) -> Tensor:
+        weights_N = torch.ones_like(targets_N, dtype=torch.float64)
+        for token, weight in self.weights.items():
+            weights_N[targets_N == token] = weight
+        return weights_N
 
 
 def terms_of(components: Sequence[Component], forward: ForwardPass) -> LossTerms:

@@ -9,13 +9,15 @@ from stepkd.lazy import lazily
 
 _HOMES = {
     "calibration": "fit_temperature scaled",
+    "critic": "GenerativeVerifier",
+    "critiques": "CritiqueForm Tags get_form",
     "implicit": "ImplicitPRM",
     "judge": "PromptedJudge",
-    "load": "ASPRM Implicit Judge MathShepherdPRM PRM QwenPRM TRLPRM load_scorer scorer_of",
+    "load": "ASPRM Critic Implicit Judge MathShepherdPRM PRM QwenPRM TRLPRM load_scorer scorer_of",
     "prm": "PRMScorer",
     "rules": "Arithmetic Checker Gain",
     "scorer": (
-        "Meaning Reduction ScorerConfig Solutions StepScorer default_reduction reduce_scores reduce_solutions "
+        "Judged Meaning Reduction ScorerConfig Solutions StepScorer default_reduction reduce_scores reduce_solutions "
         "score_one score_rows"
     ),
 }

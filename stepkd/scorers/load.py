@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,7 +12,8 @@ from stepkd.data.templates import TEMPLATES, PromptTemplate
 from stepkd.errors import ConfigError, check_bounds, nearest
 from stepkd.models.spec import DType, StepHeadConfig
 from stepkd.sampling.config import EngineConfig, VLLMServer
-from stepkd.sampling.engine import Engine
+from stepkd.sampling.engine import Engine, SamplingConfig
+from stepkd.scorers.critiques import get_form
 from stepkd.scorers.rules import Arithmetic, Checker, Gain
 from stepkd.scorers.scorer import ScorerConfig, StepScorer
 
@@ -39,8 +40,8 @@ class _Reader(ScorerConfig):
     """Temperature that scales the scores, in [0.01, 100], as stepkd score --fit_temperature fits one; the default
     leaves them."""
     engine: EngineConfig | None = None
-    """What holds the model and reads: of a Judge Transformers, VLLMServer or VLLM, of a QwenPRM VLLMServer (started
-    with --runner pooling); null reads in this process, as many rows at once as the job does."""
+    """What holds the model and reads: of a Judge or Critic Transformers, VLLMServer or VLLM, of a QwenPRM VLLMServer
+    (started with --runner pooling); null reads in this process, as many rows at once as the job does."""
     engines: ClassVar[tuple[type[EngineConfig], ...]] = ()
 
     def __post_init__(self) -> None:
@@ -50,8 +51,8 @@ class _Reader(ScorerConfig):
             where = " or ".join([*(f"by {each.__name__}" for each in self.engines), "in this process"])
             raise ConfigError(
                 f"scorer.engine={type(self.engine).__name__}: the model of a {name} is read {where}: "
-                "drop scorer.engine. Engines read for a Judge, VLLMServer also for a QwenPRM (published, or written by "
-                "stepkd export --layout qwen_prm)"
+                "drop scorer.engine. Engines read for a Judge or Critic, VLLMServer also for a QwenPRM (published, or "
+                "written by stepkd export --layout qwen_prm)"
             )
 
     def _built(self, policy: Any) -> Engine | None:
@@ -220,6 +221,39 @@ class Judge(_Reader):
 
 
 @dataclass(frozen=True)
+class Critic(_Reader):
+    """Any language model, asked for a critique before each verdict: a generative verifier, with votes."""
+
+    engines = (EngineConfig,)
+    form: str = "step"
+    """What is asked: step (a verdict per step), processbench (its official prompt: the index of the first incorrect
+    step), task (the tiny world's, for a model trained on it), or a YAML file; step scores each step by itself."""
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.0, max_new_tokens=2048))
+    """How critiques are drawn: n of them vote, and need a temperature; by default one greedy critique of up to 2,048
+    tokens (ProcessBench's code: 8,192; with votes n=8, temperature 1, top_p 0.9)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        get_form(self.form)
+        if self.sampling.n > 1 and self.sampling.temperature == 0:
+            raise ConfigError(
+                f"scorer.sampling: {self.sampling.n} critiques at temperature 0 would all be the same: set a "
+                "temperature, or n to 1"
+            )
+
+    def _load(self, weights: dict[str, Any], **reading: Any) -> Any:
+        from stepkd.models.checkpoint import load_trained
+        from stepkd.models.source import trained_template
+        from stepkd.scorers.critic import CRITIC_TEMPLATE, GenerativeVerifier
+
+        holds = self.engine is None or self.engine.holds_weights
+        policy = load_trained(self.path, **weights, weights=holds)
+        template = self.template or trained_template(self.path) or CRITIC_TEMPLATE
+        own: dict[str, Any] = {"form": self.form, "sampling": self.sampling, "template": template}
+        return GenerativeVerifier(policy, engine=self._built(policy), **own, **reading)
+
+
+@dataclass(frozen=True)
 class Implicit(_Reader):
     """A policy that learnt from outcomes (a run of KTO, DPO or ImplicitPRM), as an implicit process reward model."""
 
@@ -247,7 +281,7 @@ class Implicit(_Reader):
 
 
 _ALONE: dict[str, type[ScorerConfig]] = {"checker": Checker, "arithmetic": Arithmetic, "gain": Gain}
-_WITH_MODEL: dict[str, type[_Reader]] = {"prm": PRM, "judge": Judge, "implicit": Implicit}
+_WITH_MODEL: dict[str, type[_Reader]] = {"prm": PRM, "judge": Judge, "critic": Critic, "implicit": Implicit}
 _WITH_MODEL |= {each.family: each for each in (MathShepherdPRM, ASPRM, QwenPRM, TRLPRM)}
 
 
@@ -256,8 +290,8 @@ def scorer_of(scorer: ScorerConfig | str) -> ScorerConfig:
 
     Args:
         scorer: settings, which stay as they are; or ``checker``, ``arithmetic``, ``gain``, ``judge:MODEL``,
-            ``prm:PATH``, ``implicit:RUN``, ``math-shepherd:PATH``, ``asprm:PATH``, ``qwen-prm:PATH``, ``trl:PATH``; or
-            a path or hub id alone, whose kind is told from what is there.
+            ``critic:MODEL``, ``prm:PATH``, ``implicit:RUN``, ``math-shepherd:PATH``, ``asprm:PATH``, ``qwen-prm:PATH``,
+            ``trl:PATH``; or a path or hub id alone, whose kind is told from what is there.
 
     Raises:
         ConfigError: an unknown kind.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
 
@@ -35,6 +35,25 @@ class Solutions:
     """Problem row: ``prompt``, and for checkers ``task`` and ``meta``; a judge may use ``answer`` or ``solution``."""
     solutions: Sequence[Sequence[str]]
     """Step texts of every solution, each with at least one step; separators at a step's end are optional."""
+
+
+class Judged(list[float]):
+    """Step scores of one solution, with what a scorer says beside them.
+
+    Args:
+        scores: one per step.
+        facts: JSON values that rows keep: texts it wrote, tokens it generated, ...
+        prediction: index of the first incorrect step, or -1, by the scorer's own rule; None: it names none.
+    """
+
+    def __init__(self, scores: Iterable[float], *, facts: Mapping[str, Any], prediction: int | None) -> None:
+        super().__init__(scores)
+        self.facts, self.prediction = facts, prediction
+
+
+def facts_of(scores: Sequence[float]) -> Mapping[str, Any]:
+    """The facts of :class:`Judged` scores; none of others."""
+    return scores.facts if isinstance(scores, Judged) else {}
 
 
 class StepScorer(Protocol):

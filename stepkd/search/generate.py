@@ -29,7 +29,7 @@ from stepkd.grading.pool import Grader
 from stepkd.models.checkpoint import weights_fingerprint
 from stepkd.models.policy import Policy
 from stepkd.sampling.engine import Engine, SamplingConfig, before_stop, decode_text
-from stepkd.scorers.scorer import Reduction, Solutions, StepScorer, default_reduction, reduce_scores
+from stepkd.scorers.scorer import Reduction, Solutions, StepScorer, default_reduction, facts_of, reduce_scores
 from stepkd.search.state import Costs, End, Name, Problem, State, Step, StepGenerator
 from stepkd.steps.confidence import SIGNAL_SEGMENTERS
 from stepkd.steps.segment import get_segmenter, segment, segmenter_settings
@@ -400,6 +400,7 @@ class ScorerValue:
         asked = [Solutions(next(iter(steps.values())), list(steps)) for steps in problems.values()]
         for (index, steps), scored in zip(problems.items(), self.scorer.score(asked) if asked else [], strict=True):
             self._known |= {(index, each): scores for each, scores in zip(steps, scored, strict=True)}
+            self.costs[index]["scored_tokens"] += sum(facts_of(each).get("generated_tokens", 0) for each in scored)
         return [self._known.get(key) for key in keys]
 
     def reduced(self, scores: Sequence[float], reduction: Reduction | None = None) -> float | None:
@@ -410,9 +411,7 @@ class ScorerValue:
             reduction: from the scores of all steps to one; None: its own.
         """
         reduction = reduction or self.reduction
-        # Only the last step's score counts then; those before it may be missing.
-        if reduction == "last":
-            scores = scores[-1:]
+        scores = scores[-1:] if reduction == "last" else scores  # those before it may be missing then
         return None if math.isnan(scores[-1]) else reduce_scores(scores, reduction, meaning=self.scorer.meaning)
 
     def provenance(self) -> dict[str, Any]:

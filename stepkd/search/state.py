@@ -200,7 +200,8 @@ class Costs(defaultdict[int, Counter[str]]):
 
     ``steps``, ``continuations``, ``tokens``: tokens drawn for steps, for rests of solutions and in other ways, those
     thrown away included; ``scored_tokens``: tokens of prompt and solution that a scorer was given, each time that it
-    was; ``scorer_calls``: solutions, whole or in part, that it was given; ``unscored``: those it had no score for;
+    was, and those that a critic wrote; ``scorer_calls``: solutions, whole or in part, that it was given; ``unscored``:
+    those it had no score for;
     ``no_room``: prompts about drafts that left no room for an answer;
     ``drafted``, ``passes``: tokens of a small model that drafts, and forward passes of the one that it drafts for.
     """

@@ -11,7 +11,7 @@ from stepkd.lazy import lazily
 _HOMES = {
     "base": "Given Task TaskProblem",
     "families": "TASKS ArithmeticChain CellularAutomaton LongAddition ModularChain StarGraph get_task",
-    "rows": "Noise Split check_row demonstration is_task_row make_rows row_problem split_of",
+    "rows": "Noise Split check_row critique_rows demonstration is_task_row make_rows row_problem split_of",
 }
 
 __getattr__ = lazily(__name__, _HOMES)

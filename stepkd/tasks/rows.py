@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from stepkd.errors import ConfigError, DataError, check_bounds, check_choice
-from stepkd.tasks.base import Given, Task, TaskProblem, answer_line, keyed_bits, keyed_fraction, keyed_rng
+from stepkd.tasks.base import Given, Task, TaskProblem, answer_line, keyed_bits, keyed_fraction, keyed_rng, trim
 from stepkd.tasks.families import get_task
 
 
@@ -197,6 +197,38 @@ def row_problem(row: Mapping[str, Any]) -> tuple[Task, TaskProblem]:
             column="answer",
         )
     return task, problem
+
+
+def critique_rows(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a verifier learns of a solution, from the exact checker: to compute a line anew before it judges it.
+
+    Args:
+        row: a row of `make_rows`, or one with a model's `steps`.
+
+    Returns:
+        Per step up to the first incorrect one a row: `prompt` is the problem with the lines so far and a question mark
+        (the form `task` of critiques), `solution` the line that follows from those before, then ``#### 1`` where it is
+        the one that stands there, else ``#### 0``; `answer` is that verdict. `id` and `problem_id` name the solution.
+
+    Raises:
+        DataError: the row is not a row of the tiny world.
+    """
+    task, problem = row_problem(row)
+    steps, rows = [trim(step) for step in row["steps"]], []
+    for k, correct in enumerate(task.check_solution(problem, steps)):
+        verdict = str(int(correct))
+        rows.append(
+            {
+                "id": f"{row['id']}/{k}",
+                "problem_id": row["id"],
+                "prompt": "\n".join([problem.prompt.strip(), *steps[: k + 1]]) + "?\n",
+                "solution": f"{trim(task.next_step(problem, steps[:k]) or '')}\n{answer_line(verdict)}",
+                "answer": verdict,
+            }
+        )
+        if not correct:
+            break
+    return rows
 
 
 def is_task_row(row: Mapping[str, Any]) -> bool:

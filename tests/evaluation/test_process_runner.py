@@ -8,14 +8,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from stepkd.errors import ConfigError, DataError
-from stepkd.evaluation.config import EvaluatePRMConfig
+from stepkd.evaluation.config import EvaluatePRMConfig, ScoreConfig
 from stepkd.evaluation.process import compare_process
-from stepkd.evaluation.score_rows import evaluate_process
+from stepkd.evaluation.score_rows import evaluate_process, score_file
+from stepkd.labels.labellers import ScorerLabeller, Solution
 from stepkd.runs.job import JobOptions, read_results
-from stepkd.scorers.scorer import Meaning, Solutions
+from stepkd.scorers.scorer import Judged, Meaning, Solutions
 
 ROWS = [
     {"id": "a", "prompt": "p1", "completions": ["1", "2", "3"], "labels": [True, False, None]},
@@ -223,3 +225,49 @@ def test_processbench_subsets(data_dir: Path, tmp_path: Path) -> None:
     assert summary["sets"]["math"]["tuned"]["optimistic"] is False
     assert summary["sets"]["math"]["tuned"]["threshold"] == summary["tuned_threshold"]
     assert all(section["solutions"] == 40 for section in summary["sets"].values())
+
+
+class Critical(Scripted):
+    """A critic: predictions by prompt, and what each cost; no scores where it names nothing."""
+
+    named: Mapping[str, int | None] = {"p1": 1, "p2": 0, "p3": None, "p4": -1}
+
+    def score(self, problems: Sequence[Solutions]) -> list[list[list[float]]]:
+        found: list[list[list[float]]] = []
+        for problem in problems:
+            named = self.named[problem.row["prompt"]]
+            critiques = [{"step": None, "text": "t", "verdict": str(named), "tokens": 5, "finish": "stop"}] * 2
+            facts = {"critiques": critiques, "without_verdict": 2 * (named is None)}
+            facts |= {"generated_tokens": 10, "prefill_tokens": 7}
+            scores = [
+                [float("nan") if named is None else float(k != named) for k, _ in enumerate(steps)]
+                for steps in problem.solutions
+            ]
+            found.append([Judged(each, facts=facts, prediction=named) for each in scores])
+        return found
+
+
+def test_a_critics_own_predictions_are_judged_as_in_processbench(data: str, tmp_path: Path) -> None:
+    """Over all solutions: one without a prediction is a miss, and has no scores."""
+    summary = evaluate_process(spec(data, tmp_path / "out"), Critical(GOOD))
+    (section,) = summary["sets"].values()
+    predicted = section["predicted"]
+    assert [predicted[name]["value"] for name in ("acc_error", "acc_correct", "f1")] == [0.5, 0.5, 0.5]
+    assert (predicted["n_error"], predicted["n_correct"], predicted["without_prediction"]) == (2, 2, 1)
+    assert section["fixed"]["acc_error"]["value"] == 1.0, "of those with scores"
+    assert section["unscored_solutions"] == 1
+    costs = {"critiques": 8, "without_verdict": 2, "generated_tokens": 40, "prefill_tokens": 28}
+    assert section["critiques"] == costs
+    row = read_results(tmp_path / "out")[2]
+    assert (row["prediction"], row["score_facts"]["critiques"][0]["text"]) == (None, "t")
+    config = ScoreConfig(scorer="m", completions=data, out=str(tmp_path / "scored"))
+    assert score_file(config, scorer=Critical(GOOD))["critiques"] == costs
+    assert [row.get("prediction") for row in read_results(tmp_path / "scored")] == [1, 0, None, -1]
+    labels = ScorerLabeller(Critical(GOOD)).label([solution("p1"), solution("p3")])
+    assert [each.labels for each in labels] == [(True, False), (None, None)]
+    assert [each.facts["generated_tokens"] for each in labels] == [10, 10]
+
+
+def solution(prompt: str) -> Solution:
+    row = {"id": prompt, "prompt": prompt}
+    return Solution(np.array([1]), np.array([2]), index=0, correct=None, steps=("1", "2"), row=row)

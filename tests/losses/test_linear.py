@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -100,6 +101,26 @@ def test_chunked_under_autocast(kind: str, chunk_size: int, head_factory: Callab
     assert relative(actual, expected) < 1e-2
     for name, gradient in gradients.items():
         assert relative(gradient, expected_gradients[name]) < 2e-2, name
+
+
+def test_weighted_cross_entropy_closed_form_and_against_torch(head_factory: Callable[..., Any]) -> None:
+    """Weights by token: torch's own weighted mean, with its gradients; weight 1 is no weight."""
+    logits = torch.tensor([[0.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
+    by_hand = cross_entropy(lambda h: h, logits, torch.tensor([0, 1]), weights_N=torch.tensor([2.0, 0.5]))
+    assert float(by_hand.sums["ce"]) == pytest.approx(2.5 * math.log(2), abs=1e-15)
+    weights_V = torch.linspace(0, 2, V, dtype=torch.float64)
+    found = {}
+    for name in ("ours", "torch", "ones", "none"):
+        head, hidden, parameters = head_factory("everything")
+        weights_N = {"ours": weights_V[targets()], "ones": torch.ones(N)}.get(name)
+        if name == "torch":
+            loss = nn.functional.cross_entropy(head(hidden), targets(), weight=weights_V)
+        else:
+            total = N if weights_N is None else weights_N.sum()
+            loss = cross_entropy(head, hidden, targets(), weights_N=weights_N, chunk_size=3).sums["ce"] / total
+        found[name] = [loss, *torch.autograd.grad(loss, list(parameters.values()))]
+    for a, b in (("ours", "torch"), ("ones", "none")):
+        assert all(relative(x, y) < 1e-12 for x, y in zip(found[a], found[b], strict=True))
 
 
 class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):

@@ -77,6 +77,7 @@ FEEDBACK = {"reference": preference.OTHER, "class_weights": [1.5, 1.0]}
 STEPS = {**FEEDBACK, "beta": 0.3, "loss_weights": {"step": 0.7}}
 METHODS: dict[str, Method] = {
     "sft": Method(SFTModule, solutions),
+    "sft by weight": Method(SFTModule, solutions, {"token_weights": {"=": 2.5, "####": 0.0, "1": 0.5}}),
     "prm": Method(PRMModule, lambda: labelled(TOKENS), {"losses": [StepCrossEntropy([2.0, 1.0])]}),
     "prm classifier": Method(PRMModule, lambda: labelled(CLASSIFIER), {"head": CLASSIFIER}),
     "prm language": Method(PRMModule, lambda: labelled(TOKENS), {"losses": [StepCrossEntropy(), LanguageModelling()]}),

@@ -21,8 +21,9 @@ from stepkd.labels.settings import Existing, LabelConfig
 from stepkd.models.policy import Policy
 from stepkd.models.spec import PolicyConfig
 from stepkd.sampling.config import VLLM, Transformers, VLLMServer
+from stepkd.sampling.engine import SamplingConfig
 from stepkd.scorers.judge import PromptedJudge
-from stepkd.scorers.load import PRM, Judge, QwenPRM, load_scorer
+from stepkd.scorers.load import PRM, Critic, Judge, QwenPRM, load_scorer
 from stepkd.scorers.scorer import Solutions
 
 
@@ -65,6 +66,16 @@ def test_engines_judge_as_this_process_does(path: str, server: Any, problems: li
     engine = there.provenance()["engine"]
     assert (engine["name"], engine["vllm"], engine["served_model"]) == ("ServerEngine", "0.0", path)
     assert here.provenance()["engine"] == {"name": "TransformersEngine"}
+
+
+def test_engines_write_the_critiques_of_this_process(path: str, server: Any, problems: list[Solutions]) -> None:
+    form = {"form": "task", "template": "task", "sampling": SamplingConfig(temperature=0.0, max_new_tokens=8)}
+    found = []
+    for engine in (None, Transformers(max_rows=3), VLLMServer(server.address)):
+        scorer = load_scorer(Critic(path, engine=engine, **form), device="cpu")
+        found.append([each.facts for each in scorer.score(problems[:2])[1]])
+    assert found[0] == found[1] == found[2]
+    assert sum(facts["generated_tokens"] for facts in found[0]) > 50
 
 
 def test_a_servers_prefix_cache_holds_a_solution_before_its_steps_are_asked_about(

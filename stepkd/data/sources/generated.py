@@ -66,9 +66,10 @@ def gym_rows(options: Options, split: str) -> Iterator[Row]:
 
 def task_rows(options: Options, split: Any) -> Iterator[Row]:
     """Rows of the tiny world."""
-    from stepkd.tasks.rows import Noise, make_rows
+    from stepkd.tasks.rows import Noise, critique_rows, make_rows
 
     noise, where = options["noise"], "noise of source 'task'"
     if noise is not None:
         noise = build_settings(Noise, mapping(noise, where), where)
-    yield from make_rows(options["task"], options["n"], seed=options["seed"], split=split, noise=noise)
+    for row in make_rows(options["task"], options["n"], seed=options["seed"], split=split, noise=noise):
+        yield from critique_rows(row) if options["critiques"] else [row]

@@ -1,0 +1,102 @@
+"""Rows that teach a model to judge steps: requests for critiques with the verdict that labels ask for, critiques graded
+by it, and solutions whose steps carry a tag.
+
+Sources: critiques that agree with the labels as demonstrations (ThinkPRM, arXiv 2504.16828), as the better side of
+pairs (R-PRM, arXiv 2503.21295), the verdict as reward (StepWiser, arXiv 2508.19229); tags by which one model reasons
+and says what it thinks of each step (KG-TRACES, arXiv 2506.00783).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stepkd.data.rows import passed_on
+from stepkd.errors import ConfigError, DataError
+from stepkd.labels.convert import Converted, ConverterConfig
+from stepkd.labels.labellers import Row
+from stepkd.labels.quality import row_labels
+from stepkd.scorers.critiques import get_form
+from stepkd.scorers.scorer import row_steps
+from stepkd.steps.format import written_steps
+from stepkd.steps.labels import verdicts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Critiques(ConverterConfig):
+    """Requests for critiques of labelled solutions, with the verdict that the labels ask for as answer: problems for
+    GRPO, evaluation or sampling. Of rows that a Critic has scored, its critiques; their outcome is whether the verdict
+    is that: rows for Demonstrations (SFT) and Preference (DPO)."""
+
+    form: str = "step"
+    """What is asked, as for the Critic: step, processbench, task, or a YAML file."""
+
+    def __post_init__(self) -> None:
+        get_form(self.form)
+
+    def convert(self, rows: Sequence[Row]) -> Converted:
+        """See :class:`~stepkd.labels.convert.ConverterConfig`; critiques without a verdict count as such, and as ones
+        that disagree."""
+        form = get_form(self.form)
+        counts: Counter[str] = Counter()
+        done: list[dict[str, Any]] = []
+        for row in rows:
+            marks, name = verdicts(row_labels(row)), str(row.get("id", "?"))
+            written = (row.get("score_facts") or {}).get("critiques")
+            for step, prompt in form.questions(row, row_steps(row)):
+                gold = form.gold(marks, step)
+                if gold is None:
+                    counts["without_a_label"] += 1
+                    continue
+                key = f"{name}/critique" if step is None else f"{name}/critique-{step}"
+                problem = {"id": key, "prompt": prompt, "answer": gold}
+                if written is None:
+                    done.append(problem)
+                for j, each in enumerate([one for one in written or () if one["step"] == step]):
+                    meaning = form.meaning(form.read(each["text"]))
+                    agrees = meaning is not None and meaning == form.meaning(gold)
+                    counts["without_a_verdict" if meaning is None else "agree" if agrees else "disagree"] += 1
+                    if each["text"].strip():
+                        graded = {"completions": [each["text"]], "labels": [agrees], "outcome": agrees}
+                        done.append(
+                            problem | {"id": f"{key}/{j}", "problem_id": key, "finish": each["finish"]} | graded
+                        )
+        return Converted(done, {"rows": len(done)} | dict(sorted(counts.items())))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tagged(ConverterConfig):
+    """Solutions whose labelled steps end in a tag that says what the label does, to fine-tune a model that judges its
+    own steps as it writes them."""
+
+    correct: str
+    """Token behind a correct step: a special token of the model, so that texts do not show it (policy.special_tokens
+    makes one of any)."""
+    incorrect: str
+    """Token behind an incorrect step."""
+
+    def __post_init__(self) -> None:
+        if not self.correct or not self.incorrect or self.correct == self.incorrect:
+            raise ConfigError(f"tags {self.correct!r} and {self.incorrect!r}: two different tokens")
+
+    def convert(self, rows: Sequence[Row]) -> Converted:
+        """See :class:`~stepkd.labels.convert.ConverterConfig`; the tag stands before the separator."""
+        counts: Counter[str] = Counter()
+        done = []
+        for row in rows:
+            text, marks = "", verdicts(row_labels(row))
+            for step, correct in zip(written_steps(row_steps(row)), marks, strict=True):
+                if self.correct in step or self.incorrect in step:
+                    raise DataError(
+                        f"a step holds the tag already: {step.strip()[:60]!r}; choose other tokens",
+                        path=str(row.get("id", "?")),
+                    )
+                body = step.rstrip()
+                tag = "" if correct is None else self.correct if correct else self.incorrect
+                text += body + tag + step[len(body) :]
+                counts["unlabelled" if correct is None else "correct" if correct else "incorrect"] += 1
+            kept = passed_on(row, "id", "answer", "problem_id", "task", "meta", "labelling")
+            done.append({"prompt": row["prompt"], "solution": text} | kept)
+        return Converted(done, {"rows": len(done)} | dict(sorted(counts.items())))
