@@ -14,7 +14,7 @@ draws 8 continuations per step in the same way; the binary search is that of Ome
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from stepkd.data.completion import Completion
@@ -23,6 +23,7 @@ from stepkd.grading.extract import extract_answer, numbers_in
 from stepkd.grading.normalise import canonical_answer
 from stepkd.grading.pool import Grader
 from stepkd.labels.labellers import Labeller, LabellerConfig, Solution, StepLabels, check_noise
+from stepkd.randomness import stream_key
 from stepkd.sampling.engine import Branch, SamplingConfig, decode_text
 from stepkd.steps.labels import Label, Reduce, passes, reduce_values
 
@@ -46,6 +47,9 @@ class MonteCarlo(LabellerConfig):
     """Which prefixes are continued: all of them (the default); one after the other up to the first that fails (forward,
     the same labels for less); or by binary search for the first that fails (OmegaPRM, arXiv 2406.06592), about the
     logarithm of the number of steps, and none where the answer is correct. The last two need reduce first_error."""
+    share: bool = False
+    """Whether solutions of one problem share the continuations of a prefix that they have in common, as OmegaPRM's tree
+    does: drawn once in a batch, with noise keyed by the problem, where it is keyed by the solution by default."""
     consistent: bool = False
     """Whether a step that is labelled correct loses its label where no continuation that succeeds takes up the number
     that the step ends with: it may have been solved past it (GLoRe, arXiv 2402.10963)."""
@@ -78,6 +82,7 @@ class MonteCarlo(LabellerConfig):
             bench.limited(self.sampling),
             reduce=self.reduce,
             order=self.order,
+            share=self.share,
             consistent=self.consistent,
             keep_continuations=self.keep_continuations,
         )
@@ -92,11 +97,25 @@ class _Search:
     """Of every step; None: not known."""
     generated: int = 0
     prefill: int = 0
+    reused: int = 0
 
     def __post_init__(self) -> None:
         steps = range(len(self.values))
         self.successes, self.trials = [0 for _ in steps], [0 for _ in steps]
         self.texts: list[list[str]] = [[] for _ in steps]
+
+    def prefix(self, step: int) -> tuple[int, ...]:
+        """The tokens up to a step's end, with the prompt's."""
+        return (*self.solution.prompt_ids.tolist(), *self.solution.token_ids[: self.solution.spans[step][1]].tolist())
+
+    def take(self, step: int, other: _Search, place: int) -> None:
+        """Take over what another search found of the same prefix, the end of its step ``place``."""
+        for own, found in zip(self._found(), other._found(), strict=True):
+            own[step] = found[place]
+        self.reused += self.trials[step]
+
+    def _found(self) -> tuple[list[Any], ...]:
+        return self.values, self.successes, self.trials, self.texts
 
 
 class MonteCarloLabeller:
@@ -109,7 +128,7 @@ class MonteCarloLabeller:
         sampling: how to draw; ``n`` is J, the continuations per step. Its ``seed`` and the solution's ``index`` key the
             noise.
         reduce: from values to labels; see :func:`~stepkd.steps.labels.reduce_values`.
-        order, consistent, keep_continuations: see :class:`MonteCarlo`.
+        order, share, consistent, keep_continuations: see :class:`MonteCarlo`.
     """
 
     def __init__(
@@ -121,11 +140,13 @@ class MonteCarloLabeller:
         *,
         reduce: Reduce = "any",
         order: Order = "all",
+        share: bool = False,
         consistent: bool = False,
         keep_continuations: bool = False,
     ) -> None:
         self.engine, self.policy, self.grader, self.sampling, self.reduce = engine, policy, grader, sampling, reduce
-        self.order, self.consistent, self.keep_continuations = order, consistent, keep_continuations
+        self.order, self.share = order, share
+        self.consistent, self.keep_continuations = consistent, keep_continuations
 
     def label(self, solutions: Sequence[Solution]) -> list[StepLabels]:
         """See :class:`~stepkd.labels.labellers.Labeller`.
@@ -134,8 +155,9 @@ class MonteCarloLabeller:
         token or, marked as such, the answer it ends with, and where the context is full. The value there is 1 or 0 by
         ``solution.correct``. ``facts`` has ``successes`` and ``trials`` of every step (0 trials where the solution
         is over, or the order passes it over: its value is None), and the ``generated_tokens`` and ``prefill_tokens``
-        spent on it; with the options ``suspicious``, the number of labels that were dropped, and ``continuations``, a
-        text or None for every step. A search goes in rounds: a prefix of every solution that is left, all together.
+        spent on it; with the options ``reused``, those of the trials that another solution paid for, ``suspicious``,
+        the number of labels that were dropped, and ``continuations``, a text or None for every step. A search goes in
+        rounds: a prefix of every solution that is left, all together.
 
         Args:
             solutions: cut into steps, each with a prompt and with the ``answer`` in its row.
@@ -151,14 +173,35 @@ class MonteCarloLabeller:
                 raise DataError(what, path=each.id)
             known = float(each.correct is True)
             searches.append(_Search(each, [None if i in steps else known for i in range(len(each.steps))]))
+        owners: dict[tuple[int, ...], tuple[_Search, int]] = {}
         while asked := [(each, steps) for each in searches if (steps := next_steps(each.values, self.order))]:
-            self._continue(asked)
+            self._continue(self._unshared(asked, owners) if self.share else asked)
         return [self._labels(each) for each in searches]
+
+    def _unshared(
+        self, asked: Sequence[tuple[_Search, list[int]]], owners: dict[tuple[int, ...], tuple[_Search, int]]
+    ) -> list[tuple[_Search, list[int]]]:
+        """The prefixes that are left to draw. One that another solution drew is taken over; one that another draws in
+        this round, in the next."""
+        left = []
+        for each, steps in asked:
+            own = []
+            for step in steps:
+                owner, place = owners.setdefault(each.prefix(step), (each, step))
+                if owner is each:
+                    own.append(step)
+                elif owner.values[place] is not None:
+                    each.take(step, owner, place)
+            left.append((each, own))
+        return [(each, own) for each, own in left if own]
 
     def _continue(self, asked: Sequence[tuple[_Search, list[int]]]) -> None:
         """Continue these prefixes, and keep what comes of it."""
         cuts = [[each.solution.spans[step][1] for step in steps] for each, steps in asked]
         branches = [continued(each.solution, ends) for (each, _), ends in zip(asked, cuts, strict=True)]
+        if self.share:
+            keys = [stream_key(0, "prompt", *each.solution.prompt_ids.tolist()) >> 65 for each, _ in asked]
+            branches = [replace(branch, index=key) for branch, key in zip(branches, keys, strict=True)]
         results = self.engine.continue_branches(branches, self.sampling, purpose="monte-carlo")
         drawn = [
             (each.solution, end, continuations)
@@ -184,6 +227,7 @@ class MonteCarloLabeller:
             "trials": search.trials,
             "generated_tokens": search.generated,
             "prefill_tokens": search.prefill,
+            **({"reused": search.reused} if self.share else {}),
         }
         first = bracket(values, self.order)[1]  # what the search passed over follows from it
         known = [float(i < first) if self.order != "all" else value or 0.0 for i, value in enumerate(values)]
@@ -229,6 +273,7 @@ class MonteCarloLabeller:
             "stop": list(self.sampling.stop),
             "reduce": self.reduce,
             **({"order": self.order} if self.order != "all" else {}),
+            **({"share": True} if self.share else {}),
             **({"consistent": True} if self.consistent else {}),
         }
 

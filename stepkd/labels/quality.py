@@ -213,6 +213,6 @@ def _totals(records: Sequence[Row]) -> dict[str, int]:
     for record in records:
         facts = record["row"].get("label_facts", {}) if "row" in record else record.get("facts", {})
         if "trials" in facts:
-            totals["continuations"] += sum(facts["trials"])
+            totals["continuations"] += sum(facts["trials"]) - facts.get("reused", 0)
         totals.update({name: value for name, value in facts.items() if isinstance(value, int)})
     return dict(sorted(totals.items()))

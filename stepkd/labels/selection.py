@@ -230,6 +230,6 @@ class WithinBudget(ConverterConfig):
 
 
 def row_cost(row: Row) -> int:
-    """Tokens generated for a row's labels: of a Monte-Carlo labeller those of its continuations, else 0."""
+    """Tokens generated for a row's labels: of continuations, or of critiques; else 0."""
     facts: dict[str, Any] = row.get("label_facts") or {}
     return int(facts.get("generated_tokens", 0))

@@ -169,6 +169,34 @@ def test_a_prefix_gets_the_same_continuations_in_every_order(grader: Grader) -> 
     assert passed_over >= 3
 
 
+@pytest.mark.parametrize("order", ["all", "binary"])
+def test_solutions_of_a_problem_share_what_they_begin_with(grader: Grader, order: Order) -> None:
+    """A shared prefix is drawn once, whoever asks first; what a solution is told does not depend on it."""
+    texts = [["1+1=2\n", "2+2=4\n", "4+3=7\n", "#### 7<eos>"], ["1+1=2\n", "2+2=4\n", "4+1=5\n", "#### 5<eos>"]]
+    solutions = [solution(steps, "3", index=i) for i, steps in enumerate([*texts, texts[1]])]
+    solutions.append(solution(texts[0], "3", index=7, prompt="other\n"))
+    lively = lively_policy()
+    labeller = MonteCarloLabeller(
+        TransformersEngine(lively), lively, grader, SPEC, reduce="first_error", order=order, share=True
+    )
+    together, alone = labeller.label(solutions), [labeller.label([each])[0] for each in solutions]
+    for each, own in zip(together, alone, strict=True):
+        assert (each.labels, each.values) == (own.labels, own.values)
+        assert each.facts["trials"] == own.facts["trials"]
+        assert own.facts["reused"] == 0
+    asked = {
+        (str(s.row["prompt"]), s.steps[: i + 1])
+        for s, each in zip(solutions, alone, strict=True)
+        for i, n in enumerate(each.facts["trials"])
+        if n
+    }
+    drawn = [sum(each.facts["trials"]) - each.facts["reused"] for each in together]
+    assert sum(drawn) == SPEC.n * len(asked) < sum(sum(each.facts["trials"]) for each in alone)
+    assert drawn[2] == together[2].facts["generated_tokens"] == 0, "the same solution again is free"
+    assert together[3].facts["reused"] == 0, "of another problem"
+    assert labeller.provenance()["share"] is True
+
+
 def test_what_is_known_at_the_end_costs_nothing(policy: Policy, grader: Grader) -> None:
     """A correct answer settles a binary search, an incorrect one is a prefix that fails; a cut-off end is open."""
     each = solution(["a\n", "b\n", "c\n", "#### 3<eos>"], "3", correct=True)
