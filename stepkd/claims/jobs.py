@@ -18,6 +18,7 @@ from typing import Any, get_type_hints
 
 import pydantic
 
+import stepkd.labels.curriculum
 import stepkd.labels.selection  # noqa: F401 (choices of convert)
 from stepkd.errors import ConfigError, DataError, StepkdError, nearest
 from stepkd.evaluation.config import EvaluateConfig, ScoreConfig, SearchJobConfig

@@ -8,6 +8,8 @@ stepkd convert runs/labels --to Refinements --to.max_pairs 4 --out refine.jsonl 
 stepkd convert runs/prm-scores/results.jsonl --to Selected --to.by convincing --to.count 200 --out to_label.jsonl
 stepkd convert runs/labels --to WithinBudget --to.tokens 100000 --out cheap.jsonl     (what labels for that much)
 stepkd convert runs/critiques --to Critiques --out graded.jsonl                       (then Demonstrations, Preference)
+stepkd convert new.jsonl --to Replay --to.earlier runs/earlier.jsonl --out mixed.jsonl (SFT that does not forget)
+stepkd convert runs/samples --to ThinkMode --out modes.jsonl                          (think or not, by pass rate)
 """
 
 from __future__ import annotations
@@ -16,9 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import stepkd.labels.critiques
-import stepkd.labels.refinements
-import stepkd.labels.selection  # noqa: F401 (choices of --to)
+from stepkd.labels import critiques, curriculum, refinements, selection  # noqa: F401 (choices of --to)
 from stepkd.labels.convert import ConverterConfig, convert_rows
 
 
@@ -29,10 +29,11 @@ class ConvertConfig:
     POSITIONAL: ClassVar = ("rows",)
 
     rows: str
-    """Labelled rows (to be Selected: scored ones): a file, or the folder of a labelling job."""
+    """Labelled rows (to be Selected: scored ones; for Replay any): a file, the folder of a job, or a word such as
+    gsm8k:split=train."""
     to: ConverterConfig
     """Kind of the new rows: Stepwise, TRLStepwise, MathShepherd, Balanced, Unpaired, Preference, Demonstrations,
-    Refinements, Selected, WithinBudget, Critiques or Tagged."""
+    Refinements, Selected, WithinBudget, Critiques, Tagged, Replay or ThinkMode."""
     out: str
     """File of rows to write."""
 

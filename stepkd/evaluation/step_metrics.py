@@ -211,6 +211,9 @@ class CalibrationReport(Result):
     """1 - brier / 0.25: against answering 0.5 always."""
     base_rate: float
     """Share of positive labels."""
+    conditional_mutual_information: Interval
+    """I(prediction; input | label) in nats: how far predictions for one label differ; 0 where they are all the same (a
+    teacher's: MCMI, arXiv 2401.08732)."""
     over_confidence: Mapping[str, Interval | None]
     """c, 0.8 and 0.9, -> share of negative labels among probabilities >= c."""
     bins: tuple[Mapping[str, float | None], ...]
@@ -260,6 +263,7 @@ def calibration_report(
     for c in CONFIDENT:
         sums = cluster_sums(np.stack([(p >= c) & (y == 0), p >= c], axis=1), owners)
         over[f"{c:g}"] = ratio_interval(sums[:, 0], sums[:, 1], **settings) if sums[:, 1].any() else None
+    spread = cluster_sums(np.stack([y == 0, p * (y == 0), y == 1, p * (y == 1), _entropy(p)], axis=1), owners)
     diagram = []
     for index in range(bins):
         count, inside = int((place == index).sum()), place == index
@@ -273,6 +277,7 @@ def calibration_report(
         skill_base_rate=skill,
         skill_coin=Interval(*coin, brier.method),
         base_rate=base_rate,
+        conditional_mutual_information=proper_width(cluster_bootstrap(spread, _conditional_information, **settings)),
         over_confidence=over,
         bins=tuple(diagram),
         n=int(p.size),
@@ -294,3 +299,21 @@ def _skill(resampled: FloatArray) -> FloatArray:
     mixed = (sums[:, 2] > 0) & (sums[:, 2] < sums[:, 1])
     reference = np.where(mixed, rate * (1 - rate), np.nan)
     return np.asarray(1.0 - sums[:, 0] / sums[:, 1] / reference, dtype=np.float64)
+
+
+def _entropy(p: FloatArray) -> FloatArray:
+    """Of a coin with this chance, in nats."""
+    from scipy.special import entr
+
+    return np.asarray(entr(p) + entr(1 - p), dtype=np.float64)
+
+
+def _conditional_information(resampled: FloatArray) -> FloatArray:
+    """Columns: for labels 0 and 1 the count and the sum of probabilities, last the sum of entropies.
+
+    The mean distance of predictions from their mean is the entropy of the mean less their mean entropy.
+    """
+    sums = resampled.sum(axis=1)
+    counts, totals = sums[:, 0:4:2], sums[:, 1:4:2]
+    of_means = counts * _entropy(np.divide(totals, counts, out=np.zeros_like(totals), where=counts > 0))
+    return np.asarray((of_means.sum(axis=1) - sums[:, 4]) / counts.sum(axis=1), dtype=np.float64)

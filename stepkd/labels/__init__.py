@@ -12,6 +12,7 @@ _HOMES = {
         "Balanced Converted ConverterConfig Demonstrations MathShepherd Preference Stepwise TRLStepwise Unpaired "
         "consensus_filter convert_rows even_pairs"
     ),
+    "curriculum": "Replay ThinkMode",
     "job": "run_label_job run_pair_job",
     "labellers": "Labeller LabellerConfig Outcome Scored ScorerLabeller Solution StepLabels Sums TaskChecker",
     "monte_carlo": "MonteCarlo MonteCarloLabeller",

@@ -10,6 +10,7 @@ from stepkd.losses.divergence import (
     reverse_kl,
     skew_forward_kl,
     skew_reverse_kl,
+    temperature_slope,
     tempered,
     top_k_buckets,
 )
@@ -35,4 +36,5 @@ from stepkd.losses.linear import (
 )
 from stepkd.losses.policy_gradient import clipped_loss, group_advantages, step_advantages, token_normalisation
 from stepkd.losses.prm import label_token_logps, pqm, step_cross_entropy, step_weights
+from stepkd.losses.prm_teacher import class_centroids, mcmi, subclass_directions, subclass_targets
 from stepkd.losses.reduce import LossTerms, component_scales, segment_sum

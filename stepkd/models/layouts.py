@@ -49,6 +49,8 @@ def check_layout(layout: Layout, spec: StepHeadConfig | None, config: Any, templ
         raise ConfigError(
             f"{say}{what}. Train it with head.layers: 1, or take layout stepkd (or of a Qwen2 model qwen_prm)"
         )
+    if spec.subclasses > 1:
+        raise ConfigError(f"{say}its classes are sums of {spec.subclasses} sub-classes. Take layout stepkd")
     plain = {"final_logit_softcapping": None, "logit_scale": 1, "logits_scaling": 1}
     bent = [name for name, value in plain.items() if getattr(text, name, None) not in (None, value)]
     if isinstance(spec, LabelTokens) and bent:

@@ -120,6 +120,7 @@ class StepHeadConfig(ABC):
     format: StepFormat
     neutral: Literal["correct", "incorrect", "half"]
     meaning: Meaning
+    subclasses: int = 1
 
     @property
     @abstractmethod
@@ -183,12 +184,15 @@ class Classifier(_Head):
     """Outputs: 2 (incorrect, correct) or 3 (incorrect, neutral, correct)."""
     layers: int = 2
     """Layers: 2, or 1 as transformers' token classification models have (TRL's PRMTrainer)."""
+    subclasses: int = 1
+    """Sub-classes of each class, >= 1: as many outputs a class, whose probabilities add up to the class's; above 1 for
+    ``StepDistillation`` (LELP, arXiv 2409.20449)."""
 
     kind = "classifier"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_bounds("head.", self, classes="[2, 3]", layers="[1, 2]")
+        check_bounds("head.", self, classes="[2, 3]", layers="[1, 2]", subclasses="[1, inf)")
 
     @property
     def num_classes(self) -> int:

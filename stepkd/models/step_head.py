@@ -4,7 +4,7 @@ Both read one hidden state per step. ``label_tokens`` asks the vocabulary head f
 token *at the marker's own position* (Math-Shepherd, arXiv 2312.08935; ASPRM, arXiv 2502.13943); ``classifier`` is a
 two-layer head in place of the vocabulary (Qwen2.5-Math-PRM, arXiv 2501.07301).
 
-Axes: S steps, H hidden size, C classes from worst to best.
+Axes: S steps, H hidden size, C classes from worst to best, K their sub-classes, class by class.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +89,7 @@ class StepHead(nn.Module):
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(seed)  # torch.manual_seed would reset the GPUs' too
                 below = [nn.Linear(hidden_size, hidden_size), nn.ReLU()] if spec.layers == 2 else []
-                output = nn.Linear(hidden_size, spec.classes)
+                output = nn.Linear(hidden_size, spec.classes * spec.subclasses)
                 self.score = nn.Sequential(*below, output) if below else output
 
     def logps(self, hidden_SH: Tensor, vocab_head: VocabHead, *, chunk_size: int = DEFAULT_CHUNK) -> Tensor:
@@ -97,14 +97,32 @@ class StepHead(nn.Module):
 
         With ``restricted=False`` these are log-probabilities over the whole vocabulary and do not sum to one.
         """
+        logps_SK = self.subclass_logps(hidden_SH, vocab_head, chunk_size=chunk_size)
+        return logps_SK.unflatten(-1, (self.spec.num_classes, -1)).logsumexp(-1)
+
+    def subclass_logps(self, hidden_SH: Tensor, vocab_head: VocabHead, *, chunk_size: int = DEFAULT_CHUNK) -> Tensor:
+        """Log-probability of every sub-class: (S, K), as :meth:`logps`; of the classes where each has but one."""
         if self.score is None:
             assert isinstance(self.spec, LabelTokens)
             return label_token_logps(
                 vocab_head, hidden_SH, self.ids.labels, restricted=self.spec.restricted, chunk_size=chunk_size
             )
         weight = next(self.score.parameters())
-        logits_SC = self.score(hidden_SH.to(weight.dtype))
-        return torch.log_softmax(logits_SC if logits_SC.dtype == torch.float64 else logits_SC.float(), dim=-1)
+        logits_SK = self.score(hidden_SH.to(weight.dtype))
+        return torch.log_softmax(logits_SK if logits_SK.dtype == torch.float64 else logits_SK.float(), dim=-1)
+
+    def features(self, hidden_SH: Tensor) -> Tensor:
+        """What the last layer reads of every step: (S, H), of the head's dtype."""
+        if self.score is None:
+            return hidden_SH
+        below = self.score[:-1] if isinstance(self.score, nn.Sequential) else nn.Identity()
+        return cast(Tensor, below(hidden_SH.to(next(self.score.parameters()).dtype)))
+
+    def output_weights(self, vocab: nn.Module) -> Tensor:
+        """Weights of the last layer, (K, H): for label tokens their rows of the model's output layer ``vocab``."""
+        if self.score is None:
+            return cast(Tensor, vocab.weight)[list(self.ids.labels)]
+        return list(self.score.parameters())[-2]
 
     def scores(self, hidden_SH: Tensor, vocab_head: VocabHead, *, chunk_size: int = DEFAULT_CHUNK) -> Tensor:
         """Chance that each step is correct: (S,), in [0, 1]."""

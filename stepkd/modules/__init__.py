@@ -6,14 +6,14 @@ from stepkd.lazy import lazily
 
 _HOMES = {
     "base": "StepModule",
-    "components": "Component CrossEntropy ForwardPass",
+    "components": "Component CrossEntropy ForwardPass StepLoss",
     "distillation": "DistillationModule",
     "dpo": "DPOModule IPO PairLoss Sigmoid SigmoidByVisits",
     "fidelity": "FidelityConfig",
     "gkd": "Distillation GKDModule",
     "gkd_settings": (
-        "BalancedKL Beside CrossEntropyConfig DivergenceConfig ForwardKL JSD Mixed NKD ReverseKL SkewForwardKL "
-        "SkewReverseKL SourceConfig"
+        "BalancedKL Beside CrossEntropyConfig DivergenceConfig ForwardKL JSD LearnedTemperature Mixed NKD ReverseKL "
+        "SkewForwardKL SkewReverseKL SourceConfig"
     ),
     "kdrl": "KDRLModule",
     "kdrl_settings": (
@@ -23,7 +23,8 @@ _HOMES = {
     "kto": "ImplicitPRMModule KTOModule ReferencePointConfig StepKTOModule",
     "optim": "OptimizerConfig",
     "preference": "PreferenceModule ReferenceConfig",
-    "prm": "LanguageModelling PRMModule StepCrossEntropy StepLoss",
+    "prm": "LanguageModelling PRMModule StepCrossEntropy",
+    "prm_teachers": "MCMI StepDistillation",
     "rewards": "RewardConfig",
     "sft": "SFTModule",
     "step_scores": "FocusConfig",

@@ -177,6 +177,18 @@ class CrossEntropy(Component):
         return weights_N
 
 
+class StepLoss(Component):
+    """A loss of a process reward model: a component that reads the step head, or trains the backbone beside one that
+    does."""
+
+    reads_head = True
+    """Whether it trains the step head; one of a module's losses has to."""
+
+    def bound(self, policy: Policy) -> StepLoss:
+        """The loss for a model with its step head: itself, where it needs nothing of them."""
+        return self
+
+
 def terms_of(components: Sequence[Component], forward: ForwardPass) -> LossTerms:
     """Sums and metrics of all components of a method for one micro-batch.
 

@@ -8,6 +8,7 @@ Axes: B completions and N completion tokens of a micro-batch, C of one chunk, V 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -25,14 +26,14 @@ from stepkd.data.completion import Completion
 from stepkd.data.datamodule import StepData
 from stepkd.data.encode import with_completion
 from stepkd.errors import ConfigError, check_choice
-from stepkd.losses import LossTerms, fused_sum, segment_sum, target_logps, tempered
+from stepkd.losses import LossTerms, entropy, fused_sum, segment_sum, target_logps, temperature_slope, tempered
 from stepkd.models.spec import PolicyConfig
 from stepkd.modules import gkd_settings as settings
 from stepkd.modules.base import StepModule
 from stepkd.modules.components import Component, ForwardPass
 from stepkd.modules.distillation import DistillationModule
 from stepkd.modules.fidelity import Fidelity, FidelityConfig, Sums, with_calibration
-from stepkd.modules.gkd_settings import JSD, CrossEntropyConfig, DivergenceConfig, SourceConfig
+from stepkd.modules.gkd_settings import JSD, CrossEntropyConfig, DivergenceConfig, LearnedTemperature, SourceConfig
 from stepkd.modules.policy_module import telling
 from stepkd.modules.step_scores import FocusConfig, focused, load_step_scorer
 from stepkd.randomness import generator
@@ -61,6 +62,8 @@ DIVERGENCES: dict[type[DivergenceConfig], Callable[..., Tensor]] = {
 """The function of each: log-probabilities of student and teacher (C, V), where :attr:`DivergenceConfig.whole` says so
 also the targets (C,), and the settings, to a divergence (C,) in nats."""
 Average = Literal["tokens", "sequences"]
+SLOPE = "temperature_slope"
+"""Metric that a learnt temperature takes its step by; it is not logged."""
 
 
 @dataclass
@@ -74,10 +77,13 @@ class Distillation(Component):
     """Weights of divergence and cross-entropy as they are now; None: of the divergence alone, 1."""
     focuses: bool
     """Whether steps have weights."""
+    soften: LearnedTemperature | None = None
+    """How a temperature of the teacher alone is learnt; None: it has none."""
 
     names = ("kd",)
 
     def __post_init__(self) -> None:
+        self.log_temperature = 0.0
         options = {k: v for k, v in vars(self.divergence).items() if k != "temperature" or not self.divergence.tempers}
         function = DIVERGENCES.get(type(self.divergence))
         if function is None:
@@ -104,23 +110,30 @@ class Distillation(Component):
         """``kd``: the summed divergence (and weighted cross-entropy) in nats.
 
         Metrics over all completion tokens: ``divergence`` alone, ``agreement`` (share of positions at which both find
-        the same argmax token), ``ce`` where it has a weight, ``focus`` (share that counts) where steps have weights.
+        the same argmax token), ``ce`` where it has a weight, ``focus`` (share that counts) where steps have weights,
+        ``entropy_gap`` (student minus teacher) where the teacher's temperature is learnt.
         """
         batch, signals = forward.batch, forward.signals
         kd_weight, ce_weight = (1.0, 0.0) if self.term_weights is None else self.term_weights()
+        softness = math.exp(self.log_temperature)
         assert signals is not None
 
         def position(logits_CV: Tensor, targets_C: Tensor, *chunk: Tensor) -> Tensor:
             student, teacher, argmax_C = signals.compare(
                 tempered(logits_CV, self.divergence.logits_temperature), *chunk
             )
+            learned = []
+            if self.soften is not None:
+                learned = [temperature_slope(student, teacher, targets_C, temperature=softness, gap=self.soften.gap)]
+                teacher = tempered(teacher, softness)
+                learned.append(entropy(student) - entropy(teacher))
             kd_C = self._divergence(student, teacher, *((targets_C,) if self.divergence.whole else ()))
             agree_C = (logits_CV.argmax(-1) == argmax_C).to(kd_C.dtype)
             if self.term_weights is None:
-                return torch.stack([kd_C, kd_C.detach(), agree_C], dim=-1)
+                return torch.stack([kd_C, kd_C.detach(), agree_C, *learned], dim=-1)
             ce_C = -target_logps(logits_CV, targets_C)
             total_C = kd_weight * kd_C + ce_weight * ce_C
-            return torch.stack([total_C, kd_C.detach(), agree_C, ce_C.detach()], dim=-1)
+            return torch.stack([total_C, kd_C.detach(), agree_C, *learned, ce_C.detach()], dim=-1)
 
         weights_N = self.step_weights(batch)
         if self.average == "sequences":
@@ -129,11 +142,12 @@ class Distillation(Component):
         arguments = (forward.hidden_NH, weights_N, batch.targets_N, *signals.tensors)
         total, values = fused_sum(position, forward.head, *arguments, chunk_size=forward.chunk_size)
         number = torch.tensor(float(len(values)), device=values.device)
-        metrics = {"divergence": (values[:, 1].sum(), number), "agreement": (values[:, 2].sum(), number)}
+        names = ["divergence", "agreement"]
+        names += [] if self.soften is None else [SLOPE, "entropy_gap"]
+        names += [] if self.term_weights is None else ["ce"]
+        metrics = {name: (values[:, i].sum(), number) for i, name in enumerate(names, start=1)}
         if self.focuses:
             metrics["focus"] = ((weights_N > 0).double().sum(), number)
-        if self.term_weights is not None:
-            metrics["ce"] = (values[:, 3].sum(), number)
         return LossTerms({"kd": total}, metrics)
 
     @staticmethod
@@ -163,6 +177,8 @@ class GKDModule(DistillationModule):
         focus: weigh every step by what a step scorer thinks of it, for instance only the incorrect ones; the average
             is over the weights. A batch in which nothing counts is skipped. Validation weighs all tokens alike.
         fidelity: also measure in validation how like its teacher the student is (``val/fidelity/...``); null: not.
+        soften: a temperature of the teacher alone that is learnt beside the student; null: none. Not where the student
+            samples: the tokens are the temperature's labels.
         **settings: as for :class:`~stepkd.modules.base.StepModule`.
     """
 
@@ -179,6 +195,7 @@ class GKDModule(DistillationModule):
         cross_entropy: CrossEntropyConfig | None = None,
         focus: FocusConfig | None = None,
         fidelity: FidelityConfig | None = None,
+        soften: LearnedTemperature | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(policy, **settings)
@@ -193,10 +210,15 @@ class GKDModule(DistillationModule):
         self.new_tokens = self.sampling.longest if self.source.samples else 0
         self.skip_empty_steps = focus is not None
         teacher.require(({} if fidelity is None else fidelity.needs()) | self.source.needs() | self.divergence.needs())
+        teacher.require({} if soften is None else {"whole": "soften tempers the whole distribution"})
+        if soften is not None and self.source.lmbda:
+            what = f"source.lmbda={self.source.lmbda} has the student sample its tokens"
+            raise ConfigError(f"soften learns a temperature by the completions' tokens, and {what}: set it to 0")
         self.teacher = teacher.build()
         self.teacher_temperature = self.divergence.logits_temperature
         weights = None if cross_entropy is None else self._term_weights
-        self.components = [Distillation(self.divergence, average, weights, focus is not None)]
+        self.distillation = Distillation(self.divergence, average, weights, focus is not None, soften)
+        self.components = [self.distillation]
         self._segmenter = get_segmenter(self.source.segmenter)
 
     def _term_weights(self) -> tuple[float, float]:
@@ -292,8 +314,21 @@ class GKDModule(DistillationModule):
             return self._fidelity(batch.examples, batch.indices)
 
     def derived_metrics(self, values: dict[str, float]) -> dict[str, float]:
-        """With fidelity's calibration errors."""
+        """With fidelity's calibration errors; a learnt temperature takes its step here, behind the student's."""
+        loss, slope = self.distillation, values.pop(SLOPE, 0.0)
+        if loss.soften is not None:
+            loss.log_temperature -= loss.soften.lr * slope * self.training
+            values["teacher_temperature"] = math.exp(loss.log_temperature)
         return with_calibration(values)
+
+    def method_state(self) -> dict[str, Any]:
+        """With the temperature that is learnt."""
+        return super().method_state() | {"log_temperature": self.distillation.log_temperature}
+
+    def adopt_method_state(self, state: dict[str, Any]) -> None:
+        """Take it back."""
+        super().adopt_method_state(state)
+        self.distillation.log_temperature = state.get("log_temperature", self.distillation.log_temperature)
 
     @cached_property
     @telling

@@ -23,25 +23,15 @@ from stepkd.data.encode import LabelRule
 from stepkd.data.step_encode import StepEncoder
 from stepkd.errors import ConfigError, check_bounds
 from stepkd.losses import LossTerms, cross_entropy, pqm, step_cross_entropy, step_weights
+from stepkd.models.policy import Policy
 from stepkd.models.spec import LabelTokens, PolicyConfig, StepHeadConfig
 from stepkd.models.step_head import StepHeadIds, resolve_ids
 from stepkd.modules.base import StepModule
-from stepkd.modules.components import Component, ForwardPass
+from stepkd.modules.components import ForwardPass, StepLoss
 from stepkd.modules.policy_module import telling
+from stepkd.modules.prm_teachers import FittedLoss
 
 logger = logging.getLogger(__name__)
-
-
-class StepLoss(Component):
-    """A loss of a process reward model: a component that reads the step head, or trains the backbone beside one that
-    does."""
-
-    reads_head = True
-    """Whether it trains the step head; one of a module's losses has to."""
-
-    def bound(self, ids: StepHeadIds) -> StepLoss:
-        """The loss for a head of these tokens: itself, where it does not read them."""
-        return self
 
 
 @dataclass(frozen=True)
@@ -79,9 +69,10 @@ class LanguageModelling(StepLoss):
     names = ("lm",)
     reads_head = False
 
-    def bound(self, ids: StepHeadIds) -> LanguageModelling:
+    def bound(self, policy: Policy) -> LanguageModelling:
         """One that leaves out the markers, which are no text of a step."""
-        return self if ids.marker is None else _WithoutMarkers(ids.marker)
+        marker = policy.require_step_head().ids.marker
+        return self if marker is None else _WithoutMarkers(marker)
 
     def count(self, batch: Batch) -> dict[str, float]:
         """Tokens of correct steps."""
@@ -144,7 +135,8 @@ class PRMModule(StepModule):
         policy: the model to train; LoRA or all weights.
         head: how it scores steps.
         losses: what it learns by, added up with ``loss_weights``: ``StepCrossEntropy`` (``prm``; null is this alone),
-            ``PQM`` (``pqm``), and ``LanguageModelling`` (``lm``) beside either.
+            ``PQM`` (``pqm``), ``StepDistillation`` (``step_kd``), and beside any of them ``LanguageModelling`` (``lm``)
+            and ``MCMI`` (``mcmi``).
         **settings: ``optimizer``, ``validation`` and what else :class:`~stepkd.modules.base.StepModule` takes.
     """
 
@@ -210,7 +202,24 @@ class PRMModule(StepModule):
     def complete_model(self) -> None:
         """Put the step head on the policy."""
         self.model.attach_step_head(self.head_spec, seed=self.policy_spec.init_seed)
-        self.components = [loss.bound(self._step_head_ids) for loss in self.losses]
+        self.components = [loss.bound(self.model) for loss in self.losses]
+        self._fitted_losses = [loss for loss in self.components if isinstance(loss, FittedLoss)]
+        for loss in self._fitted_losses:
+            self.frozen |= loss.frozen
+
+    def begin(self) -> None:
+        """Losses read the training data, where they have to."""
+        for loss in self._fitted_losses:
+            loss.begin(self)
+
+    def method_state(self) -> dict[str, Any]:
+        """What losses are fitted to."""
+        return {loss.names[0]: dict(loss.fitted) for loss in self._fitted_losses}
+
+    def adopt_method_state(self, state: dict[str, Any]) -> None:
+        """Take it back."""
+        for loss in self._fitted_losses:
+            loss.fitted.update(state.get(loss.names[0], {}))
 
     def predict_step(self, batch: StepBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """A reward model samples nothing."""

@@ -155,6 +155,26 @@ def test_brier_and_skill() -> None:
     assert report.over_confidence["0.9"] is None
 
 
+def test_conditional_mutual_information_is_the_spread_within_a_label() -> None:
+    """Against the mean distance from the mean, written out; a table of two by two has it in closed form."""
+    entropy = lambda p: -sum(x * math.log(x) for x in (p, 1 - p) if x)  # noqa: E731
+    table = calibration_report([0.9, 0.5, 0.2, 0.2], [1, 1, 0, 0], **FAST).conditional_mutual_information
+    assert table.value == pytest.approx((2 * entropy(0.7) - entropy(0.9) - entropy(0.5)) / 4, rel=1e-12)
+    rng = np.random.default_rng(5)
+    p, y = rng.random(50), rng.integers(0, 2, size=50)
+    total = 0.0
+    for value, label in zip(p, y, strict=True):
+        mean = p[y == label].mean()
+        total += value * math.log(value / mean) + (1 - value) * math.log((1 - value) / (1 - mean))
+    found = calibration_report(p, y, **FAST).conditional_mutual_information
+    assert found.value == pytest.approx(total / 50, rel=1e-12)
+    assert found.low < found.value < found.high
+    assert calibration_report([0.3, 1.0], [0, 1], **FAST).conditional_mutual_information.value == pytest.approx(0.0)
+    assert calibration_report([0.0, 1.0], [1, 1], **FAST).conditional_mutual_information.value == pytest.approx(
+        math.log(2)
+    )
+
+
 def brier_skill(p: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> float:
     return float(1 - np.mean((p - y) ** 2) / (y.mean() * (1 - y.mean())))
 

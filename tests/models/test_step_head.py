@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from stepkd.errors import ConfigError, ModelError
 from stepkd.models.checkpoint import export_model, load_trained, save_policy
+from stepkd.models.layouts import check_layout
 from stepkd.models.policy import Policy
 from stepkd.models.spec import (
     Classifier,
@@ -105,6 +106,31 @@ def test_three_classes(kind: str, neutral: Any, share: float) -> None:
         logits = model.require_step_head().score(hidden)  # type: ignore[misc]
     probs = logits.softmax(-1)
     assert torch.allclose(scores(model), probs[:, 2] + share * probs[:, 1], rtol=1e-12)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_classes_are_the_sums_of_their_sub_classes(layers: int, tmp_path: Path) -> None:
+    """Also once exported; a layout for others, whose heads have one output a class, is refused."""
+    model = shaken(policy(replace(CLASSIFIER, layers=layers, subclasses=3), dtype="float64"))
+    hidden, head = model.hidden(IDS, torch.ones_like(IDS))[0], model.require_step_head()
+    probs = head.score(hidden).softmax(-1)  # type: ignore[misc]
+    assert probs.shape[-1] == 6
+    assert torch.allclose(scores(model), probs[:, 3:].sum(-1), rtol=1e-12)
+    assert torch.allclose(head.subclass_logps(hidden, model.head).exp(), probs, rtol=1e-12)
+    assert torch.allclose(head.logps(hidden, model.head).exp().sum(-1), torch.ones(6, dtype=torch.float64))
+    save_policy(model, tmp_path)
+    assert torch.equal(scores(load_trained(tmp_path)), scores(model))
+    with pytest.raises(ConfigError, match="its classes are sums of 3 sub-classes"):
+        check_layout("token_classification", replace(TRL, subclasses=3), model.causal_lm.config, None)
+
+
+@pytest.mark.parametrize("spec", [TOKENS, CLASSIFIER, TRL])
+def test_the_last_layer_makes_logits_of_features(spec: StepHeadConfig) -> None:
+    model = policy(spec, dtype="float64")
+    head, hidden = model.require_step_head(), model.hidden(IDS, torch.ones_like(IDS))[0]
+    logits = head.features(hidden) @ head.output_weights(model.causal_lm.get_output_embeddings()).T
+    bias = 0.0 if head.score is None else list(head.parameters())[-1]
+    assert torch.allclose((logits + bias).log_softmax(-1), head.logps(hidden, model.head), rtol=1e-10)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-12)])

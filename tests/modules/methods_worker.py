@@ -8,8 +8,11 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -20,15 +23,19 @@ from stepkd.data.collate import collate
 from stepkd.data.encode import Encoder, LabelRule
 from stepkd.data.step_encode import StepEncoder
 from stepkd.data.templates import get_template
+from stepkd.models.checkpoint import save_policy
+from stepkd.models.policy import Policy
 from stepkd.models.sharding import whole_tensor
 from stepkd.models.spec import Classifier, LabelTokens, PolicyConfig, StepHeadConfig, tiny_tokenizer
 from stepkd.models.step_head import resolve_ids
 from stepkd.modules.base import StepModule
 from stepkd.modules.dpo import IPO, DPOModule
 from stepkd.modules.gkd import GKDModule
+from stepkd.modules.gkd_settings import Beside, LearnedTemperature
 from stepkd.modules.kdrl import KDRLModule
 from stepkd.modules.kto import ImplicitPRMModule, KTOModule, ReferencePointConfig, StepKTOModule
 from stepkd.modules.prm import PQM, LanguageModelling, PRMModule, StepCrossEntropy
+from stepkd.modules.prm_teachers import MCMI, StepDistillation
 from stepkd.modules.sft import SFTModule
 from stepkd.runs.launcher import check_launch, trainer_defaults
 from stepkd.steps.segment import get_segmenter
@@ -46,7 +53,8 @@ def beside(name: str) -> Any:
 
 
 preference, gkd, kdrl = (beside(f"{name}_worker") for name in ("preference", "gkd", "kdrl"))
-TOKENS, CLASSIFIER = LabelTokens(), Classifier()
+TOKENS, CLASSIFIER, SUBCLASSES = LabelTokens(), Classifier(), Classifier(subclasses=3)
+_HELD: list[Any] = []
 
 
 def solutions() -> list[Any]:
@@ -64,12 +72,27 @@ def labelled(head: StepHeadConfig) -> list[Any]:
     return StepEncoder(tiny_tokenizer(), template, format=head.format, marker_id=marker, labels=rule).examples(rows)
 
 
+@cache
+def reward_model() -> str:
+    """Folder of an untrained one, wider than the student, whose last layer varies."""
+    folder = tempfile.TemporaryDirectory()
+    _HELD.append(folder)
+    teacher = Policy.load(PolicyConfig(path="tiny-0.5m", dtype="float64", init_seed=3))
+    head = teacher.attach_step_head(CLASSIFIER, seed=1)
+    with torch.no_grad():
+        for weight in head.parameters():
+            weight.mul_(4)
+    save_policy(teacher, Path(folder.name))
+    return folder.name
+
+
 class Method(NamedTuple):
     """A method with settings under which everything in it counts."""
 
     kind: type[StepModule]
     examples: Callable[[], list[Any]]
     settings: dict[str, Any] = {}  # noqa: RUF012
+    """Values, or what gives one when the method is run."""
 
 
 NO_POINTS = ReferencePointConfig(outcome="zero", step="zero")
@@ -82,6 +105,12 @@ METHODS: dict[str, Method] = {
     "prm classifier": Method(PRMModule, lambda: labelled(CLASSIFIER), {"head": CLASSIFIER}),
     "prm language": Method(PRMModule, lambda: labelled(TOKENS), {"losses": [StepCrossEntropy(), LanguageModelling()]}),
     "prm pqm": Method(PRMModule, lambda: labelled(TOKENS), {"losses": [StepCrossEntropy(), PQM()]}),
+    "prm mcmi": Method(PRMModule, lambda: labelled(TOKENS), {"losses": [StepCrossEntropy(), MCMI()]}),
+    "prm distilled": Method(
+        PRMModule,
+        lambda: labelled(SUBCLASSES),
+        {"head": SUBCLASSES, "losses": lambda: [StepDistillation(reward_model())]},
+    ),
     "dpo": Method(DPOModule, lambda: preference.pair_examples(7), {"reference": preference.OTHER}),
     "dpo ipo": Method(DPOModule, lambda: preference.pair_examples(7), {"reference": preference.OTHER, "loss": IPO()}),
     "kto": Method(KTOModule, lambda: preference.feedback_examples(7)[:13], FEEDBACK),
@@ -102,6 +131,16 @@ METHODS: dict[str, Method] = {
         {**STEPS, "reference_point": ReferencePointConfig(outcome="batch", step="batch"), "reduction": "mean_steps"},
     ),
     "gkd": Method(GKDModule, solutions, {"teacher": gkd.TEACHER, "source": gkd.DATA}),
+    "gkd soften": Method(
+        GKDModule,
+        solutions,
+        {
+            "teacher": gkd.TEACHER,
+            "source": gkd.DATA,
+            "soften": LearnedTemperature(),
+            "cross_entropy": Beside(0.5),
+        },
+    ),
     "kdrl": Method(
         KDRLModule,
         lambda: kdrl.examples(3),
@@ -149,8 +188,13 @@ def run(
 ) -> Any:
     """Optimiser steps of a method, all its examples (several times over) in every batch."""
     method = METHODS[name]
-    kind: Any = type("Recorded", (Recording, method.kind), {"layout": layout or {}, "shares": shares})
-    module = kind(PolicyConfig(**preference.POLICY), **{"optimizer": preference.STEADY, **method.settings, **settings})
+    rows = method.examples() * copies
+    seen = SimpleNamespace(examples={"train": rows})
+    kind: Any = type(
+        "Recorded", (Recording, method.kind), {"layout": layout or {}, "shares": shares, "datamodule": seen}
+    )
+    own = {name: value() if callable(value) else value for name, value in method.settings.items()}
+    module = kind(PolicyConfig(**preference.POLICY), **{"optimizer": preference.STEADY, **own, **settings})
     info = check_launch(os.environ, {})
     trainer = Trainer(
         **{**trainer_defaults(info), "accelerator": "cpu"},
@@ -161,7 +205,6 @@ def run(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    rows = method.examples() * copies
     plan = BatchPlan([each.size for each in rows], size=len(rows), shuffle=False)
     loader = StepLoader(rows, plan, rank=info.rank, world_size=info.world_size, position=lambda: module.position)
     trainer.fit(module, train_dataloaders=loader)
@@ -184,6 +227,7 @@ def main(out: str) -> None:
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
     LlamaRMSNorm.forward = preference.full_precision_norm
+    reward_model()  # while there is one rank: among several, transformers has the first alone write
     results = {name: facts(run(name, steps=2, micro_batch_tokens=150)) for name in METHODS}
     if int(os.environ.get("RANK", 0)) == 0:
         torch.save(results, out)

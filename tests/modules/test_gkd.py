@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -21,12 +22,22 @@ from stepkd.data.batching import BatchPlan, StepLoader
 from stepkd.data.config import DataConfig
 from stepkd.data.datamodule import StepData
 from stepkd.errors import ConfigError, ModelError, TrainingError
-from stepkd.losses import generalized_jsd, nkd, reverse_kl, top_k_buckets
+from stepkd.losses import forward_kl, generalized_jsd, nkd, reverse_kl, temperature_slope, top_k_buckets
 from stepkd.models.policy import Policy
 from stepkd.models.spec import LabelTokens, PolicyConfig, build_tiny
 from stepkd.modules.fidelity import ANSWERS, FidelityConfig, _kind
 from stepkd.modules.gkd import GKDModule
-from stepkd.modules.gkd_settings import JSD, NKD, BalancedKL, Beside, ReverseKL, SkewForwardKL, SourceConfig
+from stepkd.modules.gkd_settings import (
+    JSD,
+    NKD,
+    BalancedKL,
+    Beside,
+    ForwardKL,
+    LearnedTemperature,
+    ReverseKL,
+    SkewForwardKL,
+    SourceConfig,
+)
 from stepkd.modules.step_scores import FocusConfig
 from stepkd.sampling.engine import SamplingConfig
 from stepkd.scorers.load import PRM
@@ -141,6 +152,39 @@ def test_settings(
     assert logged["train/loss"] == pytest.approx(loss, rel=1e-6)
     assert 0 <= logged["train/agreement"] <= 1
     assert ("train/ce" in logged) == ("cross_entropy" in settings)
+
+
+@pytest.mark.parametrize("layout", [{}, {"micro_batch_tokens": 150, "chunk_size": 11}], ids=["whole", "split"])
+def test_a_learnt_temperature(
+    layout: dict[str, Any],
+    views: Any,
+    rows: list[Any],
+    distance: Callable[..., float],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The student's gradients are those of the tempered teacher; the temperature takes its own step by plain logits."""
+    slopes = []
+
+    def softened(student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
+        logs = student.log_softmax(-1), teacher.log_softmax(-1)
+        slopes.append(temperature_slope(logs[0].detach(), logs[1], targets, temperature=1.5, gap=0.5))
+        return forward_kl(logs[0], (teacher / 1.5).log_softmax(-1))
+
+    _, expected = plain(views, rows, softened)
+    soften = LearnedTemperature(lr=0.2, gap=0.5)
+    monkeypatch.setattr(
+        worker.GKD, "begin", lambda module: module.adopt_method_state({"log_temperature": math.log(1.5)})
+    )
+    module = worker.run(rows, divergence=ForwardKL(), soften=soften, **layout)
+    assert distance(module.gradients, expected) < TOLERANCE
+    learnt = 1.5 * math.exp(-0.2 * float(torch.cat(slopes).mean()))
+    logged = {name: float(value) for name, value in module.trainer.callback_metrics.items()}
+    assert logged["train/teacher_temperature"] == pytest.approx(learnt, rel=1e-6)
+    assert "train/temperature_slope" not in logged
+    assert module.method_state()["log_temperature"] == pytest.approx(math.log(learnt), rel=1e-10)
+    other = worker.GKD(PolicyConfig(**worker.POLICY), worker.TEACHER, source=worker.DATA, soften=soften)
+    other.adopt_method_state(module.method_state())
+    assert other.method_state() == module.method_state()
 
 
 def trl_loss(
@@ -593,6 +637,17 @@ def test_a_teacher_that_is_not_finite_stops_the_run(tmp_path: Path, rows: list[A
         (lambda: FidelityConfig(SamplingConfig(n=2)), "fidelity.sampling: n=2"),
         (lambda: FocusConfig("checker", correct=-1.0), r"focus.correct=-1.0: must lie in \[0, 1\]"),
         (lambda: FocusConfig("checker", threshold=1.0), "focus.threshold=1.0"),
+        (lambda: LearnedTemperature(lr=0.0), "soften.lr=0.0: must be positive"),
+        (
+            lambda: GKDModule(PolicyConfig(), Local("x"), soften=LearnedTemperature()),
+            "soften learns a temperature by the completions' tokens, and source.lmbda=0.5 has the student sample",
+        ),
+        (
+            lambda: GKDModule(
+                PolicyConfig(), Local("x", top_k=TopK(4)), source=worker.DATA, soften=LearnedTemperature()
+            ),
+            "soften tempers the whole distribution, and the teacher Local is compared in its most likely tokens",
+        ),
         (lambda: Local(""), "teacher.path is empty"),
         (lambda: Local("x", dtype="bf16"), "unknown teacher.dtype 'bf16'"),  # type: ignore[arg-type]
     ],
