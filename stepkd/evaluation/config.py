@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+import stepkd.scorers.load  # noqa: F401 (choices of --scorer)
 from stepkd.data.config import DataConfig, parse_spec
 from stepkd.data.sources import get_benchmark
 from stepkd.data.sources.problems import SUBSETS

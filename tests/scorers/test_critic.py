@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -232,6 +234,17 @@ def test_settings_name_the_form_and_the_votes(tmp_path: Path) -> None:
     assert get_form(str(own)) == CritiqueForm(
         prompt="{problem} {steps}", line="{text}", verdict="(.)", words=("y", "n")
     )
+
+
+def test_a_fresh_process_knows_scorers_by_name() -> None:
+    """A command reads its settings before anything has loaded a scorer."""
+    code = (
+        "from stepkd.cli.parser import parse; from stepkd.evaluation.config import EvaluatePRMConfig; "
+        "words = '--scorer Tags --scorer.path m --scorer.correct Y --scorer.incorrect N --out x'; "
+        "print(parse(EvaluatePRMConfig, words.split(), command='evaluate-prm').scorer.correct)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "Y\n"
 
 
 @pytest.mark.parametrize(
