@@ -212,7 +212,7 @@ class Claim(pydantic.BaseModel):
     variants: Annotated[dict[Name, Changes], pydantic.BeforeValidator(lambda raw: raw or {"main": {}})] = {"main": {}}
     """Variant -> all settings; one called ``main`` when the file names none."""
     run: Name = ""
-    """Name of the run's folder; claims that share it share its rows."""
+    """Name of the folder of its jobs, beside its own; claims that have one in common share their jobs."""
     equal: Annotated[dict[str, list[str] | None], _or({})] = {}
     """Metric -> arms that must share it in every seed; None: all."""
 
@@ -220,6 +220,11 @@ class Claim(pydantic.BaseModel):
     def name(self) -> str:
         """File name without the ending."""
         return self.path.name.removesuffix(".yaml")
+
+    @property
+    def folder(self) -> str:
+        """Name of its run's folder."""
+        return f"{self.name}-quick" if self.is_quick else self.name
 
     def wanted(self) -> list[tuple[str, dict[str, Any]]]:
         """Kind and settings of every different job of all arms, with names in place of folders.
@@ -351,7 +356,7 @@ def _build(raw: Mapping[str, Any], path: Path, *, quick: bool) -> Claim:
     claim = claim.model_copy(
         update={
             "variants": {name: claim.settings | claim.variants[name] | reduced.settings for name in chosen},
-            "run": f"{claim.run or claim.name}{'-quick' if quick else ''}",
+            "run": f"{claim.run}-quick" if quick and claim.run else claim.run,
             "seeds": reduced.seeds or claim.seeds,
         }
     )

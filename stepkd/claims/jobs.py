@@ -21,7 +21,7 @@ import pydantic
 import stepkd.labels.curriculum
 import stepkd.labels.selection  # noqa: F401 (choices of convert)
 from stepkd.errors import ConfigError, DataError, StepkdError, nearest
-from stepkd.evaluation.config import EvaluateConfig, ScoreConfig, SearchJobConfig
+from stepkd.evaluation.config import EvaluateConfig, EvaluatePRMConfig, ScoreConfig, SearchJobConfig
 from stepkd.iteration.spec import IterateConfig
 from stepkd.labels.convert import ConverterConfig, convert_rows
 from stepkd.labels.settings import PAIR_JOBS, LabelConfig, PairJobConfig
@@ -374,12 +374,21 @@ def _score(out: Path, config: ScoreConfig) -> Measured:
     return Measured(_numbers(score_file(config)))
 
 
+def _evaluate_prm(out: Path, config: EvaluatePRMConfig) -> Measured:
+    """As ``stepkd evaluate-prm`` on one set. Columns: the set's numbers, ``steps.auroc.value`` for instance."""
+    from stepkd.evaluation.score_rows import evaluate_process
+
+    (section,) = evaluate_process(config)["sets"].values()
+    return Measured(_numbers(section))
+
+
 def _best_of_n(
     out: Path, *, scores: Mapping[str, str], ks: Sequence[int], extractors: Sequence[str], seed: int
 ) -> Measured:
     """As ``stepkd best-of-n``: ``scores`` (name -> folder), ``ks``, ``extractors`` and ``seed``. Columns: for every
-    method (``majority``, ``pass``, every score) ``METHOD@k`` and ``METHOD.growth``, from the smallest k to the
-    largest. A solution that is missing, since nothing could score it, counts as an incorrect one."""
+    method (``majority``, ``pass``, every score, and the vote that it weights) ``METHOD@k`` and ``METHOD.growth``, from
+    the smallest k above 1 to the largest; and ``pass@1``, the share of correct solutions, where 1 is among the ks. A
+    solution that is missing, since nothing could score it, counts as an incorrect one."""
     from stepkd.evaluation.best_of_n import best_of_n_from_files
     from stepkd.grading.pool import GradingConfig
     from stepkd.runs.job import read_results
@@ -391,7 +400,7 @@ def _best_of_n(
     columns: dict[str, list[float]] = {}
     for method, values in curve.per_problem.items():
         columns |= {f"{method}@{k}": values[:, i].tolist() for i, k in enumerate(curve.ks)}
-        columns[f"{method}.growth"] = (values[:, -1] - values[:, 0]).tolist()
+        columns[f"{method}.growth"] = (values[:, -1] - values[:, int(curve.ks[0] == 1 < len(curve.ks))]).tolist()
     return Measured(columns, list(dict.fromkeys(map(problem_key, first))))
 
 
@@ -413,7 +422,7 @@ def _call(out: Path, *, function: str, **settings: Any) -> Measured:
 _KINDS = (
     *(_fit, _validate, _cache_teacher, _iterate),
     *(_label, _pairs, _convert, _draw, _consensus, _quality),
-    *(_evaluate, _search, _score, _best_of_n, _call),
+    *(_evaluate, _evaluate_prm, _search, _score, _best_of_n, _call),
 )
 KINDS: Mapping[str, Callable[..., Measured]] = {run.__name__.removeprefix("_"): run for run in _KINDS}
 """Kinds of jobs by name; the one setting of some is ``config``, a settings class."""

@@ -118,9 +118,7 @@ def save_results(claim: Claim, summary: Mapping[str, Any]) -> Path:
 
 def keep_summary(claim: Claim, out: str | Path, summary: Mapping[str, Any]) -> None:
     """Write a claim's verdicts into the folder of its run, for the report: ``summary.json``, by the claim's name."""
-    path = Path(out) / SUMMARY_NAME
-    others = json.loads(path.read_bytes()) if path.is_file() else {}  # of claims that share the run
-    write_json(path, {**others, claim.name: {**summary, "quick": claim.is_quick}})
+    write_json(Path(out) / SUMMARY_NAME, {claim.name: {**summary, "quick": claim.is_quick}})
 
 
 def read_results(claim: Claim) -> dict[str, Any] | None:

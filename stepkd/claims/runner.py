@@ -5,16 +5,21 @@ The folder holds ``settings.json`` (what decides a seed's values), ``parts/`` (t
 ``results.jsonl`` (all rows). Statements and further seeds may be added later: rows that are there are used again.
 
 A job's folder is named by the job and a fingerprint of its settings, so that arms which need the same student or the
-same labels share them; beside it ``<job>.json`` holds its numbers when it is done.
+same labels share them; beside it ``<job>.json`` holds its numbers when it is done. Claims of one ``run`` have their
+jobs' folders in common (:func:`units_folder`), and share what they have in common in the same way.
+
+Several processes may run the same claims: each takes the seeds at which no other process of this machine works.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
+import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -22,30 +27,31 @@ import numpy as np
 
 from stepkd.claims.claim_file import Arm, Claim, SeedValues
 from stepkd.claims.jobs import Measured, run_job
-from stepkd.errors import DataError
-from stepkd.runs.files import write_json, write_jsonl
+from stepkd.errors import ConfigError, DataError
+from stepkd.runs.files import delete, write_json, write_jsonl
 from stepkd.runs.job import PARTS, RESULTS_NAME, SUMMARY_NAME, Job, JobOptions, finished_rows, package_versions
+from stepkd.runs.process import check_unused, this_process
 from stepkd.runs.progress import duration
 from stepkd.statistics import FloatArray
 from stepkd.yaml_files import find_recipe, read_yaml
 
 Report: TypeAlias = Callable[[str], None]
 """Takes one line about what is being done now."""
-UNITS_NAME = "units"
+UNITS_NAME, RUNNING_NAME = "units", "running.json"
 
 
-def run_claim(claim: Claim, out: str | Path, *, report: Report, overwrite: bool = False) -> dict[str, Any]:
+def run_claim(claim: Claim, out: str | Path, *, report: Report, overwrite: bool = False) -> dict[str, Any] | None:
     """Run what is missing of a claim.
 
     Args:
         claim: the claim.
         out: its folder; begun, or resumed.
         report: called with one line about progress.
-        overwrite: delete an earlier run in the folder first.
+        overwrite: delete an earlier run in the folder first; jobs that it shares with other claims stay.
 
     Returns:
         The settings of the run: ``packages`` (versions), ``recipes`` and what :meth:`Claim.identity` says. The rows are
-        read with :func:`seed_values`.
+        read with :func:`seed_values`. None: other processes have not finished their seeds.
 
     Raises:
         ConfigError: the folder holds other settings, or something else.
@@ -53,14 +59,19 @@ def run_claim(claim: Claim, out: str | Path, *, report: Report, overwrite: bool 
         DataError: a job's numbers do not fit the claim.
     """
     job = _job(Path(out), overwrite=overwrite)
+    if overwrite and not claim.run:
+        job.check()
+        delete_jobs(job.out / UNITS_NAME)
     missing = [(v, s) for v in claim.variants for s in claim.seeds if overwrite or job.missing(v, [_key(s)])]
     settings = {"packages": package_versions(), "recipes": _recipes(claim), **claim.identity()}
     found = job.begin(settings, free=() if missing else ("packages", "recipes"))  # a finished run may be looked at
     if not missing and (job.out / RESULTS_NAME).is_file():
         return found
-    with job.alone():
-        (job.out / RESULTS_NAME).unlink(missing_ok=True)  # of fewer seeds
-        _run_units(claim, job, missing, report)
+    (job.out / RESULTS_NAME).unlink(missing_ok=True)  # of fewer seeds
+    _run_units(claim, job, missing, report)
+    if left := [str(s) for v, s in missing if job.missing(v, [_key(s)])]:
+        report(f"{claim.name}: another process works at seed {', '.join(left)}: when it is done, repeat the command")
+        return None
     rows = [row for folder in sorted((job.out / PARTS).iterdir()) for row in finished_rows(job.out, folder.name)]
     write_jsonl(job.out / RESULTS_NAME, sorted(rows, key=lambda row: (row["seed"], row["index"])))
     return found
@@ -84,15 +95,59 @@ def _run_units(claim: Claim, job: Job, missing: Sequence[tuple[str, int]], repor
         label = f"seed {seed}" if len(claim.variants) == 1 else f"{variant}, seed {seed}"
         head = f"{claim.name} {number}/{len(missing)}, {label}"
         start = time.perf_counter()
+        folder = units_folder(claim, job.out) / variant / _key(seed)
 
-        def rows_of(unit: tuple[str, int], head: str = head) -> list[dict[str, Any]]:
-            folder = job.out / UNITS_NAME / unit[0] / _key(unit[1])
-            return _unit_rows(claim, *unit, folder, lambda line: report(f"{head}: {line}"))
+        def rows_of(folder: Path, head: str = head, variant: str = variant, seed: int = seed) -> list[dict[str, Any]]:
+            return _unit_rows(claim, variant, seed, folder, lambda line: report(f"{head}: {line}"))
 
-        job.work(variant, {_key(seed): (variant, seed)}, rows_of)
-        seconds = time.perf_counter() - start
-        left = f", about {duration(seconds * (len(missing) - number))} left" if number < len(missing) else ""
-        report(f"{head}: done in {duration(seconds)}{left}")
+        with _taken(folder) as is_free:
+            if is_free:
+                job.work(variant, {_key(seed): folder}, rows_of)
+        if is_free:
+            seconds = time.perf_counter() - start
+            left = f", about {duration(seconds * (len(missing) - number))} left" if number < len(missing) else ""
+            report(f"{head}: done in {duration(seconds)}{left}")
+
+
+@contextlib.contextmanager
+def _taken(folder: Path) -> Iterator[bool]:
+    """Keep other processes of this machine out of a seed's folder while a block works; False: one works there."""
+    mark, own = folder / RUNNING_NAME, folder / f".{os.getpid()}.tmp"
+    write_json(own, this_process())
+    try:
+        _check_free(mark)
+        mark.unlink(missing_ok=True)  # of a process that is gone
+        os.link(own, mark)  # fails where another process has just done so
+    except (ConfigError, FileExistsError):
+        yield False
+        return
+    finally:
+        own.unlink()
+    try:
+        yield True
+    finally:
+        mark.unlink(missing_ok=True)
+
+
+def _check_free(mark: Path) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        check_unused(mark.parent, json.loads(mark.read_bytes()))
+
+
+def delete_jobs(folder: Path) -> None:
+    """Delete a folder of jobs (:func:`units_folder`).
+
+    Raises:
+        ConfigError: a process of this machine works at one of them.
+    """
+    for mark in folder.glob(f"*/*/{RUNNING_NAME}"):
+        _check_free(mark)
+    delete(folder)
+
+
+def units_folder(claim: Claim, out: str | Path) -> Path:
+    """The folder of a claim's jobs: in the claim's own, or in that of its ``run`` beside it."""
+    return (Path(out).parent / claim.run if claim.run else Path(out)) / UNITS_NAME
 
 
 def _job(out: Path, *, overwrite: bool = False) -> Job:

@@ -6,7 +6,8 @@
   stepkd claims run my-claim.yaml
 
 A claim compares arms over several seeds and says for every statement: reproduced, not reproduced, or inconclusive.
-The same command resumes a killed run. The exit code is 0 whatever the verdict.
+The same command resumes a killed run; given twice at a time, the two divide the seeds. The exit code is 0 whatever the
+verdict.
 """
 
 from __future__ import annotations
@@ -69,22 +70,24 @@ def run(config: ListClaimsConfig | QuickConfig) -> int:
     check_alone("stepkd claims")
 
     from stepkd.claims.results import keep_summary, print_results, save_results, summarise_claim
-    from stepkd.claims.runner import run_claim
+    from stepkd.claims.runner import UNITS_NAME, delete_jobs, run_claim
     from stepkd.runs.process import quiet_libraries
 
     quiet_libraries()
     console = Console()
-    begun: set[str] = set()
+    for run in {claim.run for claim in claims if config.overwrite and claim.run}:
+        delete_jobs(Path(config.out) / run / UNITS_NAME)
     for claim in claims:
-        out = Path(config.out) / claim.run
+        out = Path(config.out) / claim.folder
         with _quiet_trainings():
             settings = run_claim(
                 claim,
                 out,
                 report=lambda line: console.print(line, style="dim", markup=False, highlight=False),
-                overwrite=config.overwrite and claim.run not in begun,  # claims may share a run
+                overwrite=config.overwrite,
             )
-        begun.add(claim.run)
+        if settings is None:
+            continue
         summary = summarise_claim(claim, out, settings["packages"])
         keep_summary(claim, out, summary)
         print_results(console, claim.name, summary, quick=claim.is_quick)

@@ -205,6 +205,22 @@ def peak(values: FloatArray, ks: Sequence[int], **settings: Unpack[Resampling]) 
     return Peak(ks[best], _difference(values[:, best] - values[:, -1], **settings))
 
 
+def outvoted(result: Mapping[str, Any]) -> list[str]:
+    """Where choosing by a score alone is correct less often than the majority vote: a sentence for each such score.
+
+    Args:
+        result: :meth:`CurveResult.to_dict`.
+    """
+    curves, sentences = result["curves"], []
+    for name in (each for each in curves if f"{each}_vote" in curves):
+        pairs = zip(result["ks"], curves[name], curves[MAJORITY], strict=True)
+        if ks := ", ".join(str(k) for k, own, vote in pairs if own["value"] < vote["value"] - TIE):
+            sentences.append(
+                f"At N={ks} {name} alone is fooled: incorrect solutions that it scores highest\ntake it below the vote"
+            )
+    return sentences
+
+
 def _difference(values: FloatArray, **settings: Unpack[Resampling]) -> Interval:
     return proper_width(cluster_bootstrap(values, **settings))
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepkd.errors import ConfigError
+from stepkd.evaluation.best_of_n import outvoted
 from stepkd.runs.files import write_file
 
 if TYPE_CHECKING:
@@ -81,7 +82,8 @@ def argmin_histogram(result: Mapping[str, Any], path: str | Path) -> Path:
 
 
 def best_of_n_figure(result: Mapping[str, Any], path: str | Path) -> Path:
-    """Accuracy against the number of samples, one line and interval band per method.
+    """Accuracy against the number of samples, one line and interval band per method; the title says at which numbers a
+    score alone chooses worse than the majority vote.
 
     Args:
         result: ``CurveResult.to_dict()``.
@@ -109,7 +111,7 @@ def best_of_n_figure(result: Mapping[str, Any], path: str | Path) -> Path:
         axes.set_xticks(ks, [str(k) for k in ks])
         axes.minorticks_off()
         axes.set(xlabel="samples N", ylabel="accuracy")
-        axes.set_title(f"Best of N over {result['problems']} problems")
+        axes.set_title("\n".join([f"Best of N over {result['problems']} problems", *outvoted(result)]))
         figure.legend(loc="outside right center")
 
     return _write(draw, path, size=(7.5, 4.5))

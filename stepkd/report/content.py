@@ -184,6 +184,8 @@ def _claim_plots(folder: Folder) -> Iterator[Figure]:
 
 
 def _curves_by_n(name: str, result: Mapping[str, Any]) -> dict[str, Any]:
+    from stepkd.evaluation.best_of_n import outvoted
+
     ks = result["ks"]
     names = {each: METHODS.get(each, each.replace("_vote", ", weighted vote")) for each in result["curves"]}
     curves = {names[each]: curve for each, curve in result["curves"].items()}
@@ -192,7 +194,8 @@ def _curves_by_n(name: str, result: Mapping[str, Any]) -> dict[str, Any]:
         series = [replace(each, low=(), high=()) for each in series]
     figure = plot(name, series, "samples N", "correct, percent", ticks={i: str(k) for i, k in enumerate(ks)})
     peaks = {names[each]: found for each, found in result.get("peaks", {}).items()}  # older results have none
-    return {"name": name, "problems": result["problems"], "ks": ks, "curves": curves, "peaks": peaks, "figure": figure}
+    of_problems = {"name": name, "problems": result["problems"], "notes": outvoted(result)}
+    return of_problems | {"ks": ks, "curves": curves, "peaks": peaks, "figure": figure}
 
 
 def _sets(folder: Folder) -> dict[str, Any]:

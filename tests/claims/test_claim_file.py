@@ -77,7 +77,7 @@ def test_a_claim_takes_what_it_lacks_from_its_base(write_claim: Write, tmp_path:
     path = tmp_path / "second.yaml"
     path.write_text(yaml.safe_dump(own))
     claim = load_claim(path)
-    assert (claim.seeds, claim.arms, claim.run) == (base.seeds, base.arms, "second")
+    assert (claim.seeds, claim.arms, claim.folder) == (base.seeds, base.arms, "second")
     assert claim.variants["main"] == {**base.variants["main"], "problems": 3}
     assert claim.jobs["drawn"]["call"] == {**base.jobs["drawn"]["call"], "task": "two"}
     assert claim.metrics == {"correct": "drawn", "steps": "drawn.steps", "rate": "drawn.share"}

@@ -41,8 +41,9 @@ def test_a_claim_measures_what_its_evaluations_say(tmp_path: Path) -> None:
     small = {"model": "tiny-0.1m", "task": "modular:terms=3,modulus=10", "demonstrations": 500}
     small |= {"teacher_steps": 2, "student_steps": 2, "problems": 8, "samples": 2}
     path = tmp_path / "small.yaml"
-    text = (RECIPES / "noisy_student.yaml").read_text(encoding="utf-8")
-    path.write_text(text[: text.index("quick:")] + f"quick: {{seeds: [0], settings: {json.dumps(small)}}}\n")
+    own = {"claim": "x", "source": "y", "base": str(RECIPES / "base" / "student")}
+    own |= {"statements": [{"metric": "greedy", "arm": "student", "bound": 0.5}]}
+    path.write_text(json.dumps(own | {"quick": {"seeds": [0], "settings": small}}))
     assert main(["claims", "quick", str(path), "--out", str(tmp_path / "runs")]) == 0
     rows = {row["arm"]: row for row in read_results(tmp_path / "runs" / "small-quick")}
     unit = tmp_path / "runs" / "small-quick" / "units" / "main" / "seed-0"

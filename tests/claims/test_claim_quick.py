@@ -23,7 +23,7 @@ def test_quick_claim(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["claims", "quick", name, "--out", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert "claims quick: a smaller experiment" in " ".join(shown.split())
-    rows = [json.loads(line) for line in (tmp_path / claim.run / "results.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / claim.folder / "results.jsonl").read_text().splitlines()]
     assert {row["arm"] for row in rows if "arm" in row} == set(claim.arms)
     # A second time nothing is left to do, and the same rows are shown.
     assert main(["claims", "quick", name, "--out", str(tmp_path)]) == 0

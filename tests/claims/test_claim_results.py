@@ -176,20 +176,22 @@ def test_the_command(write_claim: Write, tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_claims_share_a_run(write_claim: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Claims with different arms and metrics do what they have in common once."""
     first = write_claim(run="both").rename(tmp_path / "first.yaml")
-    other = [{"metric": "share", "arm": "plain", "direction": "lower", "bound": 0.9}]
-    second = write_claim(run="both", statements=other).rename(tmp_path / "second.yaml")
+    other = {"arms": {"best": {"gain": 0.5}, "better": {"gain": 0.3}}, "metrics": {"rate": "drawn.correct"}}
+    other["statements"] = [{"metric": "rate", "better": "best", "worse": "better", "bound": -0.5}]
+    second = write_claim(run="both", **other).rename(tmp_path / "second.yaml")
     command = ["claims", "run", str(first), str(second), "--out", str(tmp_path / "runs")]
     for arguments in (command, [*command, "--overwrite"]):
         assert main(arguments) == 0
         text = capsys.readouterr().out
-        assert text.count("drawn (call)") == 10  # once per seed, not once per claim
+        assert text.count("drawn (call)") == 15  # gains of 0, 0.3 and 0.5 in every seed, once each
         assert "first: reproduced" in text
         assert "second: reproduced" in text
-    assert [folder.name for folder in (tmp_path / "runs").iterdir()] == ["both"]
-    assert [*json.loads((tmp_path / "runs" / "both" / "summary.json").read_bytes())] == ["first", "second"]
-    third = write_claim(run="both", settings={"base": 0.4})
-    assert main(["claims", "run", str(third), "--out", str(tmp_path / "runs")]) == 2
+    assert sorted(folder.name for folder in (tmp_path / "runs").iterdir()) == ["both", "first", "second"]
+    assert [folder.name for folder in (tmp_path / "runs" / "both").iterdir()] == ["units"]
+    second.unlink()
+    assert main(["claims", "run", str(write_claim(run="both").rename(second)), "--out", str(tmp_path / "runs")]) == 2
     assert "begun under other settings" in capsys.readouterr().err
 
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import forked
+import psutil
 import pytest
 
+from stepkd.claims import Measured, runner
 from stepkd.claims.claim_file import load_claim
+from stepkd.claims.jobs import run_job
 from stepkd.claims.runner import run_claim, seed_values
 from stepkd.errors import ConfigError, DataError, StepkdError
 
@@ -110,6 +115,40 @@ def test_killed_and_resumed(write_claim: Write, code_folder: Path, tmp_path: Pat
     unbroken = tmp_path / "unbroken"
     run_claim(load_claim(write_claim()), unbroken, report=quiet)
     assert (out / "results.jsonl").read_bytes() == (unbroken / "results.jsonl").read_bytes()
+
+
+def test_two_processes_divide_the_seeds(
+    write_claim: Write, tmp_path: Path, code_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the first seed's job runs, the same command is given in another process: it does the second seed."""
+    words = ["claims", "run", str(write_claim(seeds=[0, 1])), "--out", str(tmp_path / "runs")]
+    found = []
+
+    def meanwhile(kind: str, settings: Any, out: Path) -> Measured:
+        if not found:
+            found.append(forked.run(words, PYTHONPATH=str(code_folder)))
+        return run_job(kind, settings, out)
+
+    monkeypatch.setattr(runner, "run_job", meanwhile)
+    lines: list[str] = []
+    assert run_claim(load_claim(Path(words[2])), tmp_path / "runs" / "fake", report=lines.append) is not None
+    (other,) = found
+    assert other.returncode == 0, other.stderr
+    assert "another process works at seed 0" in other.stdout
+    assert "not reproduced" not in other.stdout
+    assert calls(tmp_path / "runs" / "fake") == {"main/seed-0": 2, "main/seed-1": 2}
+    assert not [*(tmp_path / "runs").rglob("running.json")]
+
+
+def test_a_seed_that_another_process_works_at_is_not_deleted(write_claim: Write, tmp_path: Path) -> None:
+    claim, out = load_claim(write_claim(seeds=[0])), tmp_path / "out"
+    run_claim(claim, out, report=quiet)
+    parent = psutil.Process(os.getppid())
+    marker = {"host": socket.gethostname(), "pid": parent.pid, "pid_start": parent.create_time()}
+    (out / "units" / "main" / "seed-0" / "running.json").write_text(json.dumps(marker))
+    with pytest.raises(ConfigError, match=f"in use by process {parent.pid}"):
+        run_claim(claim, out, report=quiet, overwrite=True)
+    assert calls(out) == {"main/seed-0": 2}
 
 
 def test_other_settings_are_refused_by_name(write_claim: Write, tmp_path: Path) -> None:

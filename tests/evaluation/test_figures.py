@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from stepkd.errors import ConfigError
-from stepkd.evaluation.best_of_n import ProblemSamples, bon_curve
+from stepkd.evaluation.best_of_n import ProblemSamples, bon_curve, outvoted
 from stepkd.evaluation.diagnostics import argmin_positions
 from stepkd.evaluation.figures import argmin_histogram, best_of_n_figure, reliability_diagram
 from stepkd.evaluation.step_metrics import calibration_report
@@ -54,6 +54,16 @@ def test_svg_is_labelled_and_repeatable(kind: str, results: dict[str, Any], tmp_
         assert expected in text
     assert not re.search(r"<dc:date>|20\d\d-\d\d-\d\d", text)
     assert WRITERS[kind](results[kind], tmp_path / "b.svg").read_bytes() == path.read_bytes()
+
+
+def test_the_curve_says_where_a_score_alone_chooses_worse_than_the_vote(tmp_path: Path) -> None:
+    """Three of four samples are correct, and the highest score is that of the incorrect one."""
+    problems = [ProblemSamples(str(i), [True, True, True, False], ["1", "1", "1", "2"]) for i in range(3)]
+    for score, notes in ((0.9, 1), (0.1, 0)):
+        curve = through_json(bon_curve(problems, [1, 2, 4], {"prm": [[0.5, 0.5, 0.5, score]] * 3}, n_resamples=20))
+        assert len(outvoted(curve)) == notes
+        text = best_of_n_figure(curve, tmp_path / f"{notes}.svg").read_text(encoding="utf-8")
+        assert ("At N=2, 4 prm alone is fooled" in text) == bool(notes)
 
 
 @pytest.mark.parametrize("kind", sorted(WRITERS))
