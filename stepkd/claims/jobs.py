@@ -168,9 +168,6 @@ class ConvertJob:
     """Kind of the new rows."""
 
 
-# ---- training ------------------------------------------------------------------------------------------------------
-
-
 def training_settings(recipes: Sequence[str] = (), **settings: Any) -> tuple[list[str], dict[str, Any]]:
     """Recipes of a job that trains, and its settings on top of them."""
     return list(recipes), overlaid(TRAINING_ONLY, settings)
@@ -232,9 +229,6 @@ def _iterate(out: Path, config: IterateConfig) -> Measured:
         found = problem_columns(rows) | {"greedy": [correct[problem] for problem in problems]}
         columns |= {f"m{k}.{name}": values for name, values in found.items()}
     return Measured(columns, problems)
-
-
-# ---- labels and rows -----------------------------------------------------------------------------------------------
 
 
 def _label(out: Path, config: LabelConfig) -> Measured:
@@ -309,9 +303,6 @@ def _quality(out: Path, *, rows: str, truth: str) -> Measured:
     found = label_quality(labelled, _load(truth)).to_dict()
     shares = {name: value["value"] for name, value in found.items() if isinstance(value, Mapping)}
     return Measured(shares | {"rows": len(labelled)})
-
-
-# ---- evaluation ----------------------------------------------------------------------------------------------------
 
 
 def _evaluate(out: Path, config: EvaluateConfig) -> Measured:
