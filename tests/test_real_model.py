@@ -98,7 +98,7 @@ def test_every_search_method_answers_a_problem(gguf: Path, tmp_path: Path) -> No
     from stepkd.runs.files import write_jsonl
     from stepkd.runs.job import read_results
     from stepkd.sampling.engine import SamplingConfig
-    from stepkd.search.speculative import Speculative
+    from stepkd.search.tokens import Speculative
 
     small: dict[str, Any] = dict.fromkeys(("n", "width", "iterations", "beams", "rollouts", "clusters", "max_steps"), 2)
     small |= {"rounds": 1, "depth": 2, "min_rounds": 1, "max_rounds": 2, "refiner": str(gguf), "k_max": 2}

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -93,17 +94,14 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
     """What a reader of the tables must know, a line each."""
     from stepkd.statistics import percent
 
-    pool, problems, found = summary["pool"], summary["problems"], list[str]()
-    methods: Mapping[str, Any] = summary["methods"]
-    for name, method in methods.items():
+    pool, problems, found, cheap = summary["pool"], summary["problems"], list[str](), list[str]()
+    for name, method in summary["methods"].items():
         if (needs := method["budget"]["samples"]) > pool["samples"]:
             found.append(
                 f"{name} draws as many tokens as {needs:.1f} samples, and is compared with best-of-{pool['samples']}, "
                 f"which draws fewer: --samples {math.ceil(needs)} would reach its budget"
             )
-    if less := [name for name, method in methods.items() if method["budget"]["samples"] < 1]:
-        found.append(f"compared with one sample, which draws more tokens than they do: {', '.join(less)}")
-    for name, method in methods.items():
+        cheap += [name] * (needs < 1)
         counts = {
             f"of {problems} answers were cut off: see --sampling.max_new_tokens, --max_step_tokens": method["cut_off"],
             "solutions had no score, and ranked last": method["unscored"],
@@ -115,13 +113,13 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
                 f"{name}: {method['drafted']['value']:.0f} tokens of the small model per problem, which are in no "
                 f"table, and {method['passes']['value']:.0f} forward passes of the policy"
             )
-    last = pool["ks"][-1]
+    if cheap:
+        found.append(f"compared with one sample, which draws more tokens than they do: {', '.join(cheap)}")
     for name in ("majority", pool["reduction"], f"{pool['reduction']}_vote"):
-        peak = pool["peaks"].get(name)
-        if peak and peak["k"] < last and (peak["fall"]["low"] or 0) > 0:
+        if (peak := pool["peaks"].get(name)) and peak["k"] < pool["ks"][-1] and (peak["fall"]["low"] or 0) > 0:
             found.append(
                 f"best-of-N by {name} is highest at N={peak['k']}, picked on the same problems, and "
-                f"{percent(peak['fall'])} percentage points lower at N={last}"
+                f"{percent(peak['fall'])} percentage points lower at N={pool['ks'][-1]}"
             )
     return found
 
@@ -130,12 +128,11 @@ def times(out: str, problems: int) -> list[str]:
     """Seconds per problem of every method by the job's log, in a line; none where there is no log."""
     from stepkd.runs.job import LOG
 
-    seconds: dict[str, float] = {}
+    seconds = defaultdict[str, float](float)
     for path in sorted((Path(out) / LOG).glob("rank-*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():
             with suppress(ValueError):  # a line that a kill cut off
                 if "unit" in (entry := json.loads(line)):
-                    name = entry["unit"].rpartition("-")[0]
-                    seconds[name] = seconds.get(name, 0.0) + entry["seconds"]
+                    seconds[entry["unit"].rpartition("-")[0]] += entry["seconds"]
     shown = ", ".join(f"{name} {total / problems:.2f}" for name, total in seconds.items())
     return [f"seconds per problem (pool: of all methods that choose among it): {shown}"] if shown else []

@@ -23,15 +23,7 @@ from stepkd.grading.judge import votes_of
 from stepkd.grading.pool import Grader, GradingConfig
 from stepkd.runs.job import RESULTS_NAME
 from stepkd.search.best_of_n import TIE, best_of_k, maj_at_k, pass_at_k, weighted_vote_at_k
-from stepkd.statistics import (
-    FloatArray,
-    Interval,
-    Resampling,
-    Result,
-    cluster_bootstrap,
-    mean_interval,
-    proper_width,
-)
+from stepkd.statistics import FloatArray, Interval, Resampling, Result, cluster_bootstrap, mean_interval, proper_width
 
 CEILING = "pass"
 MAJORITY = "majority"
@@ -128,7 +120,7 @@ def bon_curve(
     curves, grid = expected_accuracies(problems, ks, scores, seed=settings.get("seed", 0)), tuple(sorted(set(ks)))
     pairs = list(combinations([name for name in curves if name != CEILING], 2))
     differences = tuple(
-        PairedDifference(a, b, k, _difference(curves[b][:, i] - curves[a][:, i], **settings))
+        PairedDifference(a, b, k, difference(curves[b][:, i] - curves[a][:, i], **settings))
         for a, b in pairs
         for i, k in enumerate(grid)
     )
@@ -136,16 +128,14 @@ def bon_curve(
     growth = []
     for a, b in pairs if first < len(grid) - 1 else []:
         gap = curves[b] - curves[a]
-        growth.append(PairedDifference(a, b, grid[-1], _difference(gap[:, -1] - gap[:, first], **settings)))
+        growth.append(PairedDifference(a, b, grid[-1], difference(gap[:, -1] - gap[:, first], **settings)))
+    shown, peaks = described(curves, grid, **settings)
     return CurveResult(
         ks=grid,
-        curves={
-            name: tuple(mean_interval(np.clip(column, 0.0, 1.0), **settings) for column in values.T)
-            for name, values in curves.items()
-        },
+        curves=shown,
         differences=differences,
         growth=tuple(growth),
-        peaks={name: peak(values, grid, **settings) for name, values in curves.items()},
+        peaks=peaks,
         unscored={name: sum(score is None for own in rows for score in own) for name, rows in scores.items()},
         problems=len(problems),
         per_problem=curves,
@@ -192,17 +182,23 @@ def expected_accuracies(
     return curves
 
 
-def peak(values: FloatArray, ks: Sequence[int], **settings: Unpack[Resampling]) -> Peak:
-    """Where a curve is highest, and its fall from there.
+def described(
+    curves: Mapping[str, FloatArray], ks: Sequence[int], **settings: Unpack[Resampling]
+) -> tuple[dict[str, tuple[Interval, ...]], dict[str, Peak]]:
+    """Intervals of curves at each k, and where each is highest, with its fall from there.
 
     Args:
-        values: (problems, ks) expected accuracy of every problem.
+        curves: name -> (problems, ks) expected accuracy of every problem.
         ks: numbers of samples, ascending.
         **settings: see :class:`~stepkd.statistics.Resampling`.
     """
-    means = values.mean(axis=0)
-    best = int(np.flatnonzero(means >= means.max() - TIE)[-1])
-    return Peak(ks[best], _difference(values[:, best] - values[:, -1], **settings))
+    shown, peaks = {}, {}
+    for name, values in curves.items():
+        shown[name] = tuple(mean_interval(np.clip(column, 0.0, 1.0), **settings) for column in values.T)
+        means = values.mean(axis=0)
+        best = int(np.flatnonzero(means >= means.max() - TIE)[-1])
+        peaks[name] = Peak(ks[best], difference(values[:, best] - values[:, -1], **settings))
+    return shown, peaks
 
 
 def outvoted(result: Mapping[str, Any]) -> list[str]:
@@ -221,7 +217,8 @@ def outvoted(result: Mapping[str, Any]) -> list[str]:
     return sentences
 
 
-def _difference(values: FloatArray, **settings: Unpack[Resampling]) -> Interval:
+def difference(values: FloatArray, **settings: Unpack[Resampling]) -> Interval:
+    """Mean of (problems,) differences, without bounds where all problems have the same."""
     return proper_width(cluster_bootstrap(values, **settings))
 
 

@@ -21,16 +21,13 @@ from stepkd.runs.job import JobConfig
 from stepkd.sampling.config import IN_PROCESS, EngineConfig
 from stepkd.sampling.engine import SamplingConfig
 from stepkd.scorers.scorer import Reduction, ScorerConfig
-from stepkd.search.beam import Beam
+from stepkd.search.beam import Beam, ParticleFilter
 from stepkd.search.best_of_n import BestOfN, Greedy
-from stepkd.search.entropy import EntropyBranching
 from stepkd.search.mcts import MCTS
-from stepkd.search.particles import ParticleFilter
 from stepkd.search.phi import PhiDecoding
-from stepkd.search.refine import Refine
-from stepkd.search.revise import VerifyRevise
-from stepkd.search.speculative import Speculative
+from stepkd.search.revise import Refine, VerifyRevise
 from stepkd.search.state import Search
+from stepkd.search.tokens import EntropyBranching, Speculative
 from stepkd.search.value_guided import ValueGuided
 from stepkd.statistics import percent
 from stepkd.steps.labels import check_threshold
@@ -203,9 +200,6 @@ class SearchJobConfig(BenchmarkJobConfig):
     difficulty_samples: int = 0
     """Solutions of a problem that no method uses, at least 0, whose pass rate says how difficult it is; 0 divides
     nothing by difficulty."""
-    ks: tuple[int, ...] = ()
-    """Numbers of samples at which best-of-N is shown, each from 1 to samples; the default takes the powers of two up to
-    that."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -216,29 +210,20 @@ class SearchJobConfig(BenchmarkJobConfig):
             raise ConfigError(f"sampling.n={self.sampling.n}: a search takes its numbers of samples from samples and n")
         if self.sampling.temperature == 0:
             raise ConfigError("sampling.temperature=0: every sample would be the same; greedy is run in any case")
-        if bad := [k for k in self.ks if not 1 <= k <= self.samples]:
-            raise ConfigError(f"ks={bad[0]}: must lie between 1 and the samples of a problem, {self.samples}")
         if not self.methods:
             raise ConfigError("methods is empty: give at least one, such as --methods Beam; greedy is run in any case")
         names = [method.name for method in self.all_methods]
         for name in names:
             if not re.fullmatch(r"[\w@.+-]+", name) or name in ("pool", "difficulty"):
-                raise ConfigError(
-                    f"methods: {name!r} is no name for a method: letters, digits and @.+-_, and neither pool nor "
-                    "difficulty"
-                )
+                raise ConfigError(f"methods: {name!r} is no name for a method: letters, digits and @.+-_, not pool")
             if names.count(name) > 1:
-                raise ConfigError(
-                    f"methods: two are called {name}, which has all settings that differ from their defaults: drop one"
-                )
+                raise ConfigError(f"methods: two are called {name}, and have the same settings: drop one")
         for method in self.all_methods:
             if method.needs_scorer and self.scorer is None:
                 raise ConfigError(f"methods: {method.name} needs a step scorer and there is none: give --scorer")
             if isinstance(method, BestOfN) and method.n > self.samples:
-                raise ConfigError(
-                    f"methods: {method.name} chooses among n={method.n} samples, and samples={self.samples} are drawn: "
-                    f"give --samples {method.n}"
-                )
+                place = f"methods: {method.name} chooses among n={method.n} samples"
+                raise ConfigError(f"{place}, and samples={self.samples} are drawn: give --samples {method.n}")
 
     @property
     def all_methods(self) -> tuple[Search, ...]:

@@ -90,11 +90,7 @@ def g_pass_at_k(n: ArrayLike, c: ArrayLike, k: int, tau: float | None) -> FloatA
 
 
 def summarise(
-    rows: Iterable[Mapping[str, Any]],
-    ks: Sequence[int] = (1,),
-    *,
-    seed: int = 0,
-    n_resamples: int = 10_000,
+    rows: Iterable[Mapping[str, Any]], ks: Sequence[int] = (1,), *, seed: int = 0, n_resamples: int = 10_000
 ) -> dict[str, Any]:
     """Metrics of a run from its result rows (layout in the module's docstring).
 

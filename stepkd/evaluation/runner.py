@@ -73,7 +73,7 @@ def evaluate(config: EvaluateConfig, *, policy: Policy | None = None, options: J
     def work(batch: list[int]) -> list[dict[str, Any]]:
         drawn = engine.generate([prompts[i].prompt_ids for i in batch], sampling, purpose="evaluate", indices=batch)
         judged = judge([rows[i] for i in batch], drawn, grader)
-        return [opened.told(i) | {"samples": samples} for i, samples in zip(batch, judged, strict=True)]
+        return [opened.problem(i) | {"samples": samples} for i, samples in zip(batch, judged, strict=True)]
 
     units = numbered(fixed_batches(prompts, sampling.n, config.engine.at_once))
     with grader:
@@ -107,7 +107,7 @@ class OpenedBenchmark:
     settings: Mapping[str, Any]
     """The part of the job's settings that says what all this is: data, model, prompt, engine, grading, machine."""
 
-    def told(self, index: int) -> dict[str, Any]:
+    def problem(self, index: int) -> dict[str, Any]:
         """What a result row says of its problem: ``id``, ``index``, ``prompt`` (as the model reads it), ``answer``."""
         row, ids = self.rows[index], self.prompts[index].prompt_ids.tolist()
         prompt = self.policy.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -30,34 +30,30 @@ times; the job's log has the seconds and tokens per second of every unit, whose 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, ClassVar, get_args
 
 from stepkd.data.sources import get_benchmark
-from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError
 from stepkd.evaluation.config import SearchJobConfig
 from stepkd.evaluation.metrics import default_ks
 from stepkd.evaluation.runner import OpenedBenchmark, open_benchmark, running
 from stepkd.evaluation.search_summary import DIFFICULTY, POOL, summarise_search
 from stepkd.grading.judge import judge
-from stepkd.models.checkpoint import load_trained, tokenizer_fingerprint, weights_fingerprint
+from stepkd.models.checkpoint import load_trained, tokenizer_fingerprint
 from stepkd.models.policy import Policy
 from stepkd.models.source import template_for
 from stepkd.runs.job import ALONE, RESULTS_NAME, SUMMARY_NAME, Job, JobOptions
 from stepkd.sampling.config import Transformers
-from stepkd.sampling.engine import Engine
 from stepkd.sampling.transformers_engine import fixed_batches
 from stepkd.scorers.load import load_scorer, pick_device
 from stepkd.scorers.scorer import Reduction, StepScorer, default_reduction
 from stepkd.search.best_of_n import BestOfN
 from stepkd.search.generate import SampledSteps, ScorerValue
 from stepkd.search.state import Costs, Found, Problem, Search, State, Tools, found
-from stepkd.steps.segment import get_segmenter, segmenter_settings
 from stepkd.yaml_files import as_yaml
 
 UNITS = "search"
@@ -65,8 +61,8 @@ UNITS = "search"
 _ELSEWHERE = (-1,)
 """Path of the states that the samples of :data:`DIFFICULTY` are drawn from; methods name theirs by numbers from 0."""
 
-Unit = tuple[Search | str, Sequence[int]]
-"""A method, :data:`POOL` or :data:`DIFFICULTY`, and the numbers of the problems."""
+Unit = tuple[Sequence[Search], Sequence[int]]
+"""Methods that share samples, and the numbers of the problems."""
 
 
 def search_benchmark(
@@ -96,7 +92,7 @@ def search_benchmark(
     if scorer is None and config.scorer is not None:
         scorer = load_scorer(config.scorer, device=config.device, max_rows=config.max_rows)
     names = dict.fromkeys(name for method in config.all_methods for name in method.models)
-    bench = _Bench(config, opened, scorer, {name: _other_model(name, config, opened) for name in names})
+    bench = _Bench(config, {"": opened} | {name: _other_model(name, config, opened) for name in names}, scorer)
     settings = job.begin({**opened.settings, **bench.settings()})
     units = bench.units()
     with opened.grader:
@@ -107,7 +103,7 @@ def search_benchmark(
     summary = summarise_search(
         results,
         [method.name for method in config.all_methods],
-        config.ks or default_ks(config.samples),
+        default_ks(config.samples),
         reduction=None if scorer is None else default_reduction(scorer.meaning),
         seed=config.sampling.seed,
     )
@@ -123,16 +119,8 @@ def _figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float 
     return running(answers or rows) | {"tokens/s": (sum(row["tokens"]["generated"] for row in drawn), None)}
 
 
-class _Model(NamedTuple):
-    """What writes for a method."""
-
-    engine: Engine
-    policy: Policy
-    template: PromptTemplate
-
-
-def _other_model(name: str, config: SearchJobConfig, opened: OpenedBenchmark) -> _Model:
-    """A model that a method names beside the policy, sampled in this process wherever the policy is.
+def _other_model(name: str, config: SearchJobConfig, opened: OpenedBenchmark) -> OpenedBenchmark:
+    """The problems under a model that a method names beside the policy, sampled in this process wherever the policy is.
 
     Raises:
         ConfigError: it has another tokenizer.
@@ -141,13 +129,44 @@ def _other_model(name: str, config: SearchJobConfig, opened: OpenedBenchmark) ->
     dtype = str(next(opened.policy.parameters()).dtype).removeprefix("torch.")
     policy = load_trained(name, dtype=dtype, attention=config.attention)
     if tokenizer_fingerprint(policy.tokenizer) != tokenizer_fingerprint(opened.policy.tokenizer):
-        raise ConfigError(
-            f"methods: {name} has another tokenizer than {config.model}: take a draft with the same "
-            "one, or a refiner that was trained from that model"
-        )
+        raise ConfigError(f"methods: {name} has another tokenizer than {config.model}: take a model with the same one")
     template = template_for(name, get_benchmark(config.benchmark).template, None)
     engine = Transformers(config.engine.at_once).for_job(policy, pick_device(config.device))
-    return _Model(engine, policy, template)
+    return replace(opened, policy=policy, engine=engine, template=template)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Samples(Search):
+    """Samples of the policy: the shared ones, with what a scorer says of their steps, or those of which the pass rate
+    says how difficult a problem is."""
+
+    needs_scorer: ClassVar[bool] = False
+
+    n: int
+    shared: bool
+
+    @property
+    def name(self) -> str:
+        return POOL if self.shared else DIFFICULTY
+
+    def run(self, problems: Sequence[Problem], tools: Tools) -> list[list[Found]]:
+        if not self.shared:
+            drawn = tools.generator.complete([State(problem, path=_ELSEWHERE) for problem in problems], self.n)
+            return [[found(state, sample=number) for number, state in enumerate(states)] for states in drawn]
+        drawn, value = tools.samples(problems, self.n), tools.value
+        assert value is None or isinstance(value, ScorerValue)
+        scored = iter(value.step_scores([state for states in drawn for state in states]) if value else ())
+        results: list[list[Found]] = []
+        for states in drawn:
+            results.append([])
+            for number, state in enumerate(states):
+                columns: dict[str, Any] = {"step_chars": list(accumulate(map(len, state.steps)))}
+                if value is not None:
+                    columns["step_scores"] = steps = list(next(scored))
+                    columns["scores"] = {each: value.reduced(state, steps, each) for each in get_args(Reduction)}
+                    tools.costs[state.problem.index]["unscored"] += columns["scores"][value.reduction] is None
+                results[-1].append(replace(found(state, sample=number), columns=columns))
+        return results
 
 
 @dataclass(eq=False)
@@ -155,134 +174,80 @@ class _Bench:
     """What does the units of a job."""
 
     config: SearchJobConfig
-    opened: OpenedBenchmark
+    models: Mapping[str, OpenedBenchmark]
+    """The policy, which has no name, and those that methods name."""
     scorer: StepScorer | None
-    models: Mapping[str, _Model]
 
     def tools(self) -> Tools:
         """Fresh ones, which have spent nothing and remember nothing."""
-        costs, opened = Costs(), self.opened
-        generator = self._generator(_Model(opened.engine, opened.policy, opened.template), costs)
+        config, sampling, costs = self.config, self.config.drawn, Costs()
+        generators = {
+            name: SampledSteps(
+                model.engine,
+                model.policy,
+                sampling,
+                segmenter=config.segmenter,
+                max_step_tokens=config.max_step_tokens,
+                max_tokens=sampling.longest,
+                costs=costs,
+                template=model.template,
+            )
+            for name, model in self.models.items()
+        }
         value = None if self.scorer is None else ScorerValue(self.scorer, costs=costs)
-        others = {name: self._generator(model, costs) for name, model in self.models.items()}
-        return Tools(generator, opened.grader, value, costs, generators=others)
-
-    def _generator(self, model: _Model, costs: Costs) -> SampledSteps:
-        config, sampling = self.config, self.config.drawn
-        return SampledSteps(
-            model.engine,
-            model.policy,
-            sampling,
-            segmenter=config.segmenter,
-            max_step_tokens=config.max_step_tokens,
-            max_tokens=sampling.longest,
-            costs=costs,
-            template=model.template,
-        )
+        return Tools(generators[""], self.models[""].grader, value, costs, generators=generators)
 
     def settings(self) -> dict[str, Any]:
         """The part of the job's settings that says what is done."""
-        config, sampling, value = self.config, self.config.drawn, self.tools().value
-        segmenter = {"name": config.segmenter.partition(":")[0], **segmenter_settings(get_segmenter(config.segmenter))}
-        others = {
-            name: {"weights": weights_fingerprint(policy), "prompt": template.prompt_id(policy.tokenizer)}
-            for name, (_, policy, template) in self.models.items()
+        config, tools = self.config, self.tools()
+        models = {
+            name: {**tools.generators[name].provenance(), "prompt": model.template.prompt_id(model.policy.tokenizer)}
+            for name, model in self.models.items()
+            if name
         }
         return {
-            "sampling": {name: each for name, each in asdict(sampling).items() if name not in ("seed", "n")},
-            "seed": sampling.seed,
-            "segmenter": segmenter,
-            "max_step_tokens": config.max_step_tokens,
+            "steps": tools.generator.provenance(),
             "samples": config.samples,
             "difficulty_samples": config.difficulty_samples,
             "methods": {method.name: as_yaml(method) for method in config.all_methods},
-            "scorer": None if value is None else {**value.provenance(), "max_rows": config.max_rows},
-        } | ({"models": others} if others else {})
+            "scorer": tools.value and {**tools.value.provenance(), "max_rows": config.max_rows},
+        } | ({"models": models} if models else {})
 
     def units(self) -> dict[str, Unit]:
         """All units by name: group by group, those of a group in the order of the batches."""
-        config = self.config
-        groups: list[tuple[str, Search | str, int]] = [(POOL, POOL, config.samples)]
-        if config.difficulty_samples:
-            groups.append((DIFFICULTY, DIFFICULTY, config.difficulty_samples))
-        groups += [(each.name, each, each.at_once) for each in config.all_methods if not isinstance(each, BestOfN)]
+        config, prompts = self.config, self.models[""].prompts
+        choosing = [each for each in config.all_methods if isinstance(each, BestOfN)]
+        groups: list[list[Search]] = [[_Samples(n=config.samples, shared=True), *choosing]]
+        groups += [[_Samples(n=config.difficulty_samples, shared=False)]] * bool(config.difficulty_samples)
+        groups += [[each] for each in config.all_methods if each not in choosing]
         return {
-            f"{name}-{number:06d}": (what, batch)
-            for name, what, width in groups
-            for number, batch in enumerate(fixed_batches(self.opened.prompts, width, config.engine.at_once))
+            f"{group[0].name}-{number:06d}": (group, batch)
+            for group in groups
+            for number, batch in enumerate(fixed_batches(prompts, group[0].at_once, config.engine.at_once))
         }
 
     def work(self, unit: Unit) -> list[dict[str, Any]]:
-        """The rows of a unit."""
-        for engine in (self.opened.engine, *(model.engine for model in self.models.values())):
-            engine.forget()
-        what, batch = unit
-        prompts = self.opened.prompts
-        seed = self.config.drawn.seed
-        problems = [Problem(i, self.opened.rows[i], tuple(prompts[i].prompt_ids.tolist()), seed) for i in batch]
-        tools = self.tools()
-        if isinstance(what, Search):
-            return self._method_rows(what, problems, tools)
-        if what == POOL:
-            return self._pool_rows(problems, tools)
-        starts = [State(problem, path=_ELSEWHERE) for problem in problems]
-        drawn = tools.generator.complete(starts, self.config.difficulty_samples)
-        return self._rows(
-            DIFFICULTY, problems, [[found(each, sample=j) for j, each in enumerate(states)] for states in drawn], tools
-        )
-
-    def _rows(
-        self, name: str, problems: Sequence[Problem], completions: Sequence[Sequence[Found]], tools: Tools
-    ) -> list[dict[str, Any]]:
-        judged = judge([problem.row for problem in problems], completions, self.opened.grader)
-        rows = []
-        for problem, samples in zip(problems, judged, strict=True):
-            spent = tools.costs[problem.index]
-            tokens = {"generated": tools.costs.generated(problem.index), "scored": spent["scored_tokens"]}
-            costs = {"tokens": tokens, "scorer_calls": spent["scorer_calls"], "unscored": spent["unscored"]}
-            costs |= {name: spent[name] for name in Costs.APART if spent[name]}
-            rows.append({**self.opened.told(problem.index), "method": name, "samples": samples, **costs, "trace": []})
+        """The rows of a unit, each with what its own method has spent."""
+        for model in self.models.values():
+            model.engine.forget()
+        (methods, batch), opened, tools = unit, self.models[""], self.tools()
+        seed, rows = self.config.drawn.seed, list[dict[str, Any]]()
+        problems = [Problem(i, opened.rows[i], tuple(opened.prompts[i].prompt_ids.tolist()), seed) for i in batch]
+        for method in methods:
+            tools.costs.clear()
+            results = method.run(problems, tools)
+            if not all(results):
+                raise ConfigError(f"methods: {method.name} found nothing for a problem: a method gives at least one")
+            if isinstance(method, BestOfN):  # the others stand in the pool's row
+                results = [own[:1] for own in results]
+            judged = judge([problem.row for problem in problems], results, opened.grader)
+            for problem, own, samples in zip(problems, results, judged, strict=True):
+                for sample, each in zip(samples, own, strict=True):
+                    sample |= {"score": each.score, **each.columns}
+                spent = tools.costs[problem.index]
+                tokens = {"generated": tools.costs.generated(problem.index), "scored": spent["scored_tokens"]}
+                row = {**opened.problem(problem.index), "method": method.name, "samples": samples, "tokens": tokens}
+                row |= {"scorer_calls": spent["scorer_calls"], "unscored": spent["unscored"]}
+                row |= {name: spent[name] for name in ("drafted", "passes", "no_room") if spent[name]}
+                rows.append(row | {"trace": list(own[0].trace)})
         return rows
-
-    def _method_rows(self, method: Search, problems: Sequence[Problem], tools: Tools) -> list[dict[str, Any]]:
-        results = method.run(problems, tools)
-        if not all(results):
-            raise ConfigError(f"methods: {method.name} found nothing for a problem: a method gives at least one")
-        if isinstance(method, BestOfN):  # the others stand in the pool's row
-            results = [own[:1] for own in results]
-        rows = self._rows(method.name, problems, results, tools)
-        for row, own in zip(rows, results, strict=True):
-            for sample, each in zip(row["samples"], own, strict=True):
-                sample["score"] = each.score
-            row["trace"] = list(own[0].trace)
-        return rows
-
-    def _pool_rows(self, problems: Sequence[Problem], tools: Tools) -> list[dict[str, Any]]:
-        """The shared samples, and what chooses among them: drawn once, scored once, counted for each."""
-        drawn = tools.samples(problems, self.config.samples)
-        flat, value = [state for states in drawn for state in states], tools.value
-        assert value is None or isinstance(value, ScorerValue)
-        scored = iter([None] * len(flat) if value is None else value.step_scores(flat))
-        scores = [[next(scored) for _ in states] for states in drawn]
-        rows = self._rows(
-            POOL, problems, [[found(each, sample=j) for j, each in enumerate(states)] for states in drawn], tools
-        )
-        for row, states, own in zip(rows, drawn, scores, strict=True):
-            for sample, state, steps in zip(row["samples"], states, own, strict=True):
-                sample["step_chars"] = list(accumulate(map(len, state.steps)))
-                if value is not None:
-                    sample |= _scores(value, state, steps)
-                    row["unscored"] += sample["scores"][value.reduction] is None
-        for method in self.config.all_methods:
-            if isinstance(method, BestOfN):
-                tools.costs.clear()
-                rows += self._method_rows(method, problems, tools)
-        return rows
-
-
-def _scores(value: ScorerValue, state: State, scores: Sequence[float] | None) -> dict[str, Any]:
-    """What a scorer says of a solution; those of ``scores`` belong to the steps with words."""
-    given = iter(scores or ())
-    by_step = [next(given, math.nan) if step.strip() else math.nan for step in state.steps]
-    reduced = {each: None if scores is None else value.reduced(scores, each) for each in get_args(Reduction)}
-    return {"step_scores": [None if math.isnan(score) else score for score in by_step], "scores": reduced}

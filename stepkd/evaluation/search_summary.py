@@ -11,23 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Unpack, get_args
 
 import numpy as np
 
 from stepkd.errors import DataError
-from stepkd.evaluation.best_of_n import MAJORITY, ProblemSamples, expected_accuracies, peak
+from stepkd.evaluation.best_of_n import MAJORITY, ProblemSamples, described, difference, expected_accuracies
 from stepkd.scorers.scorer import Reduction
-from stepkd.statistics import (
-    FloatArray,
-    Resampling,
-    Result,
-    cluster_bootstrap,
-    mean_interval,
-    proper_width,
-    ratio_of_sums,
-)
+from stepkd.statistics import FloatArray, Resampling, cluster_bootstrap, mean_interval, ratio_of_sums
 
 POOL, DIFFICULTY = "pool", "difficulty"
 """Rows of samples that are no method's answer."""
@@ -39,25 +30,18 @@ BINS = ("0", "0 to 1/3", "1/3 to 2/3", "2/3 to 1", "1")
 Row = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Budget(Result):
-    """How many samples cost what a method costs."""
-
-    samples: float
-    """Mean generated tokens of the method over those of one sample."""
-    used: float
-    """The number of samples that it is compared at: the same, or the nearest that there is."""
-    clamped: bool
-    """Whether the two differ: the method draws more than the whole pool, or less than one sample."""
-
-
-def budget_of(generated: FloatArray, pool: FloatArray, size: int) -> Budget:
+def budget_of(generated: FloatArray, pool: FloatArray, size: int) -> dict[str, Any]:
     """The number of samples at a method's token budget.
 
     Args:
         generated: (problems,) tokens that the method drew, whole numbers.
         pool: (problems,) tokens of all samples in the pool, whole numbers.
         size: samples of a problem in the pool, at least 1.
+
+    Returns:
+        ``samples``: mean generated tokens of the method over those of one sample; ``used``: the number that it is
+        compared at, the same or the nearest that there is; ``clamped``: whether they differ, because the method draws
+        more than the whole pool, or less than one sample.
 
     Raises:
         DataError: no sample has a token.
@@ -66,7 +50,7 @@ def budget_of(generated: FloatArray, pool: FloatArray, size: int) -> Budget:
         raise DataError("the samples of all problems are empty: the model ends every solution at once", column="tokens")
     samples = float(size * generated.sum() / drawn)  # in this order exact for what draws as many as the whole pool
     used = min(max(samples, 1.0), float(size))
-    return Budget(samples, used, used != samples)
+    return {"samples": samples, "used": used, "clamped": used != samples}
 
 
 def at_budget(values: FloatArray, samples: float) -> FloatArray:
@@ -132,22 +116,36 @@ def summarise_search(
     for name in methods:
         if [row["index"] for row in groups[name]] != numbers:
             raise DataError(f"the rows of {name!r} are not of the problems of the pool", column="method")
-    pool = _Pool(groups[POOL], reduction, settings)
-    bins = _bins(groups[DIFFICULTY])
-    greedy = _correct(groups[GREEDY])
-    summaries = {
-        name: _method(groups[name], settings)
-        | {"minus_greedy": _difference(_correct(groups[name]) - greedy, settings) if name != GREEDY else None}
-        | pool.compared(groups[name])
-        | {"by_difficulty": _by_bin(_correct(groups[name]), bins, settings)}
-        for name in methods
+    pool = _Pool(groups[POOL], reduction, settings.get("seed", 0))
+    rates = [float(np.mean([_is_correct(sample) for sample in row["samples"]])) for row in groups[DIFFICULTY]]
+    bins: dict[str, list[int]] = {name: [] for name in BINS} if rates else {}
+    for number, rate in enumerate(rates):
+        bins[BINS[difficulty_bin(rate)]].append(number)
+    greedy, summaries = _column(groups[GREEDY], "correct"), {}
+    for name in methods:
+        correct, (budget, others) = _column(groups[name], "correct"), pool.beside(groups[name])
+        by_bin = {
+            each: mean_interval(correct[own], **settings).to_dict() if own else None for each, own in bins.items()
+        }
+        summaries[name] = _method(groups[name], settings) | {
+            "minus_greedy": None if name == GREEDY else difference(correct - greedy, **settings).to_dict(),
+            "budget": budget,
+            "minus_best_of_n": {
+                vote: difference(correct - values, **settings).to_dict() for vote, values in others.items()
+            },
+            "by_difficulty": by_bin,
+        }
+    difficulty = {
+        "samples": len(groups[DIFFICULTY][0]["samples"]) if rates else 0,
+        "pass_rate": mean_interval(rates, **settings).to_dict() if rates else None,
+        "bins": {name: len(own) for name, own in bins.items()},
     }
     return {
         "problems": len(numbers),
         **settings,
         "methods": summaries,
-        "pool": pool.summary(ks),
-        "difficulty": _difficulty(groups[DIFFICULTY], bins, settings),
+        "pool": pool.summary(ks, settings),
+        "difficulty": difficulty if rates else None,
     }
 
 
@@ -166,15 +164,13 @@ def search_columns(
         its gain over best-of-N at its mean generated tokens; one entry per problem each. Where it draws more than the
         whole pool the gain is undefined, as ``[0, 0]``: best-of-N at fewer tokens is no comparison.
     """
-    pool = _Pool(_sorted(rows, POOL), reduction, {"seed": seed})
-    columns: dict[str, Any] = {}
+    pool, columns = _Pool(_sorted(rows, POOL), reduction, seed), dict[str, Any]()
     for name in methods:
         own = _sorted(rows, name)
-        correct, (budget, others) = _correct(own), pool.beside(own)
-        columns |= {name: correct.tolist(), f"{name}.tokens": _generated(own).tolist()}
-        columns[f"{name}.scored_tokens"] = [float(row["tokens"]["scored"]) for row in own]
-        columns[f"{name}.scorer_calls"] = [float(row["scorer_calls"]) for row in own]
-        beyond = [[0.0, 0.0]] * len(own) if budget.samples > budget.used else None
+        correct, (budget, others) = _column(own, "correct"), pool.beside(own)
+        columns |= {name: correct.tolist(), f"{name}.tokens": _column(own, "generated_tokens").tolist()}
+        columns |= {f"{name}.{cost}": _column(own, cost).tolist() for cost in ("scored_tokens", "scorer_calls")}
+        beyond = [[0.0, 0.0]] * len(own) if budget["samples"] > budget["used"] else None
         columns |= {f"{name}.over_{vote}": beyond or (correct - values).tolist() for vote, values in others.items()}
     return columns
 
@@ -183,123 +179,81 @@ def _sorted(rows: Sequence[Row], method: str) -> list[Row]:
     return sorted((row for row in rows if row["method"] == method), key=lambda row: row["index"])
 
 
-def _correct(rows: Sequence[Row]) -> FloatArray:
-    """Whether the answer of each row is correct."""
-    return np.array([row["samples"][0]["verdict"] == "correct" for row in rows], dtype=np.float64)
+def _is_correct(sample: Row) -> bool:
+    return bool(sample["verdict"] == "correct")
 
 
-def _generated(rows: Sequence[Row]) -> FloatArray:
-    return np.array([row["tokens"]["generated"] for row in rows], dtype=np.float64)
-
-
-def _mean(values: FloatArray, settings: Resampling) -> dict[str, Any]:
-    return cluster_bootstrap(values, **settings).to_dict()
-
-
-def _difference(values: FloatArray, settings: Resampling) -> dict[str, Any]:
-    return proper_width(cluster_bootstrap(values, **settings)).to_dict()
+def _column(rows: Sequence[Row], name: str) -> FloatArray:
+    """A number of each row: whether its answer is ``correct``, or a cost by its name in the summary."""
+    if name == "correct":
+        return np.array([float(_is_correct(row["samples"][0])) for row in rows])
+    kind = {"generated_tokens": "generated", "scored_tokens": "scored"}.get(name)
+    return np.array([float(row["tokens"][kind] if kind else row.get(name, 0)) for row in rows])
 
 
 def _method(rows: Sequence[Row], settings: Resampling) -> dict[str, Any]:
-    correct, generated = _correct(rows), _generated(rows)
+    correct, generated = _column(rows, "correct"), _column(rows, "generated_tokens")
     answers = [row["samples"][0] for row in rows]
     rate = cluster_bootstrap(np.stack([1000 * correct, generated], axis=1), ratio_of_sums, **settings)
+    costs = {name: _column(rows, name) for name in ("scorer_calls", "drafted", "passes")}
+    costs = {"generated_tokens": generated, "scored_tokens": _column(rows, "scored_tokens")} | {
+        name: values for name, values in costs.items() if name == "scorer_calls" or values.any()
+    }
     return {
         "accuracy": mean_interval(correct, **settings).to_dict(),
-        "generated_tokens": _mean(generated, settings),
-        "scored_tokens": _mean(np.array([float(row["tokens"]["scored"]) for row in rows]), settings),
-        "scorer_calls": _mean(np.array([float(row["scorer_calls"]) for row in rows]), settings),
+        **{name: cluster_bootstrap(values, **settings).to_dict() for name, values in costs.items()},
         "accuracy_per_1000_tokens": rate.to_dict(),
         "cut_off": sum(answer["finish"] == "length" for answer in answers),
         "unparsed": sum(answer["verdict"] == "unparsed" for answer in answers),
         "unscored": sum(row["unscored"] for row in rows),
         "no_room": sum(row.get("no_room", 0) for row in rows),
-        **{name: _mean(values, settings) for name in ("drafted", "passes") if (values := _counted(rows, name)).any()},
     }
-
-
-def _counted(rows: Sequence[Row], name: str) -> FloatArray:
-    return np.array([float(row.get(name, 0)) for row in rows])
 
 
 class _Pool:
     """The shared samples, and what choosing among them is worth."""
 
-    def __init__(self, rows: Sequence[Row], reduction: Reduction | None, settings: Resampling) -> None:
-        self.rows, self.reduction, self.settings = rows, reduction, settings
+    def __init__(self, rows: Sequence[Row], reduction: Reduction | None, seed: int) -> None:
+        self.rows, self.reduction, self.seed = rows, reduction, seed
         self.problems = [
             ProblemSamples(
                 str(row["id"]),
-                [sample["verdict"] == "correct" for sample in row["samples"]],
+                [_is_correct(sample) for sample in row["samples"]],
                 [sample["vote"] for sample in row["samples"]],
             )
             for row in rows
         ]
         self.size = len(rows[0]["samples"])
-        self.seed = settings.get("seed", 0)
 
-    def scores(self, reduction: Reduction) -> list[list[float | None]]:
-        return [[sample["scores"][reduction] for sample in row["samples"]] for row in self.rows]
+    def curves(self, ks: Sequence[int], scores: Mapping[str, Reduction]) -> dict[str, FloatArray]:
+        """Expected accuracy of every problem, by votes and by reductions of the scores."""
+        by = {
+            name: [[sample["scores"][each] for sample in row["samples"]] for row in self.rows]
+            for name, each in scores.items()
+        }
+        return expected_accuracies(self.problems, ks, by, seed=self.seed)
 
-    def beside(self, rows: Sequence[Row]) -> tuple[Budget, dict[str, FloatArray]]:
+    def beside(self, rows: Sequence[Row]) -> tuple[dict[str, Any], dict[str, FloatArray]]:
         """How many samples cost what a method costs, and what best-of-N by each vote is worth there in every
         problem."""
-        budget = budget_of(_generated(rows), _generated(self.rows), self.size)
-        ks = sorted({math.floor(budget.used), math.ceil(budget.used)})
-        scores = {} if self.reduction is None else {"max": self.scores(self.reduction)}
-        curves = expected_accuracies(self.problems, ks, scores, seed=self.seed)
-        names = {"majority": MAJORITY} | ({"max": "max", "weighted": "max_vote"} if scores else {})
-        return budget, {vote: at_budget(curves[name], budget.used) for vote, name in names.items()}
+        budget = budget_of(_column(rows, "generated_tokens"), _column(self.rows, "generated_tokens"), self.size)
+        ks = sorted({math.floor(budget["used"]), math.ceil(budget["used"])})
+        curves = self.curves(ks, {"max": self.reduction} if self.reduction else {})
+        names = {"majority": MAJORITY} | ({"max": "max", "weighted": "max_vote"} if self.reduction else {})
+        return budget, {vote: at_budget(curves[name], budget["used"]) for vote, name in names.items()}
 
-    def compared(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """A method beside best-of-N at its token budget."""
-        correct, (budget, others) = _correct(rows), self.beside(rows)
-        minus = {vote: _difference(correct - values, self.settings) for vote, values in others.items()}
-        return {"budget": budget.to_dict(), "minus_best_of_n": minus}
-
-    def summary(self, ks: Sequence[int]) -> dict[str, Any]:
+    def summary(self, ks: Sequence[int], settings: Resampling) -> dict[str, Any]:
         """What the summary says of it."""
         grid = sorted(set(ks))
-        scores = {} if self.reduction is None else {each: self.scores(each) for each in get_args(Reduction)}
-        curves = expected_accuracies(self.problems, grid, scores, seed=self.seed)
-        shown = {
-            name: [mean_interval(np.clip(column, 0.0, 1.0), **self.settings).to_dict() for column in values.T]
-            for name, values in curves.items()
-        }
+        curves = self.curves(grid, {each: each for each in get_args(Reduction)} if self.reduction else {})
+        shown, peaks = described(curves, grid, **settings)
+        drawn = _column(self.rows, "generated_tokens") / self.size
         return {
             "samples": self.size,
-            "generated_tokens": _mean(_generated(self.rows) / self.size, self.settings),
+            "generated_tokens": cluster_bootstrap(drawn, **settings).to_dict(),
             "unscored": sum(row["unscored"] for row in self.rows),
             "reduction": self.reduction,
             "ks": grid,
-            "curves": shown,
-            "peaks": {name: peak(values, grid, **self.settings).to_dict() for name, values in curves.items()},
+            "curves": {name: [each.to_dict() for each in curve] for name, curve in shown.items()},
+            "peaks": {name: each.to_dict() for name, each in peaks.items()},
         }
-
-
-def _pass_rates(rows: Sequence[Row]) -> FloatArray:
-    return np.array([np.mean([sample["verdict"] == "correct" for sample in row["samples"]]) for row in rows])
-
-
-def _bins(rows: Sequence[Row]) -> list[int]:
-    """Bin of every problem, in order; empty without samples."""
-    return [difficulty_bin(float(rate)) for rate in _pass_rates(rows)]
-
-
-def _by_bin(correct: FloatArray, bins: Sequence[int], settings: Resampling) -> dict[str, Any]:
-    members = (
-        {name: [c for c, own in zip(correct, bins, strict=True) if own == i] for i, name in enumerate(BINS)}
-        if bins
-        else {}
-    )
-    return {name: mean_interval(own, **settings).to_dict() if own else None for name, own in members.items()}
-
-
-def _difficulty(rows: Sequence[Row], bins: Sequence[int], settings: Resampling) -> dict[str, Any] | None:
-    if not rows:
-        return None
-    return {
-        "samples": len(rows[0]["samples"]),
-        "pass_rate": mean_interval(_pass_rates(rows), **settings).to_dict(),
-        "bins": {name: bins.count(i) for i, name in enumerate(BINS)},
-    }

@@ -2,7 +2,7 @@
 
 Source: GLoRe (arXiv 2402.10963), which makes it of the data that its stepwise reward model was trained on: of the
 samples of a problem, and of the continuations of every step's prefix, which ``MonteCarlo`` labels keep with
-``keep_continuations``. How a row is written: :func:`~stepkd.search.refine.refine_prompt`.
+``keep_continuations``. How a row is written: :func:`~stepkd.search.revise.refine_prompt`.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from stepkd.data.rows import passed_on
-from stepkd.errors import check_bounds
 from stepkd.labels.convert import Converted, Preference, drop_repeated, holds_incorrect_step, solution_text
 from stepkd.labels.labellers import Row, outcome_of
 from stepkd.labels.quality import label_column, row_labels
 from stepkd.randomness import generator
 from stepkd.scorers.scorer import by_problem, problem_key, row_steps
-from stepkd.search.refine import refine_prompt
+from stepkd.search.revise import refine_prompt
 from stepkd.steps.format import written_steps
 from stepkd.steps.labels import first_incorrect
 
@@ -36,9 +35,6 @@ class Refinements(Preference):
 
     kinds: Literal["both", "global", "local"] = "both"
     """Which rows are made; max_pairs is the most of each kind."""
-
-    def __post_init__(self) -> None:
-        check_bounds("", self, max_pairs="[1, inf)")
 
     def convert(self, rows: Sequence[Row]) -> Converted:
         """See :class:`~stepkd.labels.convert.ConverterConfig`."""

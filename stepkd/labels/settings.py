@@ -20,7 +20,8 @@ from stepkd.sampling.config import IN_PROCESS, EngineConfig
 from stepkd.sampling.engine import SamplingConfig
 from stepkd.scorers.load import load_scorer
 from stepkd.scorers.scorer import Reduction, ScorerConfig, StepScorer
-from stepkd.search.pairs import PairConfig, PairTreeConfig
+from stepkd.search.mcts import PairTreeConfig
+from stepkd.search.tree import PairConfig
 from stepkd.steps.confidence import SIGNALS
 from stepkd.steps.labels import Neutral, check_threshold
 from stepkd.steps.segment import get_segmenter, segmenter_settings

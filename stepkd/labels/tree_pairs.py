@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -26,11 +26,9 @@ from stepkd.scorers.rules import Checker
 from stepkd.scorers.scorer import StepScorer
 from stepkd.search.generate import SampledSteps
 from stepkd.search.mcts import Reference, tree_search
-from stepkd.search.pairs import tree_pairs
-from stepkd.search.state import End, Problem, State, Step
-from stepkd.search.tree import SearchTree
-from stepkd.steps.segment import get_segmenter, segment
-from stepkd.steps.text import TokenizedText, tokenize_text
+from stepkd.search.state import Problem, State, Step
+from stepkd.search.tree import SearchTree, tree_pairs
+from stepkd.steps.text import tokenize_text
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +41,7 @@ class GoldSteps:
     """Has the token that ends a solution."""
 
     def __call__(self, states: Sequence[State]) -> list[list[Step]]:
-        """What the ``solution`` of each state's problem goes on with, to its end.
+        """What follows in the ``solution`` of each state's problem, to its end.
 
         Args:
             states: unfinished solutions.
@@ -54,34 +52,25 @@ class GoldSteps:
         """
         rests = [self._rest(state) for state in states]
         asked = [
-            Completion(np.array((*state.problem.prompt_ids, *state.token_ids)), np.array(rest.token_ids))
+            Completion(np.array((*state.problem.prompt_ids, *state.token_ids)), np.array(rest))
             for state, rest in zip(states, rests, strict=True)
-            if len(rest)
+            if rest
         ]
         scores = iter(self.generator.engine.score(asked) if asked else [])
-        told = [replace(rest, logprobs=tuple(next(scores).logps_T.tolist())) if len(rest) else rest for rest in rests]
-        return [self._steps(rest) for rest in told]
+        return [
+            self.generator.steps(state, rest, next(scores).logps_T.tolist(), "stop") if rest else []
+            for state, rest in zip(states, rests, strict=True)
+        ]
 
-    def _rest(self, state: State) -> TokenizedText:
+    def _rest(self, state: State) -> tuple[int, ...]:
         tokenizer = self.generator.policy.tokenizer
         whole = with_end(tokenize_text(tokenizer, str(state.problem.row["solution"])), self.template, tokenizer)
         gold, said = whole.text.lstrip(), state.text.lstrip()
         chars = len(whole.text) - len(gold) + len(said) if said else 0
         start, room = whole.token_end(chars), self.generator.room(state)
         at_a_token = not start or whole.char_ends[start - 1] == chars
-        if not gold.startswith(said) or not at_a_token or (room is not None and len(whole) - start > room):
-            return TokenizedText((), "", ())
-        return TokenizedText(
-            whole.token_ids[start:], whole.text[chars:], tuple(end - chars for end in whole.char_ends[start:])
-        )
-
-    def _steps(self, rest: TokenizedText) -> list[Step]:
-        steps = []
-        for start, end in segment(get_segmenter(self.generator.segmenter), rest):
-            logprob = None if rest.logprobs is None else sum(rest.logprobs[start:end])
-            how: End = "stop" if end == len(rest) else "step"
-            steps.append(Step(rest.span_text(start, end), rest.token_ids[start:end], logprob, how))
-        return steps
+        fits = room is None or len(whole) - start <= room
+        return whole.token_ids[start:] if gold.startswith(said) and at_a_token and fits else ()
 
 
 class TreePairBuilder:

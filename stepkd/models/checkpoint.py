@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -161,6 +161,16 @@ def reference_fingerprint(policy: Policy) -> str:
     with policy.reference() as frozen:
         named = frozen.named_parameters()
         return parameters_fingerprint(named if frozen is not policy else ((n, p) for n, p in named if "lora_" not in n))
+
+
+def sampled_by(policy: Policy, sampling: Any) -> dict[str, Any]:
+    """What a job notes of a model and its sampling settings (:class:`~stepkd.sampling.engine.SamplingConfig`), without
+    their number of samples, as JSON values."""
+    spec, settings = policy.spec, asdict(sampling) | {"stop": list(sampling.stop)}
+    del settings["n"]
+    name = {"model": type(policy.causal_lm).__name__, "revision": None}
+    name = name if spec is None else {"model": spec.path, "revision": spec.revision}
+    return {**name, "weights": weights_fingerprint(policy), **settings}
 
 
 def _files_fingerprint(path: Path) -> str:

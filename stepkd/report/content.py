@@ -259,7 +259,7 @@ def _search(folder: Folder) -> dict[str, Any]:
         name: [each["generated_tokens"]["value"], *(_scaled(each["accuracy"][end]) for end in ENDS)]
         for name, each in methods.items()
     }
-    names = {"pass": METHODS["pass"], "majority": METHODS["majority"]}
+    names = dict(METHODS)
     names |= {pool["reduction"]: "best of N", f"{pool['reduction']}_vote": "weighted vote"} if pool["reduction"] else {}
     spent = [k * pool["generated_tokens"]["value"] for k in pool["ks"]]
     lines = [
@@ -268,20 +268,12 @@ def _search(folder: Folder) -> dict[str, Any]:
     ]
     title = f"{folder.name}: {summary['problems']} problems"
     bins = {name: count for name, count in (summary["difficulty"] or {"bins": {}})["bins"].items() if count}
-    series = [
-        _percent(f"{i + 1} {name}", range(len(bins)), [each["by_difficulty"][at] for at in bins], i)
-        for i, (name, each) in enumerate(methods.items())
-    ]
-    series, ticks = [replace(each, low=(), high=()) for each in series], dict[float, str](enumerate(bins))
     return {
         "name": folder.name,
         "summary": summary,
         "figure": scatter(title, points, lines, "tokens drawn per problem", "correct, percent"),
         "curves": _curves_by_n(f"{folder.name}: choice among N samples", {**pool, "problems": summary["problems"]}),
         "bins": bins,
-        "by_difficulty": plot(f"{folder.name}: by pass rate", series, "pass rate", "correct, percent", ticks=ticks)
-        if bins
-        else None,
     }
 
 

@@ -138,12 +138,10 @@ def _first_rounds(trace: Sequence[Mapping[str, Any]], room: int) -> tuple[list[d
     """The first rounds of decisions, as far as there is room for them in bytes, and how many are missing."""
     kept = list[dict[str, Any]]()
     for each in trace:
-        cut = [(_cut(text, CANDIDATE_BYTES), *more) for text, *more in each["candidates"]]
-        kept.append({**each, "candidates": cut})
-        room -= len(_json(kept[-1]).encode())
-        if room < 0:
-            kept.pop()
+        cut = {**each, "candidates": [(_cut(text, CANDIDATE_BYTES), *more) for text, *more in each["candidates"]]}
+        if (room := room - len(_json(cut).encode())) < 0:
             break
+        kept.append(cut)
     missing = len(trace) - len(kept)
     return kept, f"… {missing:,} more rounds" if missing else ""
 

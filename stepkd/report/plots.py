@@ -94,12 +94,9 @@ class Axis:
     start: float
     end: float
     ticks: Mapping[float, str]
-    is_log: bool = False
-    """Whether equal ratios are equally far apart; all values are above 0 then."""
 
     def __call__(self, value: float) -> float:
-        low, high, at = (math.log(each) if self.is_log else each for each in (self.low, self.high, value))
-        return self.start + (at - low) / (high - low) * (self.end - self.start)
+        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
 
 @dataclass(frozen=True)
@@ -134,7 +131,6 @@ def plot(
     *,
     ticks: Mapping[float, str] | None = None,
     note: str = "",
-    is_log: bool = False,
     floor: int = FLOOR,
 ) -> Figure:
     """Lines, bands and bars over one horizontal axis.
@@ -145,14 +141,13 @@ def plot(
         x, y: titles of the axes.
         ticks: place -> text on the horizontal axis; None: round numbers.
         note: text below.
-        is_log: whether the horizontal axis is logarithmic; its places are above 0 then.
-        floor: where it is, in pixels from above.
+        floor: where the horizontal axis is, in pixels from above.
     """
     values = [at for part in parts for row in (part.y, part.low, part.high) for at in row if _is_number(at)]
     is_tight = ticks is not None or any(part.fill for part in parts)
     places, start = [at for part in parts for at in part.x], LEFT if any(part.fill for part in parts) else LEFT + 8
     up, end = _axis(values, floor, TOP), WIDTH - RIGHT
-    across = _log_axis(places, start, end) if is_log else _axis(places, start, end, ticks, tight=is_tight)
+    across = _axis(places, start, end, ticks, tight=is_tight)
     shapes: list[Shape] = []
     for part in parts:
         both = zip(part.x, part.low, part.high, strict=False)
@@ -183,37 +178,27 @@ def scatter(
             ends = [value if end is None else end for end in (low, high)]
             parts.append(Series(f"{number + 1} {name}", [at], low=ends[:1], high=ends[1:], style=number))
             values.append(value)
-    figure = plot(title, [*lines, *parts], x, y, is_log=True, floor=TALL)
-    places, up = [figure.across(part.x[0]) for part in parts], figure.up
-    across = apart(places, APART, LEFT + 8, WIDTH - RIGHT)
+    every = [at for part in (*lines, *parts) for at in part.x] or [1.0, 10.0]
+    first, last = min(every), max(every)
+    powers = [10.0**power for power in range(math.floor(math.log10(first)), math.ceil(math.log10(last)) + 1)]
+    ticks = [at for at in (factor * power for power in powers for factor in (1, 2, 5)) if first <= at <= last]
+    if len(ticks) < 3:  # all near each other
+        ticks = [at for at in _axis([first, last], 0, 1).ticks if first <= at <= last]
+    logged = [replace(each, x=[math.log10(at) for at in each.x]) for each in (*lines, *parts)]
+    marks = {math.log10(at): _tick(at, 4) for at in ticks}
+    note = "Points at nearly the same place stand side by side: the table has what they cost."
+    figure = plot(title, logged, x, y, ticks=marks, note=note, floor=TALL)
     shapes, texts = [*figure.shapes], list[tuple[float, float, str]]()
-    for rank, i in enumerate(sorted(range(len(parts)), key=across.__getitem__)):
+    across, up = float(WIDTH - RIGHT + APART), figure.up
+    places = [figure.across(part.x[0]) for part in logged[len(lines) :]]
+    for rank, i in enumerate(sorted(range(len(parts)), key=places.__getitem__)[::-1]):
         part, bottom, top = parts[i], *(up(end or 0.0) for end in (*parts[i].low, *parts[i].high))
-        shapes += [{"d": f"M{across[i]:.1f} {bottom:.1f}V{top:.1f}", "class": f"line {part.colour}"}]
-        shapes += part.markers([(across[i], up(values[i]))])
+        across = min(places[i], across - APART)
+        shapes += [{"d": f"M{across:.1f} {bottom:.1f}V{top:.1f}", "class": f"line {part.colour}"}]
+        shapes += part.markers([(across, up(values[i]))])
         is_above = (rank % 2 == 0 or bottom > TALL - 14) and top > TOP + 8  # neighbours take turns
-        texts.append((across[i], top - 5 if is_above else min(bottom + 12, TALL - 4), part.name.partition(" ")[0]))
-    is_moved = any(abs(a - b) > 0.05 for a, b in zip(across, places, strict=True))
-    note = "Points at nearly the same place stand side by side: the table has what they cost." if is_moved else ""
-    return replace(figure, shapes=shapes, texts=texts, legend=[*parts, *lines], note=note)
-
-
-def apart(places: Sequence[float], gap: float, start: float, end: float) -> list[float]:
-    """Places, moved as little as it takes for neighbours to be a gap apart; those that meet keep their mean,
-    unless they would leave the range from start to end."""
-
-    def spread(group: Sequence[int]) -> list[float]:
-        width = gap * (len(group) - 1)
-        first = sum(places[i] for i in group) / len(group) - width / 2
-        return [max(start, min(first, end - width)) + gap * number for number in range(len(group))]
-
-    groups = list[list[int]]()
-    for i in sorted(range(len(places)), key=places.__getitem__):
-        groups.append([i])
-        while len(groups) > 1 and spread(groups[-1])[0] < spread(groups[-2])[-1] + gap:
-            groups[-2:] = [[*groups[-2], *groups[-1]]]
-    moved = dict(pair for group in groups for pair in zip(group, spread(group), strict=True))
-    return [moved[i] for i in range(len(places))]
+        texts.append((across, top - 5 if is_above else min(bottom + 12, TALL - 4), part.name.partition(" ")[0]))
+    return replace(figure, shapes=shapes, texts=texts, legend=[*parts, *lines])
 
 
 def dots(title: str, rows: Mapping[str, Sequence[Any]], x: str, scale: float = 1.0) -> Figure:
@@ -289,21 +274,6 @@ def _axis(
     marks = {at: _tick(at, digits) for at in places if low <= at <= high or not tight}
     ends = (low, high) if tight else (min(marks), max(marks))
     return Axis(*ends, start, end, marks if ticks is None else ticks)
-
-
-def _log_axis(values: Sequence[float], start: float, end: float) -> Axis:
-    """A logarithmic axis with some room beside the values; its ticks are 1, 2 and 5 times powers of ten."""
-    lowest, highest = math.log10(min(values, default=1.0)), math.log10(max(values, default=10.0))
-    room = max(0.06 * (highest - lowest), 0.05)
-    low, high = 10 ** (lowest - room), 10 ** (highest + room)
-    powers = range(math.floor(lowest - room), math.ceil(highest + room) + 1)
-    places = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
-    inside = [at for at in places if low <= at <= high]
-    if len(inside) < 3:  # all near each other
-        inside = [at for at in _axis([low, high], start, end).ticks if low <= at <= high]
-    elif len(inside) > 7:
-        inside = [at for at in places[::3] if low <= at <= high]
-    return Axis(low, high, start, end, {at: _tick(at, 4) for at in inside}, is_log=True)
 
 
 def _tick(value: float, digits: int) -> str:

@@ -24,10 +24,6 @@ SCORES = {"step_scores": "scorer", "scores": "scorer", "credit": "step credit", 
 """Columns of step scores -> what gave them."""
 COSTS = ("tokens drawn", "scorer calls")
 """What an answer of a search cost, as columns of :func:`searched_rows`."""
-ROUND = ("event", "step", "steps", "scores", "kept")
-"""What of a decision has a place of its own; everything else is a fact of a candidate or of the round."""
-SAID = {"votes": "answer"}
-"""Columns of a decision that have another name for a reader."""
 LONGEST_FACT = 80
 """Characters of a fact; of a longer one there is the beginning."""
 _HIDDEN = re.compile(
@@ -199,7 +195,7 @@ def _round(event: Row) -> dict[str, Any]:
     lists = {name: value for name, value in event.items() if isinstance(value, list) and name != "kept"}
     size = len(lists["steps"]) if "steps" in lists else max(map(len, lists.values()), default=0)
     columns = {name: value for name, value in lists.items() if len(value) == size}
-    facts = {name: value for name, value in columns.items() if name not in ROUND}
+    facts = {name: value for name, value in columns.items() if name not in ("steps", "scores")}
     steps, scores = (columns.get(name, [None] * size) for name in ("steps", "scores"))
     kept = event.get("kept")
     times = Counter(at for at in (kept if isinstance(kept, list) else [kept]) if isinstance(at, int))
@@ -208,7 +204,11 @@ def _round(event: Row) -> dict[str, Any]:
             f"solution {i + 1}" if steps[i] is None else visible(str(steps[i]).strip("\n")),
             _number(scores[i]),
             times[i],
-            ", ".join(_fact(SAID.get(name, name), value[i]) for name, value in facts.items() if value[i] is not None),
+            ", ".join(
+                _fact("answer" if name == "votes" else name, value[i])
+                for name, value in facts.items()
+                if value[i] is not None
+            ),
         )
         for i in range(size)
     ]

@@ -98,12 +98,7 @@ def acceptance_loss(logits_N2: Tensor, accepted_N: Tensor, rejection_weight: flo
 
 @torch.no_grad()
 def acceptance_examples(
-    target: Policy,
-    draft: Policy,
-    completion: Completion,
-    spec: SamplingConfig,
-    *key: int | str,
-    replaced: float = 0.15,
+    target: Policy, draft: Policy, completion: Completion, spec: SamplingConfig, *key: int | str, replaced: float = 0.15
 ) -> tuple[Tensor, Tensor]:
     """What the head learns from one completion of the target's.
 
@@ -184,12 +179,10 @@ def train_acceptance_head(
     completions: Sequence[Completion],
     spec: SamplingConfig | None = None,
     *,
-    layers: int = 3,
     epochs: int = 3,
     batch: int = 32,
     lr: float = 1e-3,
     rejection_weight: float = 6.0,
-    replaced: float = 0.15,
 ) -> AcceptanceHead:
     """Train a head on completions that the target sampled (:class:`~stepkd.sampling.speculative.Stop` takes it).
 
@@ -197,9 +190,9 @@ def train_acceptance_head(
         target, draft: models of one vocabulary.
         completions: of the target's, with their prompts.
         spec: how both sample; None: at temperature 1. Its seed keys what is drawn, the first weights and the order.
-        layers, epochs, batch: residual blocks, rounds and completions a step, as in the paper.
+        epochs, batch: rounds, and completions a step, as in the paper.
         lr: AdamW's, falling to 0 by a cosine; ours, for drafts and data far smaller than the paper's.
-        rejection_weight, replaced: see :func:`acceptance_loss` and :func:`acceptance_examples`.
+        rejection_weight: see :func:`acceptance_loss`.
 
     Raises:
         DataError: no completion with tokens.
@@ -212,13 +205,13 @@ def train_acceptance_head(
     check_same_vocabulary(target.tokenizer, draft.tokenizer, "draft")
     with evaluation_mode(target), evaluation_mode(draft):
         examples = [
-            acceptance_examples(target, draft, each, spec, number, replaced=replaced)
+            acceptance_examples(target, draft, each, spec, number)
             for number, each in enumerate(completions)
             if len(each.token_ids)
         ]
     if not examples:
         raise DataError("no completion with tokens: sample some from the target")
-    head = AcceptanceHead(examples[0][0].shape[1], layers, spec.seed)
+    head = AcceptanceHead(examples[0][0].shape[1], seed=spec.seed)
     optimizer = torch.optim.AdamW(head.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * -(-len(examples) // batch))
     for epoch in range(epochs):

@@ -14,7 +14,7 @@ import copy
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from stepkd.models.head import backbone_of, positions_from_mask
 from stepkd.models.packed import is_worth_it, packed_weights, unpadded_hidden
 from stepkd.models.policy import Policy
 from stepkd.randomness import generator
-from stepkd.sampling.cache import close_up, make_room, room_for
+from stepkd.sampling.cache import Prefixes, Reading, close_up, make_room, padded, room_for
 from stepkd.sampling.draw import Draw, draw, entropies
 from stepkd.sampling.engine import Progress, SamplingConfig, before_stop, decode_text
 
@@ -46,62 +46,14 @@ class Row:
     """Most tokens, >= 1."""
     key: tuple[int | str, ...]
     """Purpose and numbers that key its noise."""
+    prompt: Sequence[int] = ()
+    """Its prompt, where it may be kept."""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     raw_logprobs: list[float] = field(default_factory=list)
     entropies: list[float] | None = None
     """None: they are not asked for."""
     finish: Literal["stop", "length"] | None = None
-
-
-def padded(
-    policy: Policy, sequences: Sequence[Sequence[int]], side: Literal["left", "right"] = "right"
-) -> tuple[Tensor, Tensor]:
-    """Ids of sequences, padded on one side, and their mask.
-
-    Args:
-        policy: whose tokenizer says the padding's id (0 without one), and on whose device the tensors are.
-        sequences: ids of each, at least one.
-        side: where the padding goes.
-
-    Returns:
-        int64 ids (B, T) and mask (B, T): 1 for tokens, 0 for padding.
-    """
-    width, pad = max(map(len, sequences)), int(policy.tokenizer.pad_token_id or 0)
-
-    def rows(sequence: Sequence[int]) -> list[list[int]]:
-        parts = [([*sequence], [pad] * (width - len(sequence))), ([1] * len(sequence), [0] * (width - len(sequence)))]
-        return [own + gap if side == "right" else gap + own for own, gap in parts]
-
-    ids_BT, mask_BT = torch.tensor([rows(each) for each in sequences], device=policy.device).unbind(1)
-    return ids_BT, mask_BT
-
-
-class Reading(NamedTuple):
-    """Sequences that the model has read, padded on one side."""
-
-    hidden_PTH: Tensor
-    """Last hidden states."""
-    mask_PT: Tensor
-    """1 for tokens, 0 for padding."""
-    cache: Any
-    """Keys and values of every layer."""
-
-
-class Keeps(Protocol):
-    """Keeps what is read and drawn (:class:`~stepkd.sampling.prefixes.Prefixes`)."""
-
-    def read(self, decoder: Decoder, sequences: Sequence[Sequence[int]]) -> Reading:
-        """What :meth:`Decoder.read` gives with padding on the left, where columns between may be padding, too."""
-        ...
-
-    def add(self, ids: Sequence[int], start: int, cache: Any, row: int, end: int) -> None:
-        """Keep the last columns before ``end`` of a row of a cache, those of ``ids[start:]``."""
-        ...
-
-
-Ended = Callable[[Row, Any, int, int], None]
-"""Told of a row that is finished: the row, the cache, its place in it, and the columns that are filled."""
 
 
 @dataclass(eq=False)
@@ -153,9 +105,7 @@ class Decoder:
         rows_of: Sequence[list[Row]],
         spec: SamplingConfig,
         on_progress: Progress | None,
-        kept: Keeps | None = None,
-        *,
-        goes_on: bool = True,
+        kept: Prefixes | None = None,
     ) -> None:
         """Read each prompt once, then decode its rows, at most ``max_rows`` at a time.
 
@@ -164,18 +114,10 @@ class Decoder:
             rows_of: for each prompt its rows without a token yet; filled in place.
             spec: how to draw.
             on_progress: called with the number of rows just finished.
-            kept: reads prompts from where it knows them, and keeps what is read.
-            goes_on: whether it keeps what is drawn, too.
+            kept: reads prompts from where it knows them, and keeps what is read, and what is drawn without an end
+                token.
         """
         size = max(1, self.max_rows // spec.n)
-        prompt_of = {id(row): prompt for prompt, rows in zip(prompts, rows_of, strict=True) for row in rows}
-
-        def keep(row: Row, cache: Any, place: int, width: int) -> None:
-            prompt = prompt_of[id(row)]
-            assert kept is not None
-            kept.add((*prompt, *row.token_ids[:-1]), len(prompt), cache, place, width)
-
-        ended = keep if kept is not None and goes_on else None
         for first in range(0, len(prompts), size):
             part_of = prompts[first : first + size]
             reading = self.read(part_of, padding="left") if kept is None else kept.read(self, part_of)
@@ -188,7 +130,7 @@ class Decoder:
                 cache = reading.cache if last else copy.deepcopy(reading.cache)
                 cache.batch_select_indices(source_B)
                 mask_BT = reading.mask_PT[source_B]
-                self.decode(list(part), cache, hidden_PH[source_B], mask_BT, spec, on_progress, ended)
+                self.decode(list(part), cache, hidden_PH[source_B], mask_BT, spec, on_progress, kept)
 
     def decode(
         self,
@@ -198,7 +140,7 @@ class Decoder:
         mask_BT: Tensor,
         spec: SamplingConfig,
         on_progress: Progress | None,
-        ended: Ended | None = None,
+        kept: Prefixes | None = None,
     ) -> None:
         """Decode rows to their ends.
 
@@ -209,7 +151,7 @@ class Decoder:
             mask_BT: the columns that belong to a row; their number is the position of its first new token.
             spec: how to draw.
             on_progress: called with the number of rows just finished.
-            ended: told of every row that is finished, while its columns are still there.
+            kept: keeps rows that are finished without an end token.
         """
         head, device, eos = self.policy.head, mask_BT.device, self.policy.eos_ids
         whole = make_room(cache, self.policy.can_unpad and device.type == "cpu")
@@ -230,9 +172,9 @@ class Decoder:
                     for row in active:
                         row.finish = row.finish or "length"
                 going = [i for i, row in enumerate(active) if row.finish is None]
-                for place, row in enumerate(active if ended is not None else ()):
-                    if row.finish is not None:
-                        cast("Ended", ended)(row, cache, place, width)
+                for place, row in enumerate(active):
+                    if kept is not None and row.finish is not None and row.token_ids[-1] not in eos:
+                        kept.add((*row.prompt, *row.token_ids[:-1]), len(row.prompt), cache, place, width)
                 if on_progress is not None and len(going) < len(active):
                     on_progress(len(active) - len(going))
                 if not going:

@@ -136,8 +136,6 @@ class Wanted(NamedTuple):
     is keyed by, with the seed."""
     entropies: bool = False
     """Whether the entropies of its completions are asked for."""
-    goes_on: bool = True
-    """Whether later calls may go on from its completions, so that they are worth keeping."""
 
 
 class Scores(NamedTuple):
@@ -163,8 +161,9 @@ class Engine(ABC):
     cut_off: int = 0
     """Completions so far that ended before an id that no token has, which a padded vocabulary head can draw."""
     keeps_prefixes: bool = False
-    """Whether an engine without a prefix cache of its own keeps what it reads and draws, for calls that go on from
-    there; what searches sets it. Memory is bounded, and tokens are the same up to rounding."""
+    """Whether an engine without a prefix cache of its own keeps what it reads and draws, save completions with an end
+    token, for calls that continue it; what searches sets it. Memory is bounded, and tokens are the same up to
+    rounding."""
     gives_entropies: ClassVar[bool] = False
     """Whether it knows the whole distribution that a token is drawn from."""
     _version: int | None = None
@@ -184,7 +183,6 @@ class Engine(ABC):
         indices: Sequence[int | tuple[int | str, ...]] | None = None,
         limits: Sequence[int] | None = None,
         entropies: bool = False,
-        goes_on: bool = True,
         on_progress: Progress | None = None,
     ) -> list[list[Completion]]:
         """Draw ``spec.n`` completions of each prompt.
@@ -198,7 +196,6 @@ class Engine(ABC):
                 ``g * n + j`` whatever the batch, its order, or the rank; of a tuple ``(*tuple, j)``, whatever n.
             limits: most tokens of each prompt's completions, >= 1, where that is less than ``spec.longest``.
             entropies: whether the completions are to have :attr:`~stepkd.data.completion.Completion.entropies`.
-            goes_on: whether later calls may go on from the completions; else :attr:`keeps_prefixes` leaves them out.
             on_progress: called with the number of completions just finished.
 
         Returns:
@@ -212,8 +209,7 @@ class Engine(ABC):
         """
         if entropies and not self.gives_entropies:
             raise ConfigError(
-                f"{type(self).__name__} tells the most likely tokens only, and an entropy takes the probabilities of "
-                "all: take --engine Transformers"
+                f"{type(self).__name__} tells the most likely tokens only, no entropy: take --engine Transformers"
             )
         indices = range(len(prompts)) if indices is None else indices
         wanted = [
@@ -222,7 +218,6 @@ class Engine(ABC):
                 min(limit, spec.room(f"prompt {index}", len(prompt), self.max_length)),
                 (purpose, step, *((*index, 0) if isinstance(index, tuple) else (index,))),
                 entropies,
-                goes_on,
             )
             for prompt, index, limit in zip(prompts, indices, limits or [spec.longest] * len(prompts), strict=True)
         ]

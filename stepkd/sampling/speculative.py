@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,31 +30,11 @@ from stepkd.models.policy import Policy
 from stepkd.randomness import generator
 from stepkd.sampling.acceptance import AcceptanceHead, checked, draft_logits, known_ids
 from stepkd.sampling.annotate import check_same_vocabulary
+from stepkd.sampling.cache import state_of_weights
 from stepkd.sampling.decode import Decoder, Row
 from stepkd.sampling.draw import Draw, first_above, sampling_logprobs
 from stepkd.sampling.engine import SamplingConfig
-from stepkd.sampling.prefixes import state_of_weights
 from stepkd.steps.text import first_difference
-
-
-class Reads(Protocol):
-    """A model that reads a sequence."""
-
-    def read(self, ids: Sequence[int], last: int) -> tuple[Tensor, Tensor]:
-        """Hidden states (C, H) at the last so many tokens, and the logits (C, V) of what comes behind each."""
-        ...
-
-
-class Chance(Protocol):
-    """What is left to chance."""
-
-    def token(self, mass_V: Tensor) -> int:
-        """A token in proportion to its mass."""
-        ...
-
-    def stands(self, probability: float) -> bool:
-        """Whether something of this probability happens."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -86,13 +66,13 @@ class Round(NamedTuple):
 
 
 def speculate(
-    target: Reads,
-    draft: Reads,
+    target: Reader,
+    draft: Reader,
     ids: Sequence[int],
     most: int,
     spec: SamplingConfig,
     stop: Stop,
-    chance: Chance,
+    chance: Stream,
     eos: Collection[int],
 ) -> Round:
     """Draft tokens, and have the target say what stands.
@@ -145,7 +125,7 @@ def probabilities(logits_V: Tensor, spec: SamplingConfig) -> Tensor:
 
 
 class Stream:
-    """Chance from a keyed stream.
+    """Chance, from a keyed stream.
 
     Args:
         seed, purpose, key: see :func:`~stepkd.randomness.generator`.
@@ -155,12 +135,12 @@ class Stream:
         self._numbers = generator(seed, purpose, *key)
 
     def token(self, mass_V: Tensor) -> int:
-        """See :class:`Chance`."""
+        """A token in proportion to its mass."""
         wanted_11 = mass_V.sum().reshape(1, 1) * self._numbers.random()
         return int(first_above(mass_V[None], wanted_11)[0])
 
     def stands(self, probability: float) -> bool:
-        """See :class:`Chance`."""
+        """Whether something of this probability happens."""
         return bool(self._numbers.random() < probability)
 
 
@@ -185,7 +165,7 @@ class Reader:
             self._ids, self._cache, self._weights = [], None, weights
 
     def read(self, ids: Sequence[int], last: int) -> tuple[Tensor, Tensor]:
-        """See :class:`Reads`."""
+        """Hidden states (C, H) at the last so many tokens, and the logits (C, V) of what comes behind each."""
         kept = min(first_difference(self._ids, ids), len(ids) - last)
         layers = getattr(self._cache, "layers", None) or [None]
         if any(type(each) is not DynamicLayer for each in layers):  # windows and states cannot be cut back

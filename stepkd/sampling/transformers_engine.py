@@ -21,9 +21,9 @@ from stepkd.models.policy import Policy
 from stepkd.models.source import trained_template
 from stepkd.sampling.annotate import likeliest
 from stepkd.sampling.branches import continued, gap_limit
-from stepkd.sampling.decode import Decoder, Row, padded
+from stepkd.sampling.cache import Prefixes, padded, state_of_weights
+from stepkd.sampling.decode import Decoder, Row
 from stepkd.sampling.engine import Branch, BranchContinuations, Engine, Progress, SamplingConfig, Scores, Wanted
-from stepkd.sampling.prefixes import Prefixes, state_of_weights
 from stepkd.steps.segment import get_segmenter
 
 
@@ -58,10 +58,10 @@ class TransformersEngine(Engine):
     ) -> list[list[Completion]]:
         rows_of = [
             [
-                Row(p, j, limit, (*key[:-1], int(key[-1]) * spec.n + j), entropies=[] if entropies else None)
+                Row(p, j, limit, (*key[:-1], int(key[-1]) * spec.n + j), prompt, entropies=[] if entropies else None)
                 for j in range(spec.n)
             ]
-            for p, (_, limit, key, entropies, _) in enumerate(wanted)
+            for p, (prompt, limit, key, entropies) in enumerate(wanted)
         ]
         with evaluation_mode(self.policy):
             kept = self._kept()
@@ -70,15 +70,14 @@ class TransformersEngine(Engine):
             for alike in (True, False):
                 numbers = [number for number, each in enumerate(whole) if each == alike]
                 prompts, rows = [wanted[i].prompt for i in numbers], [rows_of[i] for i in numbers]
-                goes_on = all(wanted[i].goes_on for i in numbers)
-                self._decoder.decode_prompts(prompts, rows, spec, on_progress, kept, goes_on=goes_on)
+                self._decoder.decode_prompts(prompts, rows, spec, on_progress, kept)
         return [
             list(self._decoder.finished(rows, np.asarray(each.prompt), spec))
             for rows, each in zip(rows_of, wanted, strict=True)
         ]
 
     def _kept(self) -> Prefixes | None:
-        """What is kept of earlier calls; None: nothing is, or the model cannot go on from it."""
+        """What is kept of earlier calls; None: nothing is, or the model cannot continue from it."""
         if not self.keeps_prefixes or self._gaps() < math.inf:
             return None
         weights = state_of_weights(self.policy)

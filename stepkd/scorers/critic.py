@@ -98,7 +98,6 @@ class GenerativeVerifier(PolicyScorer):
             purpose="critique",
             indices=[(prompt.key.hex(),) for *_, prompt in asked],
             limits=[self.max_length - prompt.length for *_, prompt in asked],
-            goes_on=False,
         )
         found: list[list[tuple[int | None, Completion]]] = [[] for _ in solutions]
         for (number, step, _), critiques in zip(asked, drawn, strict=True):

@@ -12,7 +12,7 @@ measure: the TF-IDF cosine of the problems plus that of the steps, with the weig
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ import numpy as np
 from stepkd.data.io import fingerprint
 from stepkd.data.sources.contract_rows import to_stepwise
 from stepkd.errors import ConfigError, DataError
-from stepkd.scorers.rules import words_of
+from stepkd.scorers.rules import Vectors, words_of
 from stepkd.scorers.scorer import Row
 from stepkd.statistics import FloatArray
 from stepkd.steps.format import written_steps
@@ -84,7 +84,7 @@ class StepExamples:
                 path="examples",
                 column="labels",
             )
-        self._problems, self._texts = _Vectors(list(problems)), _Vectors([each.step for each in self.steps])
+        self._problems, self._texts = Vectors(list(problems)), Vectors([each.step for each in self.steps])
 
     def nearest(self, row: Row, steps: Sequence[str]) -> list[list[LabelledStep]]:
         """The examples for steps of one problem.
@@ -112,9 +112,7 @@ class StepExamples:
     def _chosen(self, near_N: FloatArray) -> list[int]:
         chosen: list[int] = []
         for numbers in self._by_verdict:
-            values = near_N[numbers]
-            least = np.partition(values, -self.shots)[-self.shots] if len(values) > self.shots else -math.inf
-            able = numbers[(values >= least) & (values > -math.inf)]
+            able = numbers[near_N[numbers] > -math.inf]
             chosen += able[np.argsort(-near_N[able], kind="stable")][: self.shots].tolist()
         return sorted(chosen, key=lambda i: (near_N[i], i))
 
@@ -185,33 +183,3 @@ def _keys(row: Row) -> set[str]:
     texts = {f"text {' '.join(words_of(text))}" for text in (problem_text(row), *last)}
     problem = row.get("problem_id")
     return texts | {f"id {name}" for name in ((row.get("id") if problem is None else problem),) if name is not None}
-
-
-class _Vectors:
-    """TF-IDF vectors of texts, of length 1."""
-
-    def __init__(self, texts: Sequence[str]) -> None:
-        counts = [Counter(words_of(text)) for text in texts]
-        self._frequency = Counter(word for each in counts for word in each)
-        self._columns = {word: column for column, word in enumerate(self._frequency)}
-        self._units = len(texts)
-        self._matrix = self._of(counts).T.tocsr()
-
-    def cosines(self, texts: Sequence[str]) -> FloatArray:
-        """(texts, units) cosines to all of them."""
-        found: FloatArray = (self._of([Counter(words_of(text)) for text in texts]) @ self._matrix).toarray()
-        return found
-
-    def _of(self, counts: Sequence[Counter[str]]) -> Any:
-        """(texts, words) sparse rows; a word of no unit counts for the length alone, as if one unit had it."""
-        from scipy.sparse import csr_array
-
-        values, columns, starts = [], [], [0]
-        for each in counts:
-            weights = {word: n * math.log(1 + self._units / max(self._frequency[word], 1)) for word, n in each.items()}
-            length = math.sqrt(math.fsum(weight**2 for weight in weights.values()))
-            known = [word for word in weights if word in self._columns]
-            values += [weights[word] / length for word in known]
-            columns += [self._columns[word] for word in known]
-            starts.append(len(values))
-        return csr_array((np.array(values), np.array(columns), starts), shape=(len(counts), len(self._columns)))

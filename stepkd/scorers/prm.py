@@ -23,7 +23,8 @@ from stepkd.models.checkpoint import weights_fingerprint
 from stepkd.models.head import evaluation_mode
 from stepkd.models.policy import Policy
 from stepkd.sampling.branches import selected_rows
-from stepkd.sampling.decode import Decoder, Reading, padded
+from stepkd.sampling.cache import Reading, padded
+from stepkd.sampling.decode import Decoder
 from stepkd.scorers.calibration import scaled
 from stepkd.scorers.scorer import Meaning, Row, Solutions, row_steps
 

@@ -25,8 +25,11 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from stepkd.errors import DataError
 from stepkd.scorers.scorer import Meaning, Row, ScorerConfig, Solutions
+from stepkd.statistics import FloatArray
 from stepkd.tasks.rows import check_row
 from stepkd.yaml_files import read_yaml
 
@@ -91,19 +94,14 @@ class Gain(RuleScorer):
 
     def _of_solution(self, row: Row, steps: Sequence[str]) -> list[float]:
         solution = row.get("solution")
-        units = [Counter(words) for line in str(solution or "").splitlines() if (words := words_of(line))]
+        units = [line for line in str(solution or "").splitlines() if words_of(line)]
         if not units:
             raise DataError(f"row {row.get('id')!r} has no 'solution': the scorer 'gain' compares steps with its lines")
-        frequency = Counter(word for unit in units for word in unit)
-        best = [0.0] * len(units)
-        seen: set[tuple[str, ...]] = set()
-        scores = []
-        for step in steps:
+        best_N, seen, scores = np.zeros(len(units)), set[tuple[str, ...]](), []
+        for step, found_N in zip(steps, Vectors(units).cosines(steps), strict=True):
+            gain = float(np.maximum(found_N - best_N, 0.0).mean())
+            best_N = np.maximum(found_N, best_N)
             words = words_of(step)
-            vector = Counter(words)
-            found = [_cosine(vector, unit, frequency, len(units)) for unit in units]
-            gain = math.fsum(max(c - m, 0.0) for c, m in zip(found, best, strict=True)) / len(units)
-            best = [max(pair) for pair in zip(found, best, strict=True)]
             runs = {tuple(words[i : i + NGRAM]) for i in range(max(len(words) - NGRAM + 1, 1))} if words else set()
             repetition = len(runs & seen) / len(runs) if runs else 0.0
             seen |= runs
@@ -116,17 +114,36 @@ def words_of(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
-def _cosine(a: Counter[str], b: Counter[str], frequency: Counter[str], units: int) -> float:
-    """Of counts weighed by ``log(1 + units / frequency)``; a word that no unit has weighs as one that one unit has."""
+class Vectors:
+    """TF-IDF vectors of texts, of length 1."""
 
-    def weight(word: str) -> float:
-        return math.log(1 + units / max(frequency[word], 1))
+    def __init__(self, texts: Sequence[str]) -> None:
+        counts = [Counter(words_of(text)) for text in texts]
+        self._frequency = Counter(word for each in counts for word in each)
+        self._columns = {word: column for column, word in enumerate(self._frequency)}
+        self._units = len(texts)
+        self._matrix = self._of(counts).T.tocsr()
 
-    def length(vector: Counter[str]) -> float:
-        return math.sqrt(math.fsum((count * weight(word)) ** 2 for word, count in vector.items()))
+    def cosines(self, texts: Sequence[str]) -> FloatArray:
+        """(texts, units) cosines to all of them."""
+        found: FloatArray = (self._of([Counter(words_of(text)) for text in texts]) @ self._matrix).toarray()
+        return found
 
-    product = math.fsum(a[word] * b[word] * weight(word) ** 2 for word in a.keys() & b.keys())
-    return min(product / (length(a) * length(b)), 1.0) if product else 0.0
+    def _of(self, counts: Sequence[Counter[str]]) -> Any:
+        """(texts, words) sparse rows; a word of no unit counts for the length alone, as if one unit had it."""
+        from scipy.sparse import csr_array
+
+        values, columns, starts = [], [], [0]
+        for each in counts:
+            weights = {word: n * math.log(1 + self._units / max(self._frequency[word], 1)) for word, n in each.items()}
+            length = math.sqrt(math.fsum(weight**2 for weight in weights.values()))
+            known = [word for word in weights if word in self._columns]
+            values += [weights[word] / length for word in known]
+            columns += [self._columns[word] for word in known]
+            starts.append(len(values))
+        return csr_array(
+            (np.array(values), np.array(columns, dtype=int), starts), shape=(len(counts), len(self._columns))
+        )
 
 
 # --- arithmetic -------------------------------------------------------------------------------------------------------

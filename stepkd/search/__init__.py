@@ -6,15 +6,14 @@
 * :mod:`~stepkd.search.generate`: `SampledSteps`, steps from a language model, cut by any segmenter; `ContinuationValue`
   (share of correct continuations), `ScorerValue` (a reward model, a prompted judge, an exact checker).
 * Choosing among whole solutions: :mod:`~stepkd.search.best_of_n` (`Greedy`, `BestOfN`).
-* Step by step: :mod:`~stepkd.search.beam` (`Beam`, also as DVTS), :mod:`~stepkd.search.particles` (`ParticleFilter`),
-  :mod:`~stepkd.search.phi` (`PhiDecoding`, which looks ahead and asks no scorer).
-* Token by token, over what :mod:`~stepkd.search.tokens` drafts: :mod:`~stepkd.search.value_guided` (`ValueGuided`),
-  :mod:`~stepkd.search.entropy` (`EntropyBranching`), :mod:`~stepkd.search.speculative` (`Speculative`).
-* With drafts: :mod:`~stepkd.search.revise` (`VerifyRevise`, the policy revises), :mod:`~stepkd.search.refine`
-  (`Refine`, a trained refiner does).
-* With a tree: :mod:`~stepkd.search.tree` (nodes, priors, PUCT selection and backup, in pure Python) and
-  :mod:`~stepkd.search.mcts` (`tree_search` of many problems in lockstep; `MCTS`, an answer from a tree);
-  :mod:`~stepkd.search.pairs` makes step preference pairs of trees.
+* Step by step: :mod:`~stepkd.search.beam` (`Beam`, also as DVTS, and `ParticleFilter`), :mod:`~stepkd.search.phi`
+  (`PhiDecoding`, which looks ahead and asks no scorer).
+* Token by token: :mod:`~stepkd.search.tokens` (drafts of what comes next; `EntropyBranching`, `Speculative`),
+  :mod:`~stepkd.search.value_guided` (`ValueGuided`).
+* With drafts: :mod:`~stepkd.search.revise` (`VerifyRevise`, the policy revises; `Refine`, a trained refiner does).
+* With a tree: :mod:`~stepkd.search.tree` (nodes, priors, PUCT selection and backup, in pure Python, and step
+  preference pairs of trees) and :mod:`~stepkd.search.mcts` (`tree_search` of many problems in lockstep; `MCTS`, an
+  answer from a tree).
 
 ``stepkd search`` compares the methods on a benchmark (:mod:`stepkd.evaluation.search`), ``stepkd pairs tree`` makes
 pairs (:mod:`stepkd.labels.tree_pairs`); both are resumable jobs.
@@ -25,19 +24,15 @@ from __future__ import annotations
 from stepkd.lazy import lazily
 
 _HOMES = {
-    "beam": "Beam",
+    "beam": "Beam ParticleFilter",
     "best_of_n": "BestOfN Greedy",
-    "entropy": "EntropyBranching",
     "generate": "ContinuationValue SampledSteps ScorerValue",
-    "mcts": "MCTS Reference TreeConfig tree_search",
-    "pairs": "FoundPairs PairConfig PairTreeConfig tree_pairs",
-    "particles": "ParticleFilter",
+    "mcts": "MCTS PairTreeConfig Reference TreeConfig tree_search",
     "phi": "PhiDecoding",
-    "refine": "Refine",
-    "revise": "VerifyRevise",
-    "state": "Costs Found Problem Search State StateValue Step StepGenerator Tools Writer found ranked",
-    "speculative": "Speculative",
-    "tree": "Decision Node Option SearchTree",
+    "revise": "Refine VerifyRevise",
+    "state": "Costs Found Problem Search State StateValue Step StepGenerator Tools found ranked",
+    "tokens": "EntropyBranching Speculative",
+    "tree": "Decision FoundPairs Node Option PairConfig SearchTree tree_pairs",
     "value_guided": "ValueGuided",
 }
 

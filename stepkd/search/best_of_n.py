@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike
 from stepkd.errors import ConfigError, DataError, check_bounds
 from stepkd.randomness import generator
 from stepkd.scorers.scorer import Reduction
-from stepkd.search.state import Found, Problem, Search, State, Tools, found, ranked
+from stepkd.search.state import Found, Problem, Scored, Search, State, Tools, Trace, found, ranked
 from stepkd.statistics import FloatArray
 
 Vote = Literal["max", "majority", "weighted", "soft"]
@@ -69,26 +69,52 @@ class BestOfN(Search):
     def name(self) -> str:
         """See :attr:`~stepkd.search.state.Search.name`."""
         kind = {"majority": "self_consistency", "max": "best_of_n"}.get(self.vote, f"best_of_n_{self.vote}")
-        return self.named(f"{kind}@{self.n}", "vote", "n")
+        return self.named(kind + "@{n}", "vote")
 
     def run(self, problems: Sequence[Problem], tools: Tools) -> list[list[Found]]:
         """See :meth:`~stepkd.search.state.Search.run`."""
         samples = tools.samples(problems, self.n)
         flat = [state for states in samples for state in states]
         scores = iter(tools.scores(flat, self.reduction) if self.needs_scorer else [None] * len(flat))
-        scored = [[next(scores) for _ in states] for states in samples]
-        votes: Sequence[Sequence[str | None]] = [[None] * self.n] * len(problems)
-        if self.vote in ("majority", "weighted"):
-            votes = tools.votes(samples)
-        results = []
-        for problem, states, own, keys in zip(problems, samples, scored, votes, strict=True):
-            if self.vote == "soft":
-                winner = soft_choice(own, self.temperature, problem.seed, problem.index)
-            else:
-                winner = choice(own, keys, self.vote)
-            event = {"event": "choice", "vote": self.vote, "scores": own, "votes": keys, "kept": [winner]}
-            results.append(answered(states, own, winner, [event]))
-        return results
+        groups = [[(state, next(scores)) for state in states] for states in samples]
+        return elected(tools, groups, [[] for _ in problems], self.vote, self.temperature, of_all=True)
+
+
+def elected(
+    tools: Tools,
+    groups: Sequence[Sequence[Scored]],
+    traces: Sequence[Trace],
+    vote: Vote,
+    temperature: float = 1.0,
+    *,
+    of_all: bool = False,
+) -> list[list[Found]]:
+    """The solutions of every problem as completions, the one that a vote takes first.
+
+    Args:
+        tools: compares the answers.
+        groups: for each problem its solutions, with their scores.
+        traces: of each problem, to which the choice is added.
+        vote: see :data:`Vote`.
+        temperature: of a soft choice.
+        of_all: whether solutions that were cut off may be taken while others are whole.
+    """
+    groups_of_states = [[state for state, _ in group] for group in groups]
+    if vote in ("majority", "weighted"):
+        keys: Sequence[Sequence[str | None]] = tools.votes(groups_of_states)
+    else:
+        keys = [[None] * len(group) for group in groups]
+    results = []
+    for group, states, votes, trace in zip(groups, groups_of_states, keys, traces, strict=True):
+        scores, may = [score for _, score in group], range(len(group)) if of_all else eligible(states)
+        own = [scores[i] for i in may]
+        if vote == "soft":
+            taken = soft_choice(own, temperature, states[0].problem.seed, states[0].problem.index)
+        else:
+            taken = choice(own, [votes[i] for i in may], vote)
+        trace.append({"event": "choice", "vote": vote, "scores": scores, "votes": votes, "kept": [may[taken]]})
+        results.append(answered(states, scores, may[taken], trace))
+    return results
 
 
 def eligible(states: Sequence[State]) -> Sequence[int]:

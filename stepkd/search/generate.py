@@ -18,19 +18,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, get_args
+from dataclasses import dataclass, field, replace
+from functools import partial, reduce
+from typing import Any, Literal, get_args
 
 from stepkd.data.completion import Completion
 from stepkd.data.encode import Encoder
 from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, DataError, check_bounds, check_choice
 from stepkd.grading.pool import Grader
-from stepkd.models.checkpoint import weights_fingerprint
+from stepkd.models.checkpoint import sampled_by
 from stepkd.models.policy import Policy
 from stepkd.sampling.engine import Engine, SamplingConfig, before_stop, decode_text
 from stepkd.scorers.scorer import Reduction, Solutions, StepScorer, default_reduction, facts_of, reduce_scores
-from stepkd.search.state import Costs, End, Name, Problem, State, Step, StepGenerator
+from stepkd.search.state import Costs, End, Name, Problem, State, Step, StepGenerator, correct_ones, where
 from stepkd.steps.confidence import SIGNAL_SEGMENTERS
 from stepkd.steps.segment import get_segmenter, segment, segmenter_settings
 from stepkd.steps.text import TokenizedText, text_from_ids
@@ -90,14 +91,11 @@ class SampledSteps:
             raise ConfigError("search needs different steps from one state: temperature 0 gives the same one always")
         kind = self.segmenter.partition(":")[0]
         if kind in SIGNAL_SEGMENTERS and kind != "adaptive_step":
-            raise ConfigError(
-                f"segmenter {self.segmenter!r} reads signals that sampling does not give; search can cut with "
-                "adaptive_step and a threshold, or with a segmenter of plain text"
-            )
+            raise ConfigError(f"segmenter {kind} reads signals that sampling does not give: take one of plain text")
         self._cut = get_segmenter(self.segmenter)
-        self.engine.keeps_prefixes = True  # steps go on from steps
+        self.engine.keeps_prefixes = True  # steps begin where others end
 
-    def propose(self, states: Sequence[State], n: int, *, temperature: float | None = None) -> list[list[Step]]:
+    def propose(self, states: Sequence[State], n: int) -> list[list[Step]]:
         """See :class:`~stepkd.search.state.StepGenerator`.
 
         Raises:
@@ -105,12 +103,11 @@ class SampledSteps:
         """
         drafts = [[_Draft(state, j) for j in range(n)] for state in states]
         stops = (*STEP_STOPS.get(self.segmenter, ()), *self.sampling.stop)
-        spec = replace(self._sampling(temperature), n=n, max_new_tokens=self.max_step_tokens, stop=stops)
-        self._first(drafts, spec, "steps")
+        spec = replace(self.sampling, n=n, max_new_tokens=self.max_step_tokens, stop=stops)
+        self._draw(drafts, spec, "steps")
         flat = [draft for group in drafts for draft in group]
         while blank := [draft for draft in flat if self._unfinished_blank(draft)]:
-            names = [("sample", draft.sample, "token", len(draft.token_ids)) for draft in blank]
-            self._draw([[draft] for draft in blank], replace(spec, n=1), "steps", names)
+            self._draw([[draft] for draft in blank], replace(spec, n=1), "steps")
         return [[self._step(draft) for draft in group] for group in drafts]
 
     def complete(self, states: Sequence[State], n: int, *, temperature: float | None = None) -> list[list[State]]:
@@ -120,11 +117,15 @@ class SampledSteps:
             DataError: a state that fills the model's context.
         """
         drafts = [[_Draft(state, j) for j in range(n)] for state in states]
-        self._first(drafts, replace(self._sampling(temperature), n=n), "continuations")
-        return [[self._rest(draft) for draft in group] for group in drafts]
+        own = self.sampling.temperature if temperature is None else temperature
+        self._draw(drafts, replace(self.sampling, n=n, temperature=own), "continuations")
+        return [
+            [self.cut(own.state, own.token_ids, own.raw_logprobs, own.finish, own.sample) for own in group]
+            for group in drafts
+        ]
 
     def asked(self, problem: Problem, prompt: Any) -> Problem | None:
-        """See :class:`~stepkd.search.state.Writer`.
+        """See :class:`~stepkd.search.state.StepGenerator`.
 
         Raises:
             ConfigError: there is no template.
@@ -137,23 +138,39 @@ class SampledSteps:
         room = self.room(State(new := replace(problem, row=row, prompt_ids=ids)))
         return new if room is None or room >= 1 else None
 
-    def cut(self, problem: Problem, token_ids: Sequence[int], raw_logprobs: Sequence[float] | None, end: End) -> State:
-        """A solution that was drawn token by token as a state.
+    def steps(
+        self, state: State, token_ids: Sequence[int], raw_logprobs: Sequence[float] | None, end: End, sample: int = 0
+    ) -> list[Step]:
+        """Tokens behind a state, cut into steps.
 
         Args:
-            problem: what it solves.
-            token_ids: its tokens.
+            state: unfinished.
+            token_ids: at least one.
             raw_logprobs: their log-probabilities at temperature 1; None: nobody has them.
-            end: how its last step ends.
+            end: how the last step ends.
+            sample: number of the sample that they are.
         """
         raw = None if raw_logprobs is None else list(raw_logprobs)
-        return self._rest(_Draft(State(problem), 0, list(token_ids), raw, end))
+        draft = _Draft(state, sample, list(token_ids), raw, end)
+        new, found = self._behind(draft), list[Step]()
+        left = len(self._until_stop(state, new.text))
+        for start, stop in (spans := segment(self._cut, new)):
+            text = new.span_text(start, stop)[:left]
+            left -= len(text)
+            how: End = end if stop == spans[-1][1] else "step"
+            own = 0 if start else sample
+            found.append(Step(text, new.token_ids[start:stop], draft.logprob(start, stop), how, own))
+        return found
+
+    def cut(self, state: State, *tokens: Any) -> State:
+        """The state with tokens behind it; see :meth:`steps`."""
+        return reduce(State.then, self.steps(state, *tokens), state)
 
     def draw(
         self,
         wanted: Sequence[tuple[Problem, Sequence[int], Name, int]],
         spec: SamplingConfig,
-        kind: str = "tokens",
+        kind: Literal["steps", "continuations"] = "continuations",
         *,
         entropies: bool = False,
     ) -> list[list[Completion]]:
@@ -163,7 +180,7 @@ class SampledSteps:
             wanted: of each the problem, the solution's tokens, what tells this from other draws for the problem, and
                 the most tokens to draw, >= 1.
             spec: how to draw.
-            kind: what they are counted as, one of :attr:`~stepkd.search.state.Costs.DRAWN`.
+            kind: what they are counted as (:class:`~stepkd.search.state.Costs`).
             entropies: whether these are wanted.
 
         Returns:
@@ -172,11 +189,10 @@ class SampledSteps:
         drawn = self.engine.generate(
             [(*problem.prompt_ids, *ids) for problem, ids, _, _ in wanted],
             spec,
-            purpose=Costs.DRAWN[kind],
+            purpose="search_step" if kind == "steps" else "search_rest",
             indices=[(problem.index, *name) for problem, _, name, _ in wanted],
             limits=[most for *_, most in wanted],
             entropies=entropies,
-            goes_on=kind != "continuations",  # nothing goes on from what was continued to its end
         )
         for (problem, *_), own in zip(wanted, drawn, strict=True):
             self.costs[problem.index][kind] += sum(len(each.token_ids) for each in own)
@@ -184,18 +200,9 @@ class SampledSteps:
 
     def provenance(self) -> dict[str, Any]:
         """See :class:`~stepkd.search.state.StepGenerator`."""
-        spec = self.policy.spec
-        sampling = asdict(self.sampling) | {"stop": list(self.sampling.stop)}
-        del sampling["n"]
-        return {
-            "model": type(self.policy.causal_lm).__name__ if spec is None else spec.path,
-            "revision": None if spec is None else spec.revision,
-            "weights": weights_fingerprint(self.policy),
-            **sampling,
-            "segmenter": {"name": self.segmenter.partition(":")[0], **segmenter_settings(self._cut)},
-            "max_step_tokens": self.max_step_tokens,
-            "max_tokens": self.max_tokens,
-        }
+        cut = {"name": self.segmenter.partition(":")[0], **segmenter_settings(self._cut)}
+        lengths = {"max_step_tokens": self.max_step_tokens, "max_tokens": self.max_tokens}
+        return sampled_by(self.policy, self.sampling) | {"segmenter": cut} | lengths
 
     def room(self, state: State) -> int | None:
         """Tokens that a solution may still have behind a state; None: no limit is known."""
@@ -204,26 +211,16 @@ class SampledSteps:
         left += [] if limit is None else [limit]
         return min(left) - len(state.token_ids) if left else None
 
-    def _sampling(self, temperature: float | None) -> SamplingConfig:
-        return self.sampling if temperature is None else replace(self.sampling, temperature=temperature)
-
-    def _first(self, drafts: Sequence[Sequence[_Draft]], spec: SamplingConfig, kind: str) -> None:
-        for state in (group[0].state for group in drafts):
-            if (room := self.room(state)) is not None and room < 1:
-                raise DataError(
-                    f"the solution so far has {len(state.token_ids)} tokens behind a prompt of "
-                    f"{len(state.problem.prompt_ids)}, which fills the model's context of {self.engine.max_length}",
-                    path=str(state.problem.row.get("id", state.problem.index)),
-                )
-        self._draw(drafts, spec, kind, [()] * len(drafts))
-
-    def _draw(self, drafts: Sequence[Sequence[_Draft]], spec: SamplingConfig, kind: str, names: Sequence[Name]) -> None:
-        """Continue groups of drafts that say the same so far; ``names`` tell groups of one state apart."""
-        heads = [(group[0], group[0].state) for group in drafts]
-        wanted = [
-            (state.problem, (*state.token_ids, *head.token_ids), (*state.path, *name), self._room(head, spec.longest))
-            for (head, state), name in zip(heads, names, strict=True)
-        ]
+    def _draw(self, drafts: Sequence[Sequence[_Draft]], spec: SamplingConfig, kind: Any) -> None:
+        """Continue groups of drafts that say the same so far."""
+        wanted = []
+        for head, state in ((group[0], group[0].state) for group in drafts):
+            if (room := self._room(head, spec.longest)) < 1:
+                what = f"a prompt of {len(state.problem.prompt_ids)} tokens with {len(state.token_ids)} of solution"
+                what += f" fills the model's context of {self.engine.max_length}: drop the problem"
+                raise DataError(what, path=state.problem.id)
+            name = ("sample", head.sample, "token", len(head.token_ids)) if head.token_ids else ()
+            wanted.append((state.problem, (*state.token_ids, *head.token_ids), (*state.path, *name), room))
         for group, continuations in zip(drafts, self.draw(wanted, spec, kind), strict=True):
             for draft, continuation in zip(group, continuations, strict=True):
                 draft.token_ids += continuation.token_ids.tolist()
@@ -276,17 +273,6 @@ class SampledSteps:
             how = "length"
         return Step(text, ids, draft.logprob(0, end), how, draft.sample)
 
-    def _rest(self, draft: _Draft) -> State:
-        new, state = self._behind(draft), draft.state
-        left = len(self._until_stop(state, new.text))
-        for start, end in (spans := segment(self._cut, new)):
-            text = new.span_text(start, end)[:left]
-            left -= len(text)
-            how: End = draft.finish if end == spans[-1][1] else "step"
-            ids, logprob = new.token_ids[start:end], draft.logprob(start, end)
-            state = state.then(Step(text, ids, logprob, how, 0 if start else draft.sample))
-        return state
-
     def _until_stop(self, state: State, text: str) -> str:
         """The new text before a string that ends the solution; such a string may begin in an earlier step."""
         return before_stop(state.text + text, self.sampling.stop)[len(state.text) :]
@@ -312,17 +298,12 @@ class ContinuationValue:
 
     def values(self, states: Sequence[State], reduction: Reduction | None = None) -> list[float | None]:
         """See :class:`~stepkd.search.state.StateValue`; there is nothing to reduce."""
-        going = [state for state in states if state.correct is None]
-        endings = self.generator.complete(going, self.continuations) if going else []
-        texts = [ending.text for group in endings for ending in group]
-        rows = [state.problem.row for state in going for _ in range(self.continuations)]
-        cut_off = [ending.end == "length" for group in endings for ending in group]
-        grades = iter(self.grader.grade(texts, [str(row["answer"]) for row in rows], cut_off=cut_off, rows=rows))
+        n = self.continuations
+        ends = where([state.correct is None for state in states], states, partial(self.generator.complete, n=n))
+        correct = iter(correct_ones([end for group in ends for end in group or ()], self.grader))
         return [
-            sum(next(grades).verdict == "correct" for _ in range(self.continuations)) / self.continuations
-            if state.correct is None
-            else float(state.correct)
-            for state in states
+            float(bool(state.correct)) if group is None else sum(next(correct) for _ in group) / n
+            for state, group in zip(states, ends, strict=True)
         ]
 
     def provenance(self) -> dict[str, Any]:
@@ -375,18 +356,14 @@ class ScorerValue:
         """
         judged: list[tuple[float | None, tuple[float | None, ...]]] = []
         for state, scores in zip(states, self.step_scores(states), strict=True):
-            value = None if scores is None else self.reduced(scores, reduction)
+            value = self.reduced(state, scores, reduction)
             self.costs[state.problem.index]["unscored"] += value is None
-            known = iter(scores or ())
-            steps = [next(known) if step.strip() else math.nan for step in state.steps]
-            judged.append((value, tuple(None if math.isnan(score) else float(score) for score in steps)))
+            judged.append((value, scores))
         return judged
 
-    def step_scores(self, states: Sequence[State]) -> list[list[float] | None]:
-        """Scores of every state's steps that have words, None without such; what was scored before is not read again.
-
-        Every state counts in :attr:`costs`, whether or not it was scored before.
-        """
+    def step_scores(self, states: Sequence[State]) -> list[tuple[float | None, ...]]:
+        """Scores of every state's steps, None for one without words or a score; what was scored before is not read
+        again, and counts in :attr:`costs` all the same."""
         if len(self._known) > _REMEMBERED:
             self._known.clear()
         keys = [(state.problem.index, tuple(step for step in state.steps if step.strip())) for state in states]
@@ -401,18 +378,26 @@ class ScorerValue:
         for (index, steps), scored in zip(problems.items(), self.scorer.score(asked) if asked else [], strict=True):
             self._known |= {(index, each): scores for each, scores in zip(steps, scored, strict=True)}
             self.costs[index]["scored_tokens"] += sum(facts_of(each).get("generated_tokens", 0) for each in scored)
-        return [self._known.get(key) for key in keys]
+        found = []
+        for key, state in zip(keys, states, strict=True):
+            known = iter(self._known.get(key, ()))
+            by_step = [next(known) if step.strip() else math.nan for step in state.steps]
+            found.append(tuple(None if math.isnan(score) else float(score) for score in by_step))
+        return found
 
-    def reduced(self, scores: Sequence[float], reduction: Reduction | None = None) -> float | None:
-        """One score of those of a solution's steps; None where one that counts is missing.
+    def reduced(self, state: State, scores: Sequence[float | None], reduction: Reduction | None = None) -> float | None:
+        """One score of those of a state's steps; None where one that counts is missing.
 
         Args:
-            scores: of the steps, at least one; NaN: missing.
+            state: without words it has none.
+            scores: of its steps.
             reduction: from the scores of all steps to one; None: its own.
         """
         reduction = reduction or self.reduction
-        scores = scores[-1:] if reduction == "last" else scores  # those before it may be missing then
-        return None if math.isnan(scores[-1]) else reduce_scores(scores, reduction, meaning=self.scorer.meaning)
+        words = [step.strip() for step in state.steps]
+        own = [math.nan if score is None else score for score, step in zip(scores, words, strict=True) if step]
+        own = own[-1:] if reduction == "last" else own  # those before it may be missing then
+        return reduce_scores(own, reduction, meaning=self.scorer.meaning) if own else None
 
     def provenance(self) -> dict[str, Any]:
         """See :class:`~stepkd.search.state.StateValue`."""

@@ -2,7 +2,7 @@
 
 A *walk* starts at the node that is to be decided, goes down by PUCT, gives every leaf it meets its children, and ends
 where a solution ends or the look-ahead does; then it is backed up. After its walks the node's best child is taken, and
-the search goes on from there, keeping the tree below, until a solution ends.
+the search proceeds from there, keeping the tree below, until a solution ends.
 
 Every tree runs in a coroutine that stops where a node needs children. The leaves of all trees that have stopped are
 expanded in one call of the generator, one of the grader and one of the value; no tree waits for another's walk.
@@ -13,7 +13,7 @@ mathematics). How MCTS-DPO differs from that code, with the option that comes ne
 
 1. A step is one segment, by default a line. There it is as many lines as fit half of the reference solution's tokens,
    at most 128, so that nearly every walk of depth 3 meets an outcome; a state of three steps gets one action, to the
-   end. ``search.force_end`` has that action too, and all walks go on to it; steps before it remain lines.
+   end. ``search.force_end`` has that action too, and all walks lead to it; steps before it remain lines.
 2. Candidates are samples only. There the next steps of the reference solution stand first among them, by default and in
    the script. ``search.gold_steps`` does the same: one step, not as many as fit, where no end is forced.
 3. Self-evaluation asks about every step, Yes against No, and multiplies. There one question is about the whole partial
@@ -43,8 +43,8 @@ from typing import Any, Literal, TypeAlias
 from stepkd.errors import ConfigError, DataError, check_bounds
 from stepkd.grading.pool import Grader
 from stepkd.scorers.scorer import Reduction
-from stepkd.search.best_of_n import answered, choice, eligible
-from stepkd.search.state import Found, Problem, Search, State, Step, StepGenerator, Tools
+from stepkd.search.best_of_n import answered, elected
+from stepkd.search.state import Found, Problem, Search, State, Step, StepGenerator, Tools, correct_ones, where
 from stepkd.search.tree import Decision, Node, Option, SearchTree, back_up, best_child, select
 
 Estimate: TypeAlias = Callable[[Sequence[State]], Sequence[float | None]]
@@ -56,8 +56,6 @@ class TreeConfig:
     """How trees are searched. Walks, actions, depth and exploration are MCTS-DPO's for mathematics (arXiv 2405.00451);
     the module's text says what is not."""
 
-    _place = ""  # what stands before the settings' names in a message
-
     iterations: int = 64
     """Walks per decision, at least 1; the paper's number."""
     root_factor: int = 4
@@ -67,7 +65,7 @@ class TreeConfig:
     depth: int = 3
     """Look-ahead in steps from the node that is decided, at least 1; the paper's number."""
     force_end: bool = False
-    """Whether all walks go on to an outcome: what follows a solution's first ``depth`` steps is drawn once, to the end,
+    """Whether all walks lead to an outcome: what follows a solution's first ``depth`` steps is drawn once, to the end,
     as one action, so that at most depth steps are decided one by one; false ends a walk with its look-ahead."""
     max_steps: int = 32
     """Longest solution in steps, not below depth, beyond which it stays unfinished; 32 is more than most have.
@@ -77,32 +75,40 @@ class TreeConfig:
     gamma: float = 1.0
     """Discount of what follows a step, in [0, 1]; 1 lets all steps of a walk count alike."""
     damp_after: int | None = None
-    """Depth, at least 0, against solutions that go on and on: a step's estimate is divided by how much deeper than this
+    """Depth, at least 0, against solutions without an end: a step's estimate is divided by how much deeper than this
     the step before it is (the released code has 3); the default does not divide them."""
     choose: Literal["value", "visits"] = "value"
     """Which child a decision takes: that of the highest Q (value), or that of the most visits, weighted by how much its
     own children's differ (visits, the released code's); by value a correct step wins wherever the scorer tells it."""
 
     def __post_init__(self) -> None:
-        check_bounds(
-            self._place,
-            self,
-            iterations="[1, inf)",
-            root_factor="[1, inf)",
-            actions="[2, inf)",
-            depth="[1, inf)",
-            exploration="[0, inf)",
-            gamma="[0, 1]",
-            damp_after="[0, inf)",
-        )
+        bounds = dict.fromkeys(("iterations", "root_factor", "depth"), "[1, inf)")
+        bounds |= {"actions": "[2, inf)", "gamma": "[0, 1]"} | dict.fromkeys(("exploration", "damp_after"), "[0, inf)")
+        check_bounds("", self, **bounds)
         if self.max_steps < self.depth:
-            at = self._place
-            raise ConfigError(f"{at}max_steps={self.max_steps} is below the look-ahead, {at}depth={self.depth}")
+            raise ConfigError(f"max_steps={self.max_steps} is below the look-ahead, depth={self.depth}")
 
     @property
     def deepest(self) -> int:
         """Depth beyond which nothing is searched."""
         return self.depth + 1 if self.force_end else self.max_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairTreeConfig(TreeConfig):
+    """How trees for pairs are searched. Walks, actions, depth and exploration are the paper's for mathematics (arXiv
+    2405.00451); the module's text says what is not."""
+
+    outcome: float = 1.0
+    """What a correct solution's end adds to its value, and an incorrect one's takes away, at least 0; 1 is the range of
+    the estimates."""
+    gold_steps: bool = False
+    """Whether the next step of the row's solution is the first candidate wherever a state says the solution's
+    beginning, as in the released code; off, so that pairs are the policy's own and rows need no solution."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_bounds("", self, outcome="[0, inf)")
 
 
 @dataclass(frozen=True)
@@ -142,24 +148,17 @@ def tree_search(
     """
     for problem in problems if reference else []:
         if problem.row.get("answer") in (None, ""):
-            raise DataError(
-                "the problem has no answer to grade solutions by",
-                path=str(problem.row.get("id", problem.index)),
-                column="answer",
-            )
+            raise DataError("the problem has no answer to grade solutions by", path=problem.id, column="answer")
     trees = [SearchTree(problem) for problem in problems]
     walks = [_decide_all(tree, settings, scored=reference is None) for tree in trees]
-    going = list(range(len(trees)))
-    while going:
-        stopped = [(i, leaf) for i in going if (leaf := next(walks[i], None)) is not None]
-        if stopped:
-            _expand([(trees[i], leaf) for i, leaf in stopped], generator, estimate, settings, reference)
-        going = [i for i, _ in stopped]
+    while stopped := [(walk, leaf) for walk in walks if (leaf := next(walk, None)) is not None]:
+        _expand([leaf for _, leaf in stopped], generator, estimate, settings, reference)
+        walks = [walk for walk, _ in stopped]
     return trees
 
 
 def _decide_all(tree: SearchTree, settings: TreeConfig, *, scored: bool) -> Iterator[Node]:
-    """Decide step after step; yields the nodes that need children and goes on when they have them."""
+    """Decide step after step; yields the nodes that need children, and is resumed when they have them."""
     node, walks = tree.root, settings.iterations * settings.root_factor
     while not node.terminal and node.depth < settings.deepest:
         for _ in range(walks):
@@ -189,7 +188,7 @@ def _walk(start: Node, settings: TreeConfig) -> Iterator[Node]:
 
 
 def _expand(
-    leaves: Sequence[tuple[SearchTree, Node]],
+    leaves: Sequence[Node],
     generator: StepGenerator,
     estimate: Estimate,
     settings: TreeConfig,
@@ -197,19 +196,13 @@ def _expand(
 ) -> None:
     """Give leaves, at most one of each tree, their children, and these their values."""
     _propose(leaves, generator, settings, reference)
-    new = [(tree, child) for tree, leaf in leaves for child in leaf.children]
+    new = [child for leaf in leaves for child in leaf.children]
     if reference:
-        over = [(tree, node) for tree, node in new if node.terminal]
-        grades = reference.grader.grade(
-            [node.state(tree.problem).text for tree, node in over],
-            [str(tree.problem.row["answer"]) for tree, _ in over],
-            cut_off=[node.step.end == "length" for _, node in over],
-            rows=[tree.problem.row for tree, _ in over],
-        )
-        for (_, node), grade in zip(over, grades, strict=True):
-            node.correct = grade.verdict == "correct"
-    estimates = estimate([node.state(tree.problem) for tree, node in new]) if new else []
-    for (_, node), value in zip(new, estimates, strict=True):
+        over = [node for node in new if node.terminal]
+        grades = correct_ones([node.state for node in over], reference.grader)
+        for node, correct in zip(over, grades, strict=True):
+            node.correct, node.state = correct, replace(node.state, correct=correct)
+    for node, value in zip(new, estimate([node.state for node in new]) if new else (), strict=True):
         assert node.parent is not None
         # Without an estimate the step neither gains nor loses.
         damping = 1 if settings.damp_after is None else max(node.parent.depth - settings.damp_after, 1)
@@ -220,54 +213,37 @@ def _expand(
 
 
 def _propose(
-    leaves: Sequence[tuple[SearchTree, Node]],
-    generator: StepGenerator,
-    settings: TreeConfig,
-    reference: Reference | None,
+    leaves: Sequence[Node], generator: StepGenerator, settings: TreeConfig, reference: Reference | None
 ) -> None:
     """Give leaves their children: steps, or the rest of the solution where an end is forced; those of the reference
-    solution first."""
-    states = [leaf.state(tree.problem) for tree, leaf in leaves]
-    forced = [settings.force_end and leaf.depth >= settings.depth for _, leaf in leaves]
-    going = [state for state, end in zip(states, forced, strict=True) if not end]
-    ending = [state for state, end in zip(states, forced, strict=True) if end]
-    proposed = iter(generator.propose(going, settings.actions) if going else [])
-    completed = iter(generator.complete(ending, 1) if ending else [])
+    solution first. Of children that say the same and end alike there is only the first."""
+    states = [leaf.state for leaf in leaves]
+    forced = [settings.force_end and leaf.depth >= settings.depth for leaf in leaves]
+    proposed = where([not end for end in forced], states, partial(generator.propose, n=settings.actions))
+    completed = where(forced, states, partial(generator.complete, n=1))
     follow = reference and reference.follow
-    told: Sequence[Sequence[Step]] = follow(states) if follow else [()] * len(states)
-    for (_, leaf), state, end, steps in zip(leaves, states, forced, told, strict=True):
-        children = _ends(leaf, state, next(completed)) if end else [Node(step, leaf) for step in next(proposed)]
-        if steps:
+    gold_of: Sequence[Sequence[Step]] = follow(states) if follow else [()] * len(states)
+    for leaf, steps, wholes, gold in zip(leaves, proposed, completed, gold_of, strict=True):
+        children: dict[tuple[str, bool], Node] = {}
+        for child in [Node(step, leaf) for step in steps or ()] + [_end(leaf, whole) for whole in wholes or ()]:
+            children.setdefault(_says(child), child)
+        if gold:
             # Its number is none of a sample's, so that what is drawn behind it is drawn for it alone.
-            first = replace(steps[0], sample=settings.actions)
-            whole = reduce(State.then, (first, *steps[1:]), state)
-            given = _ends(leaf, state, [whole])[0] if end else Node(first, leaf)
-            if _says(given) not in map(_says, children):
-                children.insert(0, given)
-        leaf.children = _merged(children)
+            first = replace(gold[0], sample=settings.actions)
+            given = _end(leaf, reduce(State.then, (first, *gold[1:]), leaf.state)) if wholes else Node(first, leaf)
+            children = children if _says(given) in children else {_says(given): given} | children
+        leaf.children = [*children.values()]
 
 
-def _ends(leaf: Node, state: State, wholes: Sequence[State]) -> list[Node]:
-    """Children of a leaf that are whole rests of its solution, each as one action."""
-    nodes = []
-    for whole in wholes:
-        steps, ids = whole.steps[len(state.steps) :], whole.token_ids[len(state.token_ids) :]
-        logprob = None if whole.logprob is None or state.logprob is None else whole.logprob - state.logprob
-        step = Step("".join(steps), ids, logprob, whole.end, whole.path[len(state.path)])
-        nodes.append(Node(step, leaf, whole=whole))
-    return nodes
+def _end(leaf: Node, whole: State) -> Node:
+    """A child that is all the rest of its solution, as one action."""
+    node = Node(whole.since(leaf.state), leaf)
+    node.state = whole
+    return node
 
 
 def _says(node: Node) -> tuple[str, bool]:
-    return node.step.text, node.step.end == "step"
-
-
-def _merged(children: Sequence[Node]) -> list[Node]:
-    """Of children that say the same and end alike only the first."""
-    kept: dict[tuple[str, bool], Node] = {}
-    for child in children:
-        kept.setdefault(_says(child), child)
-    return list(kept.values())
+    return node.step.text, node.terminal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,16 +252,13 @@ class MCTS(TreeConfig, Search):
     graded; a finished one is worth what the scorer says. The paper searches for training pairs only: this use is ours.
     """
 
+    form = "mcts@{iterations}x{actions}"
+
     vote: Literal["path", "max", "majority", "weighted"] = "path"
     """How the answer is taken: the end of the chosen path, or by the highest score, the most frequent answer or the
     answer with the highest sum of scores among all finished solutions of the tree."""
     reduction: Reduction | None = None
     """From step scores to one: product, min, mean or last; null takes what suits the scorer's meaning."""
-
-    @property
-    def name(self) -> str:
-        """See :attr:`~stepkd.search.state.Search.name`."""
-        return self.named(f"mcts@{self.iterations}x{self.actions}", "iterations", "actions")
 
     @property
     def at_once(self) -> int:
@@ -295,27 +268,18 @@ class MCTS(TreeConfig, Search):
     def run(self, problems: Sequence[Problem], tools: Tools) -> list[list[Found]]:
         """See :meth:`~stepkd.search.state.Search.run`; behind the answer the other solutions that end in the tree."""
         trees = tree_search(problems, tools.generator, partial(tools.scores, reduction=self.reduction), self)
-        ends = [[node for node in tree.root.subtree() if node.terminal] for tree in trees]
-        states = [[node.state(tree.problem) for node in nodes] for tree, nodes in zip(trees, ends, strict=True)]
-        keys: Sequence[Sequence[str | None]] = [()] * len(trees) if self.vote == "path" else tools.votes(states)
-        results = []
-        for tree, nodes, own, votes in zip(trees, ends, states, keys, strict=True):
-            trace = [_told(decision) for decision in tree.decisions]
-            answer = tree.last
-            if self.vote != "path" and nodes:
-                may = eligible(own)
-                scores = [nodes[i].score for i in may]
-                taken = choice(scores, [votes[i] for i in may], self.vote)
-                answer = nodes[may[taken]]
-                told = {"scores": scores, "votes": [votes[i] for i in may], "kept": [taken]}
-                trace.append({"event": "choice", "vote": self.vote, **told})
-            every = [answer, *(node for node in nodes if node is not answer)]
-            solutions = [node.state(tree.problem) for node in every]
-            results.append(answered(solutions, [node.score for node in every], 0, trace))
-        return results
+        traces = [[_event(decision) for decision in tree.decisions] for tree in trees]
+        ends = [[node for node in tree.root.subtree() if node.terminal or node is tree.last] for tree in trees]
+        groups = [[(node.state, node.score) for node in nodes] for nodes in ends]
+        if self.vote != "path":
+            return elected(tools, groups, traces, self.vote)
+        return [
+            answered([node.state for node in own], [node.score for node in own], own.index(tree.last), trace)
+            for own, tree, trace in zip(ends, trees, traces, strict=True)
+        ]
 
 
-def _told(decision: Decision) -> dict[str, Any]:
+def _event(decision: Decision) -> dict[str, Any]:
     """A decision as an event of a trace."""
     options = decision.options
     return {

@@ -43,35 +43,35 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, NamedTuple
+from functools import partial
+from itertools import chain
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from stepkd.errors import ConfigError, check_bounds
+from stepkd.errors import check_bounds
 from stepkd.randomness import generator
-from stepkd.search.beam import event
 from stepkd.search.best_of_n import answered
-from stepkd.search.state import Found, Problem, Search, State, Tools
+from stepkd.search.state import Found, Problem, Search, State, Step, Tools, Trace, event, no_logprobs, where
 from stepkd.statistics import FloatArray
 
 _COMPLETION = 1 << 20  # no sample's number: else the last completions would be the foresight from the same places
 
 
-class _Candidate(NamedTuple):
-    """A solution that a step leads to."""
+@dataclass
+class _Candidate:
+    """A solution that a step leads to, and what it was continued with."""
 
     state: State
-    before: float  # mean log-probability of the foresight one step before
-    confidence: float  # mean log-probability of its newest step
+    before: float = 0.0  # mean log-probability of the foresight one step before
+    confidence: float = 0.0  # mean log-probability of its newest step
+    foresight: float = 0.0  # mean log-probability
+    text: str = ""  # of the foresight: what is clustered
+    end: State | None = None
 
-
-class _Path(NamedTuple):
-    """A candidate and what it was continued with."""
-
-    candidate: _Candidate
-    foresight: float  # mean log-probability
-    text: str  # what is clustered
-    end: State
+    @property
+    def is_open(self) -> bool:
+        return self.state.end == "step"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +79,7 @@ class PhiDecoding(Search):
     """phi-Decoding; needs an engine with log-probabilities."""
 
     needs_scorer: ClassVar[bool] = False
+    form = "phi_{variant}@{beams}x{rollouts}"
 
     variant: Literal["paper", "code"] = "paper"
     """Which of paper and released code, which differ in weights, pruning and the last choice, is followed."""
@@ -111,55 +112,52 @@ class PhiDecoding(Search):
         """See :attr:`~stepkd.search.state.Search.at_once`."""
         return self.beams * self.rollouts
 
-    @property
-    def name(self) -> str:
-        """See :attr:`~stepkd.search.state.Search.name`."""
-        return self.named(f"phi_{self.variant}@{self.beams}x{self.rollouts}", "variant", "beams", "rollouts")
-
     def run(self, problems: Sequence[Problem], tools: Tools) -> list[list[Found]]:
         """See :meth:`~stepkd.search.state.Search.run`.
 
         Raises:
             ConfigError: the engine gives no log-probabilities.
         """
-        beams = [[_Candidate(State(problem), 0.0, 0.0)] for problem in problems]
-        traces: list[list[dict[str, Any]]] = [[] for _ in problems]
+        beams = [[_Candidate(State(problem))] for problem in problems]
+        traces: list[Trace] = [[] for _ in problems]
         stopped: set[int] = set()
         for step in range(self.max_rounds):
-            unfinished = {i for i, group in enumerate(beams) if any(each.state.end == "step" for each in group)}
-            if not (going := sorted(unfinished - stopped)):
+            going = [i for i, own in enumerate(beams) if i not in stopped and any(each.is_open for each in own)]
+            if not going:
                 break
-            proposed = self._proposed([beams[i] for i in going], tools, self.rollouts * (1 if step else self.beams))
-            candidates = [
-                [*finished, *(new[k] for k in self._kept(new, problems[i], step, traces[i]))]
-                for i, (finished, new) in zip(going, proposed, strict=True)
-            ]
-            for i, paths in zip(going, _ahead(candidates, self.foresight_temperature, tools), strict=True):
-                beams[i], share = self._drawn(paths, problems[i], step, traces[i])
+            flat = [each.state for i in going for each in beams[i] if each.is_open]
+            drawn = iter(tools.generator.propose(flat, self.rollouts * (1 if step else self.beams)))
+            for i in going:
+                new = [
+                    _Candidate(each.state.then(own), each.before, _mean(own))
+                    for each in beams[i]
+                    if each.is_open
+                    for own in next(drawn)
+                ]
+                kept = self._kept(new, problems[i], step, traces[i])
+                beams[i] = [*(each for each in beams[i] if not each.is_open), *(new[k] for k in kept)]
+            self._look_ahead([each for i in going for each in beams[i]], tools)
+            for i in going:
+                beams[i], share = self._drawn(beams[i], problems[i], step, traces[i])
                 if step + 1 >= self.min_rounds and share >= self.threshold:
                     stopped.add(i)
-        groups = [[each._replace(state=_renamed(each.state)) for each in group] for group in beams]
-        completed = _ahead(groups, self.foresight_temperature, tools)
-        return [self._answer(*each) for each in zip(completed, problems, traces, strict=True)]
+        for each in (each for each in chain(*beams) if each.is_open):  # else the foresight is drawn once more
+            each.state = replace(each.state, path=(*each.state.path, _COMPLETION))
+        self._look_ahead([*chain(*beams)], tools)
+        return [self._answer(*each) for each in zip(beams, problems, traces, strict=True)]
 
-    def _proposed(
-        self, groups: Sequence[Sequence[_Candidate]], tools: Tools, n: int
-    ) -> list[tuple[list[_Candidate], list[_Candidate]]]:
-        """For every group of beams those that are finished, and where ``n`` next steps lead the others."""
-        flat = [each.state for group in groups for each in group if each.state.end == "step"]
-        drawn = iter(tools.generator.propose(flat, n))
-        results = []
-        for group in groups:
-            new = [
-                _Candidate(each.state.then(step), each.before, _mean(step.logprob, len(step.token_ids)))
-                for each in group
-                if each.state.end == "step"
-                for step in next(drawn)
-            ]
-            results.append(([each for each in group if each.state.end != "step"], new))
-        return results
+    def _look_ahead(self, candidates: Sequence[_Candidate], tools: Tools) -> None:
+        """Continue every unfinished candidate to the end; the foresight of a finished one is its newest step."""
+        complete = partial(tools.generator.complete, n=1, temperature=self.foresight_temperature)
+        drawn = where([each.is_open for each in candidates], [each.state for each in candidates], complete)
+        for each, ends in zip(candidates, drawn, strict=True):
+            each.end, each.foresight, each.text = each.state, each.confidence, each.state.steps[-1]
+            if ends:
+                (each.end,) = ends
+                rest = each.end.since(each.state)
+                each.foresight, each.text = _mean(rest), rest.text
 
-    def _kept(self, new: Sequence[_Candidate], problem: Problem, step: int, trace: list[dict[str, Any]]) -> list[int]:
+    def _kept(self, new: Sequence[_Candidate], problem: Problem, step: int, trace: Trace) -> list[int]:
         """In-width pruning: which of the new candidates are looked ahead from."""
         confidence = np.array([each.confidence for each in new])
         margin = confidence - (confidence.mean() - self.sigma * confidence.std())
@@ -175,40 +173,39 @@ class PhiDecoding(Search):
         return kept
 
     def _drawn(
-        self, paths: Sequence[_Path], problem: Problem, step: int, trace: list[dict[str, Any]]
+        self, group: Sequence[_Candidate], problem: Problem, step: int, trace: Trace
     ) -> tuple[list[_Candidate], float]:
         """The beams of the next round, and the share of the largest cluster."""
-        advantages, labels = self._judged(paths, self.clusters, problem, step)
+        advantages, labels = self._judged(group, self.clusters, problem, step)
         shares = np.bincount(labels)[labels] / len(labels)
         weights = step_weights(advantages, shares, self.variant)
         kept = self._draw(weights, self.beams, problem, "steps", step).tolist()
-        scored = [(path.candidate.state, weight) for path, weight in zip(paths, weights.tolist(), strict=True)]
+        scored = [(each.state, weight) for each, weight in zip(group, weights.tolist(), strict=True)]
         more = {"advantages": advantages.tolist(), "clusters": labels.tolist(), "kept": kept}
         trace.append(event("foresight", scored, step=step, **more))
-        return [paths[i].candidate._replace(before=paths[i].foresight) for i in kept], float(shares.max())
+        return [replace(group[i], before=group[i].foresight) for i in kept], float(shares.max())
 
-    def _answer(self, paths: Sequence[_Path], problem: Problem, trace: list[dict[str, Any]]) -> list[Found]:
+    def _answer(self, group: Sequence[_Candidate], problem: Problem, trace: Trace) -> list[Found]:
         """The completions, the one that is drawn first."""
         code = self.variant == "code"
-        advantages, labels = self._judged(paths, 2 if code else self.clusters, problem, -1)
+        advantages, labels = self._judged(group, 2 if code else self.clusters, problem, -1)
         sizes = np.bincount(labels)
         if code:
             weights = _softmax(np.where(labels == sizes.argmax(), advantages / 0.1, -np.inf))
         else:
             weights = step_weights(advantages, sizes[labels] / len(labels), self.variant)
-        winner = int(self._draw(weights, 1, problem, "answer")[0])
-        scores = weights.tolist()
+        winner, scores = int(self._draw(weights, 1, problem, "answer")[0]), weights.tolist()
         more = {"advantages": advantages.tolist(), "clusters": labels.tolist(), "kept": [winner]}
         trace.append({"event": "choice", "scores": scores, **more})
-        return answered([path.end for path in paths], scores, winner, trace)
+        return answered([each.end or each.state for each in group], scores, winner, trace)
 
     def _judged(
-        self, paths: Sequence[_Path], clusters: int, problem: Problem, step: int
+        self, group: Sequence[_Candidate], clusters: int, problem: Problem, step: int
     ) -> tuple[FloatArray, np.ndarray[Any, Any]]:
-        """Advantage and cluster of every path."""
+        """Advantage and cluster of every foresight."""
         noise = generator(problem.seed, "phi", "clusters", problem.index, step)
-        labels = text_clusters([path.text for path in paths], clusters, noise)
-        return np.array([path.foresight - path.candidate.before for path in paths]), labels
+        labels = text_clusters([each.text for each in group], clusters, noise)
+        return np.array([each.foresight - each.before for each in group]), labels
 
     def _draw(self, weights: FloatArray, size: int, problem: Problem, purpose: str, *step: int) -> np.ndarray[Any, Any]:
         """Numbers drawn one after the other without replacement, as many as there are at most."""
@@ -272,43 +269,15 @@ def text_clusters(texts: Sequence[str], clusters: int, noise: np.random.Generato
         return np.asarray(kmeans2(vectors, groups, minit="++", iter=20, rng=noise)[1])
 
 
-def _ahead(groups: Sequence[Sequence[_Candidate]], temperature: float | None, tools: Tools) -> list[list[_Path]]:
-    """Continue every unfinished candidate to the end; the foresight of a finished one is its newest step."""
-    flat = [each.state for group in groups for each in group if each.state.end == "step"]
-    drawn = iter(tools.generator.complete(flat, 1, temperature=temperature) if flat else [])
-    results = []
-    for group in groups:
-        paths = []
-        for each in group:
-            state = each.state
-            if state.end != "step":
-                paths.append(_Path(each, each.confidence, state.steps[-1], state))
-                continue
-            (end,) = next(drawn)
-            total = None if end.logprob is None or state.logprob is None else end.logprob - state.logprob
-            mean = _mean(total, len(end.token_ids) - len(state.token_ids))
-            paths.append(_Path(each, mean, end.text[len(state.text) :], end))
-        results.append(paths)
-    return results
-
-
-def _renamed(state: State) -> State:
-    """The state, from which something else is drawn than its foresight was."""
-    return replace(state, path=(*state.path, _COMPLETION)) if state.end == "step" else state
-
-
-def _mean(logprob: float | None, tokens: int) -> float:
+def _mean(step: Step) -> float:
     """Mean log-probability of tokens.
 
     Raises:
         ConfigError: it is not known.
     """
-    if logprob is None or not math.isfinite(logprob):
-        raise ConfigError(
-            f"phi-decoding reads the model's log-probabilities, and the engine gives {logprob}: take the transformers "
-            "engine, or with vLLM temperature 1 (foresight_temperature too) without top-p and top-k"
-        )
-    return logprob / max(1, tokens)
+    if step.logprob is None or not math.isfinite(step.logprob):
+        raise no_logprobs("phi-decoding (also with foresight_temperature)")
+    return step.logprob / max(1, len(step.token_ids))
 
 
 def _softmax(x: FloatArray) -> FloatArray:

@@ -6,7 +6,13 @@ same as the one before, or there have been ``rounds`` of them. There all answers
 0.95), the model is *asked* to rewrite, a further question draws the answer out of each text, and the last one counts.
 What differs here: the answer is what the grader finds; a score that is missing accepts nothing and doubts nothing; and
 by default the draft is greedy, and cut before the doubtful step and continued, which needs no model that follows
-instructions (a reconstruction for small models). ``draft``, ``revision`` and ``answer`` choose.
+instructions (a reconstruction for small models). ``draft`` and ``revision`` choose.
+
+Refine and rerank: GLoRe (Havrilla et al. 2024, arXiv 2402.10963): greedy drafts; one global refinement, from question
+and draft; one local, from these and a mark at the first incorrect step, which a stepwise reward model places; an
+outcome reward model reranks. The paper was read in excerpts and no code is released: how the refiner's prompt is
+written, and that a local refinement is what stands behind the mark, are reconstructions. Here one scorer places the
+mark and reranks, and one refiner writes both. :mod:`stepkd.labels.refinements` makes what it is trained on.
 """
 
 from __future__ import annotations
@@ -15,10 +21,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from stepkd.errors import check_bounds
+from stepkd.errors import ConfigError, check_bounds
 from stepkd.scorers.scorer import Reduction
-from stepkd.search.best_of_n import answered, eligible
-from stepkd.search.state import Found, Problem, Search, State, Tools, doubtful, ranked
+from stepkd.search.best_of_n import answered, elected
+from stepkd.search.state import Found, Problem, Scored, Search, State, StepGenerator, Tools, Trace
+
+MARK = "[BAD] "
+"""Stands before the step at which a local refinement begins."""
 
 
 @dataclass
@@ -29,7 +38,7 @@ class _Work:
     """The draft and its revisions."""
     scores: list[float | None] = field(default_factory=list)
     """Of each, once it was scored."""
-    trace: list[dict[str, Any]] = field(default_factory=list)
+    trace: Trace = field(default_factory=list)
     """An event a version."""
     cut: int | None = None
     """The step that the newest version is revised from; None: it is not revised."""
@@ -39,7 +48,10 @@ class _Work:
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyRevise(Search):
-    """Revises a draft from its first doubtful step on, until a scorer accepts it (StepCo, arXiv 2410.12934)."""
+    """Revises a draft from its first doubtful step on, until a scorer accepts it (StepCo, arXiv 2410.12934); the last
+    version is the answer, as in the released code, also where it was cut off."""
+
+    form = "verify_revise@{rounds}"
 
     theta: float = 0.5
     """Score in [0, 1] from which on a solution is accepted, and below which a step is doubtful; 0 leaves every draft as
@@ -53,21 +65,12 @@ class VerifyRevise(Search):
     """How it is revised: cut before the doubtful step and continued by sampling (the default, for which no model needs
     to follow instructions), or written anew by the model, which is shown the draft, the step and its score, as in the
     released code (in other words)."""
-    answer: Literal["last", "best"] = "last"
-    """Which version is the answer: the last one, as in the released code, also where it was cut
-    off (it then cannot say the same as the one before, and all rounds are used up), or the one with the highest score
-    among those that are whole."""
     reduction: Reduction | None = None
     """From step scores to the whole solution's: product, min, mean or last (nearest to the released code, which reads
     one score behind the unsplit text); null takes what suits the scorer's meaning."""
 
     def __post_init__(self) -> None:
         check_bounds("", self, theta="[0, 1]", rounds="[1, inf)")
-
-    @property
-    def name(self) -> str:
-        """See :attr:`~stepkd.search.state.Search.name`."""
-        return self.named(f"verify_revise@{self.rounds}", "rounds")
 
     def run(self, problems: Sequence[Problem], tools: Tools) -> list[list[Found]]:
         """See :meth:`~stepkd.search.state.Search.run`; behind the answer stand the other versions, oldest first."""
@@ -82,7 +85,7 @@ class VerifyRevise(Search):
             if not going or number == self.rounds:
                 break
             going = self._revised(going, number + 1, tools)
-        return [self._found(work) for work in works]
+        return [answered(work.versions, work.scores, len(work.scores) - 1, work.trace) for work in works]
 
     def _verify(self, works: Sequence[_Work], number: int, tools: Tools) -> None:
         """Score the newest version of each, and decide what becomes of it."""
@@ -98,12 +101,10 @@ class VerifyRevise(Search):
                 "no_doubtful_step": work.cut is None,
             }
             then = next((reason for reason, holds in reasons.items() if holds), self.revision)
+            work.cut = work.cut if then == self.revision else None
             event = {"event": "verify", "round": number, "score": score, "then": then}
-            if then == self.revision:
-                assert work.cut is not None
+            if work.cut is not None:
                 event["step"], work.doubt = work.cut, steps[work.cut] or 0.0
-            else:
-                work.cut = None
             work.trace.append(event | {"steps": list(work.versions[-1].steps), "scores": list(steps)})
 
     def _revised(self, works: Sequence[_Work], number: int, tools: Tools) -> list[_Work]:
@@ -132,10 +133,10 @@ class VerifyRevise(Search):
                     work.trace.append({"event": "nothing_written", "round": number})
         return [work for work, _ in starts]
 
-    def _found(self, work: _Work) -> list[Found]:
-        may = eligible(work.versions) if self.answer == "best" else [len(work.versions) - 1]
-        winner = may[ranked([work.scores[i] for i in may])[0]]
-        return answered(work.versions, work.scores, winner, work.trace)
+
+def doubtful(scores: Sequence[float | None], theta: float) -> int | None:
+    """The first step with a score below ``theta``; None: no step has one."""
+    return next((step for step, score in enumerate(scores) if score is not None and score < theta), None)
 
 
 def rewrite_prompt(prompt: Any, steps: Sequence[str], step: int, score: float) -> Any:
@@ -167,3 +168,89 @@ def with_draft(prompt: Any, text: str) -> Any:
         return f"{prompt.rstrip()}\n\n{text}\n"
     last = prompt[-1]
     return [*prompt[:-1], dict(last) | {"content": with_draft(last["content"], text).rstrip()}]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refine(Search):
+    """Draft, global and local refinement of it by a trained refiner; the scorer takes one (GLoRe, arXiv 2402.10963)."""
+
+    refiner: str
+    """Model trained on rows of ``stepkd convert --to Refinements``, with the policy's tokenizer: a run, a checkpoint, a
+    model folder or a hub id."""
+    theta: float = 0.5
+    """Score in [0, 1] below which a step is doubtful; the first such step is where the local refinement begins, and
+    where there is none (always with 0) there is no local refinement."""
+    reduction: Reduction | None = None
+    """From step scores to the one that ranks: product, min, mean or last; null takes what suits the scorer's
+    meaning."""
+
+    def __post_init__(self) -> None:
+        check_bounds("", self, theta="[0, 1]")
+        if not self.refiner:
+            raise ConfigError("refiner is empty: name the model that was trained on refinements")
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """See :attr:`~stepkd.search.state.Search.models`."""
+        return (self.refiner,)
+
+    def run(self, problems: Sequence[Problem], tools: Tools) -> list[list[Found]]:
+        """See :meth:`~stepkd.search.state.Search.run`; drafts and refinements are greedy."""
+        starts, writer = [State(problem) for problem in problems], tools.writer(self.refiner)
+        drafts = [draft for (draft,) in tools.generator.complete(starts, 1, temperature=0.0)]
+        judged = tools.judged(drafts, self.reduction)
+        cuts = [doubtful(steps, self.theta) for _, steps in judged]
+        asked: list[tuple[int, str, State, State]] = []  # of which problem, kind, what is kept of the draft, the start
+        for number, (draft, cut) in enumerate(zip(drafts, cuts, strict=True)):
+            for kind, at in [("global", None), *([] if cut is None else [("local", cut)])]:
+                problem = writer.asked(draft.problem, refine_prompt(draft.problem.row["prompt"], draft.steps, at))
+                if problem is None:
+                    tools.costs[draft.problem.index]["no_room"] += 1
+                else:
+                    asked.append((number, kind, draft.first(at or 0), State(problem)))
+        drawn = writer.complete([start for *_, start in asked], 1, temperature=0.0) if asked else []
+        # A refiner that writes nothing has refined nothing.
+        done = [(*each[:3], rest) for each, (rest,) in zip(asked, drawn, strict=True) if rest.text.strip()]
+        refined = [_joined(kept, rest, writer) for _, _, kept, rest in done]
+        groups: list[list[Scored]] = [[(draft, score)] for draft, (score, _) in zip(drafts, judged, strict=True)]
+        traces: list[Trace] = []
+        for draft, (_, steps), cut in zip(drafts, judged, cuts, strict=True):
+            refine: dict[str, Any] = {"event": "refine", "kinds": ["draft"], "steps": [draft.text]}
+            traces.append([{"event": "verify", "steps": [*draft.steps], "scores": [*steps]}, refine])
+            refine |= {} if cut is None else {"step": cut}
+        for (number, kind, *_), state, score in zip(done, refined, tools.scores(refined, self.reduction), strict=True):
+            groups[number].append((state, score))
+            traces[number][1]["kinds"].append(kind)
+            traces[number][1]["steps"].append(state.text)
+        return elected(tools, groups, traces, "max")
+
+
+def refine_prompt(prompt: Any, steps: Sequence[str], step: int | None) -> Any:
+    """What a refiner reads: the problem and a draft, with :data:`MARK` before the step from which on it is to be
+    written anew.
+
+    Args:
+        prompt: the problem's, text or chat messages.
+        steps: texts of the draft's steps, separators included.
+        step: number of the marked one, from 0; None: no mark, and the whole solution is to be written.
+    """
+    marked = [MARK * (number == step) + text for number, text in enumerate(steps)]
+    return with_draft(prompt, "Draft:\n" + "".join(marked).rstrip())
+
+
+def _joined(kept: State, rest: State, writer: StepGenerator) -> State:
+    """What was kept of a draft, and what the refiner wrote behind it, which had the longest solution to itself: the
+    steps that end beyond that are cut off."""
+    start = len(kept.token_ids)
+    whole = replace(
+        kept,
+        steps=(*kept.steps, *rest.steps),
+        token_ids=(*kept.token_ids, *rest.token_ids),
+        path=(*kept.path, *rest.path),
+        step_ends=(*kept.step_ends, *(start + end for end in rest.step_ends)),
+        end=rest.end,
+    )
+    if (room := writer.room(whole)) is None or room >= 0:
+        return whole
+    most = len(whole.token_ids) + room
+    return replace(whole.first(sum(end <= most for end in whole.step_ends)), end="length")

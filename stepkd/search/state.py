@@ -1,7 +1,7 @@
 """What search works with: problems, solutions so far, what continues and judges them, and what a method is.
 
 A method (:class:`Search`) is settings with ``run``: problems and :class:`Tools` in, completions out, for every problem
-its answer first. It never sees the reference answer. All problems of a call go on together, so that every call of the
+its answer first. It never sees the reference answer. All problems of a call advance together, so that every call of the
 generator and of the value has the states of all of them; what is found for a problem does not depend on the others.
 """
 
@@ -11,9 +11,10 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, Literal, Protocol, cast
+from functools import partial
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar, cast
 
 import numpy as np
 
@@ -25,7 +26,7 @@ from stepkd.grading.pool import Grader
 from stepkd.scorers.scorer import Reduction
 
 End = Literal["step", "stop", "length"]
-"""How a step ends: the solution goes on (``step``), is over (``stop``: end token or stop string), or was cut off
+"""How a step ends: the solution is unfinished (``step``), is over (``stop``: end token or stop string), or was cut off
 (``length``: no room for more tokens)."""
 Name = tuple[int | str, ...]
 """What tells several draws for one problem apart."""
@@ -43,6 +44,11 @@ class Problem:
     """Prompt as the generator reads it."""
     seed: int = 0
     """The run's seed: with the number it keys what a method draws beside tokens."""
+
+    @property
+    def id(self) -> str:
+        """The row's, or else the number."""
+        return str(self.row.get("id", self.index))
 
 
 @dataclass(frozen=True)
@@ -75,11 +81,11 @@ class State:
     """Which of its siblings each step was when it was sampled, and what else tells it from others: names the state
     within its problem, and keys what is drawn from it."""
     correct: bool | None = None
-    """Whether the final answer is correct; None: not known, or the solution goes on. Methods do not know it."""
+    """Whether the final answer is correct; None: not known, or the solution is unfinished. Methods do not know it."""
     step_ends: tuple[int, ...] = ()
     """Exclusive ends of the steps in ``token_ids``."""
     end: End = "step"
-    """How the newest step ended; ``step``: the solution goes on."""
+    """How the newest step ended; ``step``: the solution is unfinished."""
     logprob: float | None = 0.0
     """Sum of the log-probabilities of its tokens (:attr:`Step.logprob`)."""
 
@@ -101,6 +107,12 @@ class State:
             logprob=None if self.logprob is None or step.logprob is None else self.logprob + step.logprob,
         )
 
+    def since(self, start: State) -> Step:
+        """What was added to a beginning of it, at least one step, as one step."""
+        known = None if self.logprob is None or start.logprob is None else self.logprob - start.logprob
+        ids, sample = self.token_ids[len(start.token_ids) :], self.path[len(start.path)]
+        return Step("".join(self.steps[len(start.steps) :]), ids, known, self.end, sample)
+
     def first(self, steps: int, *name: int) -> State:
         """The solution as far as its first steps.
 
@@ -113,6 +125,12 @@ class State:
         return replace(kept, step_ends=self.step_ends[:steps], logprob=None)
 
 
+Scored: TypeAlias = tuple[State, float | None]
+"""A solution so far, and its score."""
+Trace: TypeAlias = list[dict[str, Any]]
+"""Decisions, in order; see :attr:`Found.trace`."""
+T = TypeVar("T")
+R = TypeVar("R")
 START = Step("", (), 0.0, "step")
 """What leads to a tree's root."""
 
@@ -120,46 +138,23 @@ START = Step("", (), 0.0, "step")
 class StepGenerator(Protocol):
     """Continues states. What it gives for a state depends on the state alone, not on the others of a call."""
 
-    def propose(self, states: Sequence[State], n: int, *, temperature: float | None = None) -> list[list[Step]]:
-        """Draw ``n`` next steps of every state.
-
-        Args:
-            states: unfinished solutions, of any problems.
-            n: steps per state, >= 1.
-            temperature: in place of the generator's; 0 is greedy.
+    def propose(self, states: Sequence[State], n: int) -> list[list[Step]]:
+        """Draw ``n`` next steps, at least 1, of every state, an unfinished solution of any problem.
 
         Returns:
             For each state its steps by sample number; several may say the same.
         """
-        ...
 
     def complete(self, states: Sequence[State], n: int, *, temperature: float | None = None) -> list[list[State]]:
-        """Continue every state ``n`` times to the end of the solution.
-
-        Args:
-            states: unfinished solutions, of any problems.
-            n: continuations per state, >= 1.
-            temperature: in place of the generator's; 0 is greedy.
+        """Continue every state ``n`` times, at least once, to the end of the solution, at the generator's temperature
+        or another one (0: greedy).
 
         Returns:
-            For each state its finished solutions by sample number, all of their steps told.
+            For each state its finished solutions by sample number, with all of their steps.
         """
-        ...
-
-    def provenance(self) -> dict[str, Any]:
-        """What the steps come from.
-
-        Returns:
-            JSON values: model, sampling settings, segmenter, seed.
-        """
-        ...
-
-
-class Writer(StepGenerator, Protocol):
-    """A generator that answers other prompts, too: what revises drafts."""
 
     def asked(self, problem: Problem, prompt: Any) -> Problem | None:
-        """A problem with another prompt, as the generator reads it.
+        """A problem with another prompt, as the generator reads it: for methods that ask about drafts.
 
         Args:
             problem: names the noise, as it would for its own prompt.
@@ -168,11 +163,12 @@ class Writer(StepGenerator, Protocol):
         Returns:
             The problem to start states of; None: the prompt leaves no room for a token.
         """
-        ...
 
     def room(self, state: State) -> int | None:
         """Tokens that a solution may still have behind a state, below 0 where it is too long; None: no limit."""
-        ...
+
+    def provenance(self) -> dict[str, Any]:
+        """What the steps come from, as JSON values: model, sampling settings, segmenter, seed."""
 
 
 class StateValue(Protocol):
@@ -188,35 +184,27 @@ class StateValue(Protocol):
         Returns:
             For each a number in [0, 1], the higher the better; None: no estimate.
         """
-        ...
 
     def provenance(self) -> dict[str, Any]:
         """What the values come from, as JSON values."""
-        ...
 
 
 class Costs(defaultdict[int, Counter[str]]):
     """What has been spent on every problem, by its number.
 
-    ``steps``, ``continuations``, ``tokens``: tokens drawn for steps, for rests of solutions and in other ways, those
-    thrown away included; ``scored_tokens``: tokens of prompt and solution that a scorer was given, each time that it
-    was, and those that a critic wrote; ``scorer_calls``: solutions, whole or in part, that it was given; ``unscored``:
-    those it had no score for;
-    ``no_room``: prompts about drafts that left no room for an answer;
-    ``drafted``, ``passes``: tokens of a small model that drafts, and forward passes of the one that it drafts for.
+    ``steps``, ``continuations``: tokens drawn for single steps and for all else, those thrown away included;
+    ``scored_tokens``: tokens of prompt and solution that a scorer was given, each time that it was, and those that a
+    critic wrote; ``scorer_calls``: solutions, whole or in part, that it was given; ``unscored``: those it had no score
+    for; ``no_room``: prompts about drafts that left no room for an answer; ``drafted``, ``passes``: tokens of a small
+    model that drafts, and forward passes of the one that it drafts for.
     """
-
-    DRAWN: ClassVar = {"steps": "search_step", "continuations": "search_rest", "tokens": "search_rest"}
-    """What tokens are drawn for, and the purpose that keys their noise."""
-    APART: ClassVar = ("drafted", "passes", "no_room")
-    """What is neither tokens of the policy nor of the scorer."""
 
     def __init__(self) -> None:
         super().__init__(Counter)
 
     def generated(self, index: int) -> int:
         """Tokens drawn for a problem."""
-        return sum(self[index][name] for name in self.DRAWN)
+        return self[index]["steps"] + self[index]["continuations"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,19 +215,15 @@ class Found(Completion):
     """Decisions on the way, in order: JSON values, each with ``event``, and ``step`` (from 0) where it is about one."""
     score: float | None = field(default=None, kw_only=True)
     """What the method ranked it by, the higher the better; None: nothing."""
+    columns: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+    """What else a row is to say of it, as JSON values."""
 
 
 def found(
     state: State, *, sample: int = 0, score: float | None = None, trace: Sequence[Mapping[str, Any]] = ()
 ) -> Found:
-    """A state as a completion.
-
-    Args:
-        state: finished, or as far as the method came: it then counts as cut off.
-        sample: its number among the problem's solutions, from 0.
-        score: what it was ranked by.
-        trace: see :attr:`Found.trace`.
-    """
+    """A state as a completion; an unfinished one counts as cut off. ``sample`` is its number among the problem's
+    solutions, from 0."""
     return Found(
         np.array(state.problem.prompt_ids),
         np.array(state.token_ids),
@@ -247,11 +231,24 @@ def found(
         finish="stop" if state.end == "stop" else "length",
         text=state.text,
         sample=sample,
-        id=str(state.problem.row.get("id", state.problem.index)),
+        id=state.problem.id,
         row=state.problem.row,
         score=score,
         trace=tuple(trace),
     )
+
+
+def event(kind: str, candidates: Sequence[Scored], **more: Any) -> dict[str, Any]:
+    """A decision among solutions, for a trace: their newest steps, their scores, and what else there is to say."""
+    shown = {"steps": [state.steps[-1] for state, _ in candidates], "scores": [score for _, score in candidates]}
+    return {"event": kind, **more, **shown}
+
+
+def where(which: Sequence[bool], items: Sequence[T], call: Callable[[list[T]], Sequence[R]]) -> list[R | None]:
+    """What a call gives for some of the items, None for the others; without such there is no call."""
+    asked = [item for item, own in zip(items, which, strict=True) if own]
+    given = iter(call(asked) if asked else ())
+    return [next(given) if own else None for own in which]
 
 
 @dataclass(eq=False)
@@ -268,24 +265,19 @@ class Tools:
     """What is spent; generator and value count into it, where they are this package's."""
     pool: dict[int, list[State]] = field(default_factory=dict)
     """Sampled whole solutions by the problem's number: methods that choose among samples share them."""
-    generators: Mapping[str, Writer] = field(default_factory=dict)
+    generators: Mapping[str, StepGenerator] = field(default_factory=dict)
     """The other models that methods ask for (:attr:`Search.models`), by name; they count into ``costs``, too."""
 
     def scores(self, states: Sequence[State], reduction: Reduction | None = None) -> list[float | None]:
-        """Scores of states; one without words, which nothing can judge, has none.
-
-        Args:
-            states: of any problems.
-            reduction: from the scores of their steps to one; None: what suits the value.
+        """Scores of states, by a reduction of those of their steps (None: what suits the value); a state without words,
+        which nothing can judge, has none.
 
         Raises:
             ConfigError: there is no value.
         """
         if self.value is None:
             raise ConfigError("the method needs a step scorer and there is none: give --scorer")
-        asked = [state for state in states if state.text.strip()]
-        scored = iter(self.value.values(asked, reduction) if asked else [])
-        return [next(scored) if state.text.strip() else None for state in states]
+        return where(_worded(states), states, partial(self.value.values, reduction=reduction))
 
     def judged(
         self, states: Sequence[State], reduction: Reduction | None = None
@@ -299,33 +291,17 @@ class Tools:
         judge = getattr(self.value, "judged", None)
         if judge is None:
             raise ConfigError("the method asks for scores of single steps and nothing gives them: give --scorer")
-        asked = [state for state in states if state.text.strip()]
-        said = iter(judge(asked, reduction) if asked else [])
-        return [next(said) if state.text.strip() else (None, (None,) * len(state.steps)) for state in states]
+        said = where(_worded(states), states, partial(judge, reduction=reduction))
+        return [each or (None, (None,) * len(state.steps)) for each, state in zip(said, states, strict=True)]
 
-    def writer(self, model: str | None = None) -> Writer:
-        """What answers prompts about drafts.
-
-        Args:
-            model: name of another model; None: the generator itself.
-
-        Raises:
-            ConfigError: there is no such model, or it has no prompt template.
-        """
-        found = self.generator if model is None else self.other(model)
-        if not hasattr(found, "asked"):
-            raise ConfigError(f"{type(found).__name__} answers no prompts about drafts: take SampledSteps")
-        return cast(Writer, found)
-
-    def other(self, model: str) -> Writer:
-        """Another model.
-
-        Args:
-            model: its name in :attr:`generators`.
+    def writer(self, model: str | None = None) -> StepGenerator:
+        """The generator, or that of another model (:attr:`generators`).
 
         Raises:
             ConfigError: there is none of this name.
         """
+        if model is None:
+            return self.generator
         if model not in self.generators:
             raise ConfigError(f"the method works with {model}, which is not loaded: put it into Tools.generators")
         return self.generators[model]
@@ -368,21 +344,23 @@ class Search(ABC):
         takes so many problems at a time that they fill the engine's batch."""
         return int(getattr(self, "n", 1))
 
+    form = ""  # how the name begins, with the settings that always stand in it: ``beam@{n}x{width}``
+
     @property
     def name(self) -> str:
-        """Its name in rows and tables: that of the class (``step_beam``), then the settings that differ from their
-        defaults."""
-        return self.named(re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(self).__name__).lower())
+        """Its name in rows and tables: ``form``, or else that of the class (``step_beam``), then the settings that
+        differ from their defaults."""
+        return self.named(self.form or re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(self).__name__).lower())
 
     def named(self, head: str, *shown: str) -> str:
         """A head, then every setting that differs from its default: a word by itself (``_last``), anything else with
         the setting's name (``_theta-0.3``); what file names do not hold becomes ``-``.
 
         Args:
-            head: kind of the method, with the settings that always stand in its name.
-            shown: which settings these are.
+            head: kind of the method; settings in braces are filled in.
+            shown: settings that the head tells otherwise.
         """
-        words = [head]
+        words, shown = [head.format(**vars(self))], (*shown, *re.findall(r"{(\w+)}", head))
         for each in fields(cast(Any, self)):
             value = getattr(self, each.name)
             if each.name not in shown and value != each.default:
@@ -407,9 +385,24 @@ class Search(ABC):
         """
 
 
-def doubtful(scores: Sequence[float | None], theta: float) -> int | None:
-    """The first step with a score below ``theta``; None: no step has one."""
-    return next((step for step, score in enumerate(scores) if score is not None and score < theta), None)
+def correct_ones(states: Sequence[State], grader: Grader) -> list[bool]:
+    """Whether finished solutions have the ``answer`` of their rows."""
+    rows = [state.problem.row for state in states]
+    cut_off = [state.end == "length" for state in states]
+    texts, answers = [state.text for state in states], [str(row["answer"]) for row in rows]
+    return [each.verdict == "correct" for each in grader.grade(texts, answers, cut_off=cut_off, rows=rows)]
+
+
+def no_logprobs(who: str) -> ConfigError:
+    """An engine without the log-probabilities that someone needs."""
+    return ConfigError(
+        f"{who} reads the model's own log-probabilities, which this engine has at temperature 1 without top-p and "
+        "top-k only: take these, or --engine Transformers"
+    )
+
+
+def _worded(states: Sequence[State]) -> list[bool]:
+    return [bool(state.text.strip()) for state in states]
 
 
 def ranked(scores: Sequence[float | None]) -> list[int]:

@@ -6,18 +6,22 @@ Source: Xie et al. 2024, arXiv 2405.00451, and its released code:
 * selection: the child with the highest ``Q + c * p * sqrt(N_parent) / (1 + N)``
 * reward of a step: ``r = value - parent's value``
 * backup: ``Q = r + gamma * V`` with ``V = sum max(1, N) * Q / sum max(1, N)`` over the node's children.
+
+Step preference pairs (:func:`tree_pairs`) are taken at every depth of the chosen path. At every decision the siblings
+are ranked by Q (equal ones by visits): the better side is the best, the worse side the worst. A run of steps of which
+each is its parent's only child is one action, and its texts and ids are joined.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from functools import reduce
-from typing import Literal
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from stepkd.errors import ConfigError
-from stepkd.search.state import START, Problem, State, Step
+from stepkd.errors import check_bounds
+from stepkd.search.state import START, Problem, State, Step, no_logprobs
 
 LENGTH_POWER = 1.25
 """Exponent of the token count in the prior; 1 would be the geometric mean of the tokens' probabilities."""
@@ -36,11 +40,11 @@ class Node:
     score: float | None = None
     """What was estimated of it, in [0, 1]; None: nothing."""
     correct: bool | None = None
-    """Whether the finished solution is correct; None: it goes on."""
+    """Whether the finished solution is correct; None: it is unfinished."""
     depth: int = 0
     """Steps from the root."""
-    whole: State | None = None
-    """The solution up to here, where the action has several steps: a forced end."""
+    state: State = field(default_factory=lambda: State(Problem(0, {}, ())))
+    """The solution so far; its last action may have several steps."""
     children: list[Node] = field(default_factory=list)
     """Next steps, in the order in which they were sampled."""
     visits: int = 0
@@ -52,7 +56,7 @@ class Node:
 
     def __post_init__(self) -> None:
         if self.parent is not None:
-            self.depth = self.parent.depth + 1
+            self.depth, self.state = self.parent.depth + 1, self.parent.state.then(self.step)
         self.q = self.reward
 
     @property
@@ -69,18 +73,8 @@ class Node:
     def prior(self) -> float:
         """p: how likely the model is to take the step, by a length-normalised probability in (0, 1]."""
         if self.step.logprob is None:
-            raise ConfigError(
-                "a tree weighs steps by the model's own log-probabilities, which this engine has at temperature 1 "
-                "without top-p and top-k only: take these, or --engine Transformers"
-            )
+            raise no_logprobs("tree search")
         return math.exp(self.step.logprob / len(self.step.token_ids) ** LENGTH_POWER)
-
-    def path(self) -> list[Node]:
-        """The nodes from the root (left out) to this one."""
-        nodes = [self]
-        while (parent := nodes[-1].parent) is not None:
-            nodes.append(parent)
-        return nodes[-2::-1]
 
     def subtree(self) -> Iterator[Node]:
         """This node and all below it, parents first."""
@@ -88,11 +82,6 @@ class Node:
         while waiting:
             yield (node := waiting.pop())
             waiting.extend(reversed(node.children))
-
-    def state(self, problem: Problem) -> State:
-        """The solution so far."""
-        state = self.whole or reduce(State.then, (node.step for node in self.path()), State(problem))
-        return replace(state, correct=self.correct)
 
 
 @dataclass(frozen=True)
@@ -121,9 +110,12 @@ class SearchTree:
     """One problem's tree."""
 
     problem: Problem
-    root: Node = field(default_factory=lambda: Node(START, None))
+    root: Node = field(init=False)
     decisions: list[Decision] = field(default_factory=list)
     """The chosen path, from the root on."""
+
+    def __post_init__(self) -> None:
+        self.root = Node(START, None, state=State(self.problem))
 
     @property
     def solved(self) -> bool:
@@ -195,3 +187,152 @@ def back_up(path: Sequence[Node], gamma: float) -> None:
             node.v = math.fsum(values) / sum(weights)
         if node is not path[0]:
             node.q = node.reward + gamma * node.v
+
+
+# --- step preference pairs --------------------------------------------------------------------------------------------
+
+_ROUNDING = 1e-9
+"""Values that differ by less are equal: sums of the same numbers in another order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairConfig:
+    """Which pairs a tree gives."""
+
+    max_pairs: int = 8
+    """Most pairs of a problem, the first ones along the path, at least 1; the released code's number."""
+    require: Literal["path", "tree", "none"] = "tree"
+    """What must be correct for a tree to give pairs: the solution at the end of its chosen path (the released code's
+    filter), any solution in it, or none; without one nothing but estimates tells the sides apart."""
+
+    def __post_init__(self) -> None:
+        check_bounds("pairs.", self, max_pairs="[1, inf)")
+
+
+@dataclass(frozen=True)
+class FoundPairs:
+    """What one tree gave."""
+
+    rows: tuple[dict[str, Any], ...]
+    """Step preference rows, by depth."""
+    dropped: Mapping[str, int]
+    """What was left out, by reason: ``unsolved_tree``, ``incorrect_path`` and ``no_steps`` (the whole tree),
+    ``no_sibling``, ``equal_values``, ``same_text``, ``blank_step`` (the solution ends without another word),
+    ``cut_off`` (the better side, whatever its answer), ``over_limit``."""
+
+
+def tree_pairs(
+    tree: SearchTree,
+    settings: PairConfig | None = None,
+    *,
+    columns: Sequence[str] = ("answer",),
+    provenance: Mapping[str, Any] | None = None,
+) -> FoundPairs:
+    """Pairs of a searched tree.
+
+    Args:
+        tree: after :func:`~stepkd.search.mcts.tree_search`.
+        settings: which pairs; None: the defaults.
+        columns: columns of the problem that the rows keep.
+        provenance: where the pairs come from, for the column ``pairing``; None: no such column.
+
+    Returns:
+        The rows, and what was left out. The column ``pair_facts`` holds values, siblings, and steps of each side.
+    """
+    settings = settings or PairConfig()
+    dropped: Counter[str] = Counter()
+    rows: list[dict[str, Any]] = []
+    if not tree.decisions:
+        return FoundPairs((), {"no_steps": 1})
+    if settings.require != "none" and not tree.solved:
+        return FoundPairs((), {"unsolved_tree": 1})
+    if settings.require == "path" and not tree.last.correct:
+        return FoundPairs((), {"incorrect_path": 1})
+    for decision in _choices(tree.decisions):
+        found = _pair(decision)
+        if isinstance(found, str):
+            dropped[found] += 1
+        elif len(rows) == settings.max_pairs:
+            dropped["over_limit"] += 1
+        else:
+            row = _row(tree, decision, *found)
+            row |= {name: tree.problem.row[name] for name in columns if tree.problem.row.get(name) is not None}
+            if provenance is not None:
+                row["pairing"] = dict(provenance)
+            rows.append(row)
+    return FoundPairs(tuple(rows), dict(sorted(dropped.items())))
+
+
+def action(node: Node) -> list[Node]:
+    """A step, and those that follow it without an alternative: together they are one action.
+
+    Args:
+        node: the first step of the action.
+
+    Returns:
+        The nodes of the action, in order, this one first.
+    """
+    nodes = [node]
+    while len(nodes[-1].children) == 1:
+        nodes.append(nodes[-1].children[0])
+    return nodes
+
+
+def _choices(decisions: Sequence[Decision]) -> Iterator[Decision]:
+    """The decisions, without those inside of an action."""
+    inside: set[int] = set()
+    for decision in decisions:
+        if id(decision.chosen) not in inside:
+            yield decision
+        inside.update(id(node) for node in action(decision.chosen))
+
+
+def _pair(decision: Decision) -> tuple[Option, Option] | str:
+    """The two sides, or why there are none."""
+    ranked = sorted(decision.options, key=lambda option: (-option.q, -option.visits))
+    if len(ranked) < 2:
+        return "no_sibling"
+    better, worse = ranked[0], ranked[-1]
+    if better.q - worse.q <= _ROUNDING:
+        return "equal_values"
+    sides = [action(option.node) for option in (better, worse)]
+    last, texts = sides[0][-1].step, [_text(side) for side in sides]
+    if last.end == "length":
+        return "cut_off"
+    if not all(text.strip() for text in texts):
+        return "blank_step"
+    return "same_text" if texts[0] == texts[1] else (better, worse)
+
+
+def _row(tree: SearchTree, decision: Decision, better: Option, worse: Option) -> dict[str, Any]:
+    problem, prefix = tree.problem, decision.node.state
+    chosen, rejected = action(better.node), action(worse.node)
+    name = problem.id
+    return {
+        "id": f"{name}/{decision.node.depth}",
+        "problem_id": name,
+        "prompt": problem.row["prompt"],
+        "prefix": list(prefix.steps),
+        "prefix_ids": list(prefix.token_ids),
+        "chosen": _text(chosen),
+        "chosen_ids": _ids(chosen),
+        "chosen_visits": better.visits,
+        "rejected": _text(rejected),
+        "rejected_ids": _ids(rejected),
+        "rejected_visits": worse.visits,
+        "pair_facts": {
+            "siblings": len(decision.options),
+            "chosen_value": better.q,
+            "rejected_value": worse.q,
+            "chosen_steps": len(chosen),
+            "rejected_steps": len(rejected),
+        },
+    }
+
+
+def _text(nodes: Sequence[Node]) -> str:
+    return "".join(node.step.text for node in nodes)
+
+
+def _ids(nodes: Sequence[Node]) -> list[int]:
+    return [token for node in nodes for token in node.step.token_ids]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -14,9 +14,8 @@ from stepkd.data.completion import Completion
 from stepkd.errors import check_bounds
 from stepkd.randomness import generator as stream
 from stepkd.scorers.scorer import Reduction
-from stepkd.search.beam import event
-from stepkd.search.state import Found, Problem, Search, Tools, found, ranked
-from stepkd.search.tokens import Drafter, Drawn, Writing
+from stepkd.search.state import Found, Problem, Search, Tools, found
+from stepkd.search.tokens import NONE, Drafter, Tokens, Writing
 
 if TYPE_CHECKING:
     from stepkd.sampling.engine import Scores
@@ -28,14 +27,14 @@ class _Guided(Writing):
 
     places: tuple[list[int], int] | None = None
     """Numbers of tokens in the order in which they are to be decided on, and how many; None: those that are unsure."""
-    draft: Drawn = field(default_factory=lambda: Drawn([], [], [], "step"))
+    draft: Tokens = NONE
     likely: Scores | None = None
     """The most likely tokens at every position of the draft as it was drawn."""
 
     def take(self, number: int) -> None:
         """Have the first tokens of the draft stand."""
         self.add(self.draft.part(0, number))
-        self.draft = self.draft.part(number, len(self.draft.token_ids))
+        self.draft = self.draft.part(number, len(self.draft.ids))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +50,8 @@ class ValueGuided(Search):
     end, and takes the score there: ``reduction: last``. An end token that is the most likely one ends the solution
     without a call; as a candidate it is scored as the solution without it.
     """
+
+    form = "value_guided@{candidates}"
 
     threshold: float = 0.55
     """Probability of the most likely token below which the scorer is asked, in [0, 1]; 0.55 is the released code's for
@@ -68,11 +69,6 @@ class ValueGuided(Search):
     def __post_init__(self) -> None:
         check_bounds("", self, threshold="[0, 1]", candidates="[1, inf)", ahead="[1, inf)")
 
-    @property
-    def name(self) -> str:
-        """See :attr:`~stepkd.search.state.Search.name`."""
-        return self.named(f"value_guided@{self.candidates}", "candidates")
-
     def run(self, problems: Sequence[Problem], tools: Tools) -> list[list[Found]]:
         """See :meth:`~stepkd.search.state.Search.run`."""
         drafter = Drafter(tools, self.name)
@@ -81,14 +77,22 @@ class ValueGuided(Search):
             for each, places in zip(solutions, self._places(problems, tools, drafter.eos), strict=True):
                 each.places = places
         going: list[_Guided] = solutions
-        while going := [each for each in going if each.end == "step"]:
-            self._look_ahead(drafter, [each for each in going if not each.draft.token_ids])
-            asked = []
+        while going := [each for each in going if each.said.end == "step"]:
+            self._look_ahead(drafter, [each for each in going if not each.draft.ids])
+            forks = []
             for each in going:
                 at = self._next(each, drafter.eos)
-                each.take(len(each.draft.token_ids) if at is None else at)
-                asked += [] if at is None else [each]
-            self._decide(drafter, tools, asked)
+                each.take(len(each.draft.ids) if at is None else at)
+                forks += [] if at is None else [(each, self._options(drafter, each))]
+            best = drafter.decided(
+                "rerank",
+                forks,
+                lambda states: tools.scores(states, self.reduction),
+                lambda first: {"confidence": math.exp(first.raw_logprobs[0])},
+            )
+            for (each, options), number in zip(forks, best, strict=True):
+                each.draft = options[number] if number else each.draft
+                each.take(1)
         return [[found(drafter.state(each), trace=each.trace)] for each in solutions]
 
     def _places(self, problems: Sequence[Problem], tools: Tools, eos: frozenset[int]) -> list[tuple[list[int], int]]:
@@ -111,7 +115,7 @@ class ValueGuided(Search):
             each.draft, each.likely = draft, None
         asking = [each for each in new if self._next(each, drafter.eos) is not None]
         texts = [
-            Completion(np.array([*each.problem.prompt_ids, *each.token_ids]), np.array(each.draft.token_ids))
+            Completion(np.array([*each.problem.prompt_ids, *each.said.ids]), np.array(each.draft.ids))
             for each in asking
         ]
         engine, most = drafter.generator.engine, min(self.candidates, drafter.generator.policy.vocab_size)
@@ -120,7 +124,7 @@ class ValueGuided(Search):
 
     def _next(self, each: _Guided, eos: frozenset[int]) -> int | None:
         """The first token of the draft that is to be decided on; an end token never is."""
-        ids, at = each.draft.token_ids, len(each.token_ids)
+        ids, at = each.draft.ids, len(each.said.ids)
         if each.places is None:
             asked = [n for n, logprob in enumerate(each.draft.raw_logprobs) if math.exp(logprob) < self.threshold]
         else:
@@ -129,29 +133,11 @@ class ValueGuided(Search):
             asked = [place - at for place in order if 0 <= place - at < room][: most - len(each.trace)]
         return min((n for n in asked if n < len(ids) and ids[n] not in eos), default=None)
 
-    def _decide(self, drafter: Drafter, tools: Tools, asked: Sequence[_Guided]) -> None:
-        """Choose the first token of every draft."""
-        options = [self._options(drafter, each) for each in asked]
-        states = [drafter.state(each, option) for each, own in zip(asked, options, strict=True) for option in own]
-        scored = iter(zip(states, tools.scores(states, self.reduction), strict=True))
-        for each, own in zip(asked, options, strict=True):
-            shown = [next(scored) for _ in own]
-            best = ranked([score for _, score in shown])[0]
-            about = {
-                "step": len(shown[best][0].steps) - 1,
-                "token": len(each.token_ids),
-                "confidence": math.exp(own[0].raw_logprobs[0]),
-            }
-            each.trace.append(event("rerank", shown, **about, kept=[best]))
-            if best:
-                each.draft = own[best]
-            each.take(1)
-
-    def _options(self, drafter: Drafter, each: _Guided) -> list[Drawn]:
+    def _options(self, drafter: Drafter, each: _Guided) -> list[Tokens]:
         """The draft's token, and the other most likely ones."""
         assert each.likely is not None
-        place = -len(each.draft.token_ids)
-        first, logprob = each.draft.token_ids[0], each.draft.raw_logprobs[0]
+        place = -len(each.draft.ids)
+        first, logprob = each.draft.ids[0], each.draft.raw_logprobs[0]
         likely = zip(each.likely.ids_Tk[place].tolist(), each.likely.logps_Tk[place].tolist(), strict=True)
         options = [(first, logprob), *((other, own) for other, own in likely if other != first)]
         return [drafter.one(each, *option) for option in options[: self.candidates]]

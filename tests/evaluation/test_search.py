@@ -23,8 +23,7 @@ from stepkd.sampling.config import Transformers
 from stepkd.sampling.engine import SamplingConfig
 from stepkd.search.beam import Beam
 from stepkd.search.best_of_n import BestOfN, Greedy
-from stepkd.search.refine import Refine
-from stepkd.search.revise import VerifyRevise
+from stepkd.search.revise import Refine, VerifyRevise
 from stepkd.settings import build_settings
 
 OUTPUTS = ("settings.json", "results.jsonl", "summary.json")
@@ -153,7 +152,6 @@ class Nothing(Greedy):
         ({"methods": (Nothing(called="a/b"),)}, r"'a/b' is no name for a method"),
         ({"sampling": SamplingConfig(temperature=0.0)}, r"sampling\.temperature=0: every sample"),
         ({"sampling": SamplingConfig(n=2)}, r"sampling\.n=2: a search takes its numbers"),
-        ({"ks": (1, 4)}, r"ks=4: must lie between 1 and the samples of a problem, 3"),
         ({"methods": ()}, r"methods is empty: give at least one"),
         ({"samples": 0}, r"samples=0"),
         ({"difficulty_samples": -1}, r"difficulty_samples=-1"),
@@ -197,7 +195,7 @@ def test_methods_that_revise_drafts_ask_the_policy_or_a_model_of_their_own(
             assert row["scorer_calls"] == len(events) == len(row["samples"]) <= 1 + method.rounds
             assert "".join(events[0]["steps"]) == sample["completion"], "the draft is the first of the pool"
             assert row["tokens"]["generated"] > sample["tokens"], "a random model's draft is not accepted"
-        verify, refine = rows["refine_tiny-0.1m", number]["trace"]
+        verify, refine, _ = rows["refine_tiny-0.1m", number]["trace"]
         assert "".join(verify["steps"]) == rows["greedy", number]["samples"][0]["completion"]
         assert refine["kinds"][0] == "draft"
         assert rows["refine_tiny-0.1m", number]["tokens"]["generated"] > rows["greedy", number]["tokens"]["generated"]

@@ -28,7 +28,7 @@ from stepkd.labels.labellers import TaskChecker
 from stepkd.labels.monte_carlo import MonteCarlo
 from stepkd.labels.settings import Cut, LabelConfig, OwnSteps, Sampled, StepPairConfig, TreePairConfig
 from stepkd.runs.job import Job
-from stepkd.search.pairs import PairTreeConfig
+from stepkd.search.mcts import PairTreeConfig
 from stepkd.training.fit import check_fit
 from stepkd.yaml_files import find_recipe
 

@@ -29,8 +29,9 @@ from stepkd.sampling.engine import SamplingConfig
 from stepkd.sampling.transformers_engine import TransformersEngine
 from stepkd.scorers.judge import PromptedJudge
 from stepkd.search.generate import SampledSteps
-from stepkd.search.pairs import PairConfig, PairTreeConfig
+from stepkd.search.mcts import PairTreeConfig
 from stepkd.search.state import Problem, State, Step
+from stepkd.search.tree import PairConfig
 from stepkd.tasks.rows import check_row
 
 Run = Callable[..., dict[str, Any] | None]

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_policy import tiny_policy
 
 from stepkd.errors import DataError, ModelError
 from stepkd.losses.linear import VocabHead
 from stepkd.models.policy import Policy
-from stepkd.models.spec import build_tiny
 from stepkd.sampling.annotate import TokenSignals, annotate
 from stepkd.sampling.engine import SamplingConfig
 from stepkd.sampling.transformers_engine import TransformersEngine
@@ -21,16 +21,6 @@ from stepkd.steps.segment import get_segmenter, segment
 from stepkd.steps.text import text_from_ids, tokenize_text
 
 TEXTS = [("1+2=", "3\n#### 3"), ("a much longer prompt: 17*3=", "17+17"), ("7", "x"), ("??", ""), ("Q: ", "ab\ncd\n")]
-
-
-def tiny_policy(seed: int, dtype: str = "float64") -> Policy:
-    """Untrained tiny Llama; larger weights make its distribution peaked enough to be told from a uniform one."""
-    model, tokenizer = build_tiny("tiny-0.1m", seed=seed, dtype=dtype)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.ndim > 1:
-                weight.mul_(4)
-    return Policy(model, tokenizer)
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny_policy import tiny_policy
 
 from stepkd.data.completion import Completion
 from stepkd.errors import DataError, ModelError
 from stepkd.models.policy import Policy
-from stepkd.models.spec import build_tiny, tiny_tokenizer
+from stepkd.models.spec import tiny_tokenizer
 from stepkd.sampling import branches
 from stepkd.sampling.cache import room_for
 from stepkd.sampling.decode import Decoder
@@ -23,16 +24,6 @@ from stepkd.sampling.transformers_engine import TransformersEngine
 
 SPEC = SamplingConfig(n=3, max_new_tokens=10, seed=4)
 TEXTS = ["1+2=", "a much longer text than the others: 17*3=51\nso 51+4=55\n#### 55", "7", "Step 1: x\nStep 2: y\n"]
-
-
-def tiny_policy(dtype: str = "float64") -> Policy:
-    """Untrained tiny Llama with weights large enough for a peaked distribution."""
-    model, tokenizer = build_tiny("tiny-0.1m", seed=0, dtype=dtype)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.ndim > 1:
-                weight.mul_(4)
-    return Policy(model, tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -328,7 +319,7 @@ def test_a_window_longer_than_the_sequence_is_no_obstacle(some: list[Branch]) ->
 
 def test_the_probe_sees_a_gap_that_matters(policy: Policy) -> None:
     assert branches.gap_limit(Decoder(policy, max_rows=1)) == math.inf
-    assert branches.gap_limit(Decoder(tiny_policy("bfloat16"), max_rows=1)) == math.inf
+    assert branches.gap_limit(Decoder(tiny_policy(dtype="bfloat16"), max_rows=1)) == math.inf
     assert branches.gap_limit(Decoder(architecture("mistral", 40), max_rows=1)) == 39
     assert branches.gap_limit(Decoder(architecture("mpt"), max_rows=1)) == 0
 

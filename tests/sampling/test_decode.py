@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_policy import tiny_policy
 
 from stepkd.data.completion import Completion
 from stepkd.errors import ConfigError, DataError, ModelError
 from stepkd.models import packed
 from stepkd.models.machine import fast_bfloat16
 from stepkd.models.policy import Policy
-from stepkd.models.spec import build_tiny, tiny_tokenizer
+from stepkd.models.spec import tiny_tokenizer
 from stepkd.sampling.decode import Decoder
 from stepkd.sampling.draw import sampling_logprobs
 from stepkd.sampling.engine import SamplingConfig
@@ -23,16 +24,6 @@ from stepkd.sampling.transformers_engine import TransformersEngine
 
 SPEC = SamplingConfig(n=3, max_new_tokens=14, seed=4)
 TEXTS = ["1+2=", "a much longer prompt than the others: 17*3=", "7", "Step 1: x\n", "??"]
-
-
-def tiny_policy(dtype: str = "float64") -> Policy:
-    """Untrained tiny Llama; larger weights make its distribution peaked enough to be told from a uniform one."""
-    model, tokenizer = build_tiny("tiny-0.1m", seed=0, dtype=dtype)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.ndim > 1:
-                weight.mul_(4)
-    return Policy(model, tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -364,7 +355,7 @@ def test_dropout_and_gradient_checkpointing_are_off_while_sampling() -> None:
 @pytest.mark.skipif(not (fast_bfloat16() and torch.backends.mkldnn.is_available()), reason="no bfloat16 kernels here")
 @pytest.mark.parametrize("tokens", [14, 20])
 def test_weights_laid_out_for_the_cpu_draw_the_same_samples(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    policy = tiny_policy("bfloat16")
+    policy = tiny_policy(dtype="bfloat16")
     prompts = [policy.tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
     spec, calls = SamplingConfig(n=3, max_new_tokens=tokens, seed=4), []
     own = packed._packed_linear
@@ -382,7 +373,7 @@ def test_weights_laid_out_for_the_cpu_draw_the_same_samples(tokens: int, monkeyp
 
 def test_bfloat16_flips_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
     """Not zero by right: rounding differs between batch shapes. Counted so that a jump is seen."""
-    policy = tiny_policy("bfloat16")
+    policy = tiny_policy(dtype="bfloat16")
     prompts = [policy.tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
     spec = SamplingConfig(n=4, max_new_tokens=24)
     one = TransformersEngine(policy, max_rows=1).generate(prompts, spec)

@@ -9,31 +9,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny_policy import tiny_policy
 
 from stepkd.data.completion import Completion
 from stepkd.models.policy import Policy
-from stepkd.models.spec import build_tiny, tiny_tokenizer
+from stepkd.models.spec import tiny_tokenizer
 from stepkd.sampling.annotate import annotate
+from stepkd.sampling.cache import Prefixes
 from stepkd.sampling.engine import SamplingConfig
-from stepkd.sampling.prefixes import Prefixes
 from stepkd.sampling.transformers_engine import TransformersEngine
 
 SPEC = SamplingConfig(n=2, max_new_tokens=9, seed=3)
 PROMPTS = ["1+2=", "a much longer text than the others: 17*3=51\nso", "7"]
 
 
-def peaked(dtype: str = "float64") -> Policy:
-    model, tokenizer = build_tiny("tiny-0.1m", seed=0, dtype=dtype)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.ndim > 1:
-                weight.mul_(4)
-    return Policy(model, tokenizer)
-
-
 @pytest.fixture(scope="module")
 def policy() -> Policy:
-    return peaked()
+    return tiny_policy()
 
 
 def engine_of(policy: Policy, *, keeps: bool, max_rows: int = 64) -> TransformersEngine:
@@ -69,7 +61,7 @@ def assert_same(actual: Sequence[Completion], expected: Sequence[Completion], wi
 
 @pytest.mark.parametrize(("dtype", "within", "more"), [("float64", 1e-10, " so"), ("float32", 1e-5, "")])
 def test_going_on_equals_reading_anew(dtype: str, within: float, more: str) -> None:
-    policy = peaked(dtype)
+    policy = tiny_policy(dtype=dtype)
     expected = searched(engine_of(policy, keeps=False), more=more)
     assert len({each.key for each in expected}) > 20
     max_rows = 3 if more else 64
@@ -127,7 +119,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_other_weights_are_read_with(change: Callable[[torch.nn.Parameter], Any]) -> None:
-    policy = peaked()
+    policy = tiny_policy()
     engine = engine_of(policy, keeps=True)
     before = searched(engine, rounds=2)
     with torch.no_grad():
@@ -149,12 +141,13 @@ def test_memory_is_bounded(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> N
     assert max(cleared) > 50_000
 
 
-def test_what_nothing_goes_on_from_is_read_on_and_not_kept(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_has_ended_is_not_kept(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_of(policy, keeps=True)
     prompt = encode(PROMPTS[1])
     engine.generate([prompt], SPEC)
     before, read = engine._prefixes.bytes, tokens_read(engine, monkeypatch)
-    engine.generate([prompt], SPEC, step=1, goes_on=False)
+    monkeypatch.setattr(type(policy), "eos_ids", frozenset(range(policy.vocab_size)))
+    engine.generate([prompt], SPEC, step=1)
     assert (engine._prefixes.bytes, read[0]) == (before, 1)
 
 

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_policy import tiny_policy
 from torch import Tensor
 
 from stepkd.data.completion import Completion
 from stepkd.errors import ConfigError, DataError, ModelError
 from stepkd.models.policy import Policy
-from stepkd.models.spec import build_tiny
 from stepkd.randomness import generator
 from stepkd.sampling.acceptance import AcceptanceHead, acceptance_examples, acceptance_loss, train_acceptance_head
 from stepkd.sampling.engine import SamplingConfig
@@ -168,18 +168,9 @@ def test_streams_draw_in_proportion() -> None:
 # --- on models --------------------------------------------------------------------------------------------------------
 
 
-def tiny(seed: int, scale: float = 4.0) -> Policy:
-    model, tokenizer = build_tiny("tiny-0.1m", seed=seed, dtype="float64")
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.ndim > 1:
-                weight.mul_(scale)
-    return Policy(model, tokenizer)
-
-
 @pytest.fixture(scope="module")
 def target() -> Policy:
-    return tiny(0)
+    return tiny_policy(0)
 
 
 @pytest.fixture(scope="module")

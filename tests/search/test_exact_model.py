@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from tiny_policy import tiny_policy
 from vllm_standin import StandIn
 
 from stepkd.errors import DataError, MachineError
 from stepkd.grading.pool import Grader, GradingConfig
 from stepkd.models.policy import Policy
-from stepkd.models.spec import build_tiny
 from stepkd.sampling.client import Client
 from stepkd.sampling.config import VLLMServer
 from stepkd.sampling.engine import Engine, SamplingConfig
@@ -22,11 +21,10 @@ from stepkd.sampling.vllm import ServerEngine
 from stepkd.scorers.judge import PromptedJudge
 from stepkd.scorers.load import Judge, load_scorer
 from stepkd.scorers.scorer import Solutions
-from stepkd.search.beam import Beam
+from stepkd.search.beam import Beam, ParticleFilter
 from stepkd.search.best_of_n import BestOfN, Greedy
 from stepkd.search.generate import SampledSteps, ScorerValue
 from stepkd.search.mcts import MCTS
-from stepkd.search.particles import ParticleFilter
 from stepkd.search.phi import PhiDecoding
 from stepkd.search.revise import VerifyRevise
 from stepkd.search.state import Costs, Found, Problem, Search, State, Tools
@@ -35,18 +33,9 @@ from stepkd.tasks.base import keyed_fraction
 TEXTS = {0: "1+2=", 4: "a much longer problem: 17*3+4=", 7: "9"}
 
 
-def peaked(dtype: str) -> Policy:
-    model, tokenizer = build_tiny("tiny-0.1m", seed=0, dtype=dtype)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.ndim > 1:
-                weight.mul_(4)
-    return Policy(model, tokenizer)
-
-
 @pytest.fixture(scope="module")
 def policy() -> Policy:
-    return peaked("float64")
+    return tiny_policy(dtype="float64")
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +131,7 @@ def test_with_a_constant_scorer_beam_is_sampling_step_by_step(policy: Policy, pr
 
 @pytest.fixture
 def server() -> Iterator[Any]:
-    found = StandIn(peaked("float32"), "tiny")
+    found = StandIn(tiny_policy(dtype="float32"), "tiny")
     yield found
     found.close()
 
@@ -165,7 +154,7 @@ def test_a_context_that_is_full_in_the_middle_of_a_beam_ends_that_solution(
         assert {(each.finish, len(each.token_ids)) for each in found[1]} == {("length", 7)}
         assert any(len(each.token_ids) > 7 for each in found[0]), "there was room for more"
     full = Problem(9, {"id": "full"}, (5,) * context)
-    with pytest.raises(DataError, match=f"full.* prompt of {context}, which fills the model's context of {context}"):
+    with pytest.raises(DataError, match=f"full.* prompt of {context} tokens .*fills the model's context of {context}"):
         Beam(n=4, width=2).run([problems[0], full], tools(engine, policy))
 
 

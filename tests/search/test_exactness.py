@@ -11,11 +11,10 @@ import pytest
 from stepkd.grading.pool import Grader, GradingConfig
 from stepkd.scorers.rules import Checker
 from stepkd.scorers.scorer import Solutions
-from stepkd.search.beam import Beam
+from stepkd.search.beam import Beam, ParticleFilter
 from stepkd.search.best_of_n import BestOfN, Greedy, choice, soft_choice
 from stepkd.search.generate import ScorerValue
 from stepkd.search.mcts import MCTS
-from stepkd.search.particles import ParticleFilter
 from stepkd.search.phi import PhiDecoding
 from stepkd.search.revise import VerifyRevise
 from stepkd.search.state import Costs, Found, Problem, Search, State, Step, Tools
@@ -293,7 +292,7 @@ OTHERS = [
     PhiDecoding(beams=2, rollouts=2),
     PhiDecoding(beams=2, rollouts=2, variant="code"),
     VerifyRevise(),
-    VerifyRevise(draft="sampled", answer="best"),
+    VerifyRevise(draft="sampled"),
 ]
 
 

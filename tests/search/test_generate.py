@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-import torch
+from tiny_policy import tiny_policy
 
 from stepkd.data.completion import Completion
 from stepkd.data.templates import get_template
 from stepkd.errors import ConfigError, DataError
 from stepkd.models.policy import Policy
-from stepkd.models.spec import build_tiny
 from stepkd.sampling.engine import SamplingConfig
 from stepkd.sampling.transformers_engine import TransformersEngine
 from stepkd.search.generate import SampledSteps
@@ -24,12 +23,7 @@ from stepkd.steps.text import text_from_ids
 @pytest.fixture(scope="module")
 def policy() -> Policy:
     """Untrained, with a peaked distribution."""
-    model, tokenizer = build_tiny("tiny-0.1m", seed=0, dtype="float64")
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.ndim > 1:
-                weight.mul_(4)
-    return Policy(model, tokenizer)
+    return tiny_policy()
 
 
 def ids_of(policy: Policy, text: str) -> tuple[int, ...]:
@@ -51,10 +45,8 @@ class Typist:
         *,
         purpose: str,
         limits: Sequence[int],
-        goes_on: bool,
         **_: Any,
     ) -> list[list[Completion]]:
-        assert goes_on == (purpose == "search_step"), "what goes on to its end is not kept"
         decode = self.policy.tokenizer.decode
         self.calls.append([decode(prompt) for prompt in prompts])
         results = []

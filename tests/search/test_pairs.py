@@ -10,9 +10,8 @@ from stepkd.data.rows import STEP_PREFERENCE, validate
 from stepkd.errors import ConfigError
 from stepkd.search.mcts import Reference, TreeConfig
 from stepkd.search.mcts import tree_search as search
-from stepkd.search.pairs import PairConfig, tree_pairs
 from stepkd.search.state import START, Problem, Step
-from stepkd.search.tree import Decision, Node, Option, SearchTree, best_child
+from stepkd.search.tree import Decision, Node, Option, PairConfig, SearchTree, best_child, tree_pairs
 
 
 def grow(parent: Node, text: str, q: float, visits: int, *, end: str = "step", correct: bool | None = None) -> Node:
@@ -25,7 +24,8 @@ def grow(parent: Node, text: str, q: float, visits: int, *, end: str = "step", c
 
 def decide(problem: Problem, root: Node) -> SearchTree:
     """The tree whose chosen path follows the best children."""
-    tree, node = SearchTree(problem, root), root
+    tree, node = SearchTree(problem), root
+    tree.root = root
     while node.children:
         options = tuple(Option(child, child.q, child.visits) for child in node.children)
         tree.decisions.append(Decision(node, options, best_child(node)))
@@ -134,7 +134,8 @@ def test_the_better_side_is_that_of_the_highest_q_whatever_was_chosen(problem: P
     grow(root, "c\n", 0.1, 1)
     below = grow(root.children[0], "#### 1", 1.0, 5, end="stop", correct=True)
     grow(root.children[0], "#### 2", -1.0, 3, end="stop", correct=False)
-    tree, node = SearchTree(problem, root), root
+    tree, node = SearchTree(problem), root
+    tree.root = root
     while node.children:
         options = tuple(Option(child, child.q, child.visits) for child in node.children)
         tree.decisions.append(Decision(node, options, best_child(node, "visits")))

@@ -13,8 +13,8 @@ import pytest
 
 from stepkd.errors import ConfigError
 from stepkd.scorers.scorer import Solutions
+from stepkd.search.beam import ParticleFilter, particle_weights
 from stepkd.search.generate import ScorerValue
-from stepkd.search.particles import ParticleFilter, particle_weights
 from stepkd.search.state import Costs, Found, Problem, State, Step, Tools
 
 LETTERS = {
@@ -111,15 +111,12 @@ def test_weights_are_odds_to_the_power_of_the_inverse_temperature() -> None:
     assert checker[0] == 1.0
 
 
-@pytest.mark.parametrize("finished", [True, False])
-def test_with_a_constant_score_the_answer_is_a_sample_of_the_model(
-    finished: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_with_a_constant_score_the_answer_is_a_sample_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exactly: summed over all draws of steps and of particles, with solutions of different length."""
 
     def run(dice: Dice) -> str:
-        monkeypatch.setattr("stepkd.search.particles.generator", lambda *_: dice)
-        return search(ParticleFilter(n=2, resample_finished=finished), dice, lambda _: 0.7)[0][0].text
+        monkeypatch.setattr("stepkd.search.beam.generator", lambda *_: dice)
+        return search(ParticleFilter(n=2), dice, lambda _: 0.7)[0][0].text
 
     law = every_run(run)
     assert law == pytest.approx(ANSWERS, rel=1e-12)
@@ -190,7 +187,7 @@ class TwoOfThree:
 
 def test_particles_of_one_count_go_on_together(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = TwoOfThree()
-    monkeypatch.setattr("stepkd.search.particles.generator", lambda *_: generator)
+    monkeypatch.setattr("stepkd.search.beam.generator", lambda *_: generator)
     ((first, *rest),) = search(ParticleFilter(n=3), generator, lambda text: 0.9 if text.startswith("2") else 0.5)
     assert generator.calls == [(("",), 3), (("2.",), 1), (("0.",), 2)]
     assert [first.text, *(each.text for each in rest)] == ["2.0.", "0.0.", "0.1."]
@@ -203,18 +200,12 @@ def test_particles_of_one_count_go_on_together(monkeypatch: pytest.MonkeyPatch) 
     assert (choice["event"], choice["kept"]) == ("choice", [1])
 
 
-def test_finished_particles_are_drawn_again_or_left_alone(keyed: Any) -> None:
-    """Of two solutions a short one with a high score takes the place of the other, unless it keeps to its own."""
+def test_finished_particles_are_drawn_again(keyed: Any) -> None:
+    """Of two solutions a short one with a high score takes the place of the other."""
     script = {"": [("1", 0.5, "stop"), ("a ", 0.5, "step")], "a ": [("2", 1.0, "stop")]}
-    texts = {}
-    for finished in (True, False):
-        method = ParticleFilter(n=2, resample_finished=finished, temperature=0.05)
-        found = search(method, keyed(script), lambda text: 0.9 if text == "1" else 0.5, problems(40))
-        texts[finished] = {tuple(sorted(each.text for each in group)) for group in found}
-        for group in found:
-            for event in group[0].trace[:-1]:
-                assert ("drawn" in event) == (not finished)
-    assert texts == {True: {("1", "1"), ("a 2", "a 2")}, False: {("1", "1"), ("1", "a 2"), ("a 2", "a 2")}}
+    method = ParticleFilter(n=2, temperature=0.05)
+    found = search(method, keyed(script), lambda text: 0.9 if text == "1" else 0.5, problems(40))
+    assert {tuple(sorted(each.text for each in group)) for group in found} == {("1", "1"), ("a 2", "a 2")}
 
 
 class Silent:

@@ -201,7 +201,7 @@ def test_an_engine_without_log_probabilities_is_refused(scripted: Any) -> None:
         def propose(self, states: Sequence[State], n: int, *, temperature: float | None = None) -> list[list[Step]]:
             return [[replace(step, logprob=None) for step in steps] for steps in super().propose(states, n)]
 
-    with pytest.raises(ConfigError, match=r"engine gives None: .*temperature 1"):
+    with pytest.raises(ConfigError, match=r"phi-decoding .*temperature 1"):
         search(PhiDecoding(beams=2, rollouts=2), Blind(TREE))
 
 

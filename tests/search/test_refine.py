@@ -11,7 +11,7 @@ import pytest
 
 from stepkd.errors import ConfigError
 from stepkd.grading.pool import Grader, GradingConfig
-from stepkd.search.refine import Refine, refine_prompt
+from stepkd.search.revise import Refine, refine_prompt
 from stepkd.search.state import Problem, State, Tools
 
 Make = Any
@@ -62,10 +62,11 @@ def test_the_best_of_draft_global_and_local_is_taken(written: Make, judged: Make
         "scored_tokens": 3 * (2 + 18),
         "unscored": 0,
     }
-    verify, refine = found[0].trace
+    verify, refine, choice = found[0].trace
     assert verify == {"event": "verify", "steps": list(DRAFT), "scores": [0.9, 0.2, 0.1]}
     assert refine["kinds"] == ["draft", "global", "local"]
-    assert (refine["step"], refine["scores"], refine["kept"]) == (1, [0.1, 0.4, 0.9], [2])
+    assert refine["steps"] == ["".join(DRAFT), "2*3=6\n6+1=9\n#### 9", "2*3=6\n6+1=7\n#### 7"]
+    assert (refine["step"], choice["scores"], choice["kept"]) == (1, [0.1, 0.4, 0.9], [2])
 
 
 def test_without_a_doubtful_step_there_is_no_local_refinement(written: Make, judged: Make, grader: Grader) -> None:
@@ -84,7 +85,7 @@ def test_of_equal_ones_the_draft_is_kept_and_what_has_no_score_comes_last(
     refiner = written({("p0", GLOBAL, ""): [DRAFT], ("p0", LOCAL, ""): [("#### 7",)]})
     found, tools = run(written, judged, grader, refiner)
     assert [each.score for each in found] == [0.1, 0.1, None]
-    assert found[0].trace[1]["kept"] == [0]
+    assert found[0].trace[-1]["kept"] == [0]
     assert tools.costs[0]["unscored"] == 1
 
 

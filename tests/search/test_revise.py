@@ -78,37 +78,32 @@ def test_a_doubtful_first_step_leaves_nothing_to_keep(written: Make, judged: Mak
     assert best.trace[0]["step"] == 0
 
 
-@pytest.mark.parametrize("answer", ["last", "best"])
-def test_rounds_are_bounded_and_their_noise_is_new(answer: Any, written: Make, judged: Make, grader: Grader) -> None:
+def test_rounds_are_bounded_and_their_noise_is_new(written: Make, judged: Make, grader: Grader) -> None:
     tails = [("6+1=9\n", "#### 9"), ("6+1=8\n", "#### 8"), ("6+1=9\n", "#### 9")]
     generator = written({"": [DRAFT], "2*3=6\n": tails})
     tools = tools_of(generator, grader, judged(SCORES))
-    versions = only(VerifyRevise(rounds=3, answer=answer, reduction="mean").run([problem()], tools))
+    versions = only(VerifyRevise(rounds=3, reduction="mean").run([problem()], tools))
     assert len(versions) == 4
     assert [path for _, path, _ in generator.asked_for] == [(), (0, 1), (0, 2), (0, 3)]
     assert [each["then"] for each in versions[0].trace] == ["resample"] * 3 + ["last_round"]
-    # Mean scores: 0.4 with an 8, 0.433 with a 9; of equal ones the older.
     assert versions[0].text.endswith("9")
-    assert [each.text[-1] for each in versions] == {"last": list("9898"), "best": list("9889")}[answer]
+    assert [each.text[-1] for each in versions] == list("9898"), "the last one first"
     assert tools.costs[0]["continuations"] == 18 + 3 * 12
 
 
-def test_the_best_version_is_a_whole_one_while_there_is_one(written: Make, judged: Make, grader: Grader) -> None:
-    def version(answer: Any) -> tuple[str, str]:
-        generator = written({"": [DRAFT], "2*3=6\n": [("6+1=9\n", "#### 9")]})
-        complete, ends = generator.complete, iter(["stop", "length"])
+def test_the_last_version_is_the_answer_also_where_it_was_cut_off(written: Make, judged: Make, grader: Grader) -> None:
+    generator = written({"": [DRAFT], "2*3=6\n": [("6+1=9\n", "#### 9")]})
+    complete, ends = generator.complete, iter(["stop", "length"])
 
-        def cut_off(states: Sequence[State], n: int, **options: Any) -> list[list[State]]:
-            end: Any = next(ends)
-            return [[replace(each, end=end) for each in group] for group in complete(states, n, **options)]
+    def cut_off(states: Sequence[State], n: int, **options: Any) -> list[list[State]]:
+        end: Any = next(ends)
+        return [[replace(each, end=end) for each in group] for group in complete(states, n, **options)]
 
-        generator.complete = cut_off
-        method = VerifyRevise(rounds=1, answer=answer, reduction="mean")
-        best = only(method.run([problem()], tools_of(generator, grader, judged(SCORES))))[0]
-        return best.text[-1], best.finish
-
-    assert version("best") == ("8", "stop"), "a mean of 0.4 against 0.433"
-    assert version("last") == ("9", "length")
+    generator.complete = cut_off
+    best = only(VerifyRevise(rounds=1, reduction="mean").run([problem()], tools_of(generator, grader, judged(SCORES))))[
+        0
+    ]
+    assert (best.text[-1], best.finish) == ("9", "length")
 
 
 def test_two_successive_answers_that_agree_end_it(written: Make, judged: Make, grader: Grader) -> None:

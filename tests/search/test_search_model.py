@@ -8,17 +8,15 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
+from tiny_policy import tiny_policy
 
 from stepkd.grading.pool import Grader
 from stepkd.models.policy import Policy
-from stepkd.models.spec import build_tiny
 from stepkd.sampling.engine import SamplingConfig
 from stepkd.sampling.transformers_engine import TransformersEngine
-from stepkd.search.beam import Beam
+from stepkd.search.beam import Beam, ParticleFilter
 from stepkd.search.generate import ContinuationValue, SampledSteps
 from stepkd.search.mcts import MCTS, Reference, TreeConfig, tree_search
-from stepkd.search.particles import ParticleFilter
 from stepkd.search.phi import PhiDecoding
 from stepkd.search.state import Found, Problem, Search, State, Tools
 from stepkd.search.tree import Node, SearchTree
@@ -28,12 +26,7 @@ SETTINGS = TreeConfig(iterations=2, root_factor=2, actions=3, depth=2, max_steps
 
 @pytest.fixture(scope="module")
 def policy() -> Policy:
-    model, tokenizer = build_tiny("tiny-0.1m", seed=0, dtype="float64")
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.ndim > 1:
-                weight.mul_(4)
-    return Policy(model, tokenizer)
+    return tiny_policy()
 
 
 def search(
@@ -96,7 +89,7 @@ def told(found: Sequence[Found]) -> str:
         MCTS(iterations=3, root_factor=2, actions=3, depth=2, max_steps=4),
         MCTS(iterations=3, root_factor=2, depth=1, force_end=True, choose="visits", vote="weighted"),
         ParticleFilter(n=4, max_steps=4),
-        ParticleFilter(n=4, max_steps=4, resample_finished=False, temperature=0.5),
+        ParticleFilter(n=4, max_steps=4, temperature=0.5),
         PhiDecoding(beams=2, rollouts=2, min_rounds=1, max_rounds=3),
         PhiDecoding(variant="code", beams=2, rollouts=2, min_rounds=2, max_rounds=3, foresight_temperature=0.7),
     ],

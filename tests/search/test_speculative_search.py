@@ -12,8 +12,8 @@ from stepkd.models.spec import PolicyConfig
 from stepkd.sampling.engine import SamplingConfig
 from stepkd.sampling.transformers_engine import TransformersEngine
 from stepkd.search.generate import SampledSteps
-from stepkd.search.speculative import Speculative
 from stepkd.search.state import Problem, Tools
+from stepkd.search.tokens import Speculative
 
 
 def test_solutions_are_drafted_and_counted() -> None:
@@ -35,8 +35,9 @@ def test_solutions_are_drafted_and_counted() -> None:
     events = [answer.trace[0] for answer in first]
     assert [event["tokens"] for event in events] == [len(answer.token_ids) for answer in first]
     assert all(event["drafted"] == event["accepted"] for event in events), "its own draft"
-    assert tools.costs[0] == {name: sum(event[name] for event in events) for name in ("tokens", "drafted", "passes")}
-    assert tools.costs[0]["passes"] < tools.costs[0]["tokens"]
+    names = {"continuations": "tokens", "drafted": "drafted", "passes": "passes"}
+    assert tools.costs[0] == {name: sum(event[told] for event in events) for name, told in names.items()}
+    assert tools.costs[0]["passes"] < tools.costs[0]["continuations"]
 
 
 def test_other_engines_are_refused(table_engine: Any, tools_of: Any, problem: Problem) -> None:

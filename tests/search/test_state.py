@@ -66,7 +66,7 @@ def test_names_tell_methods_of_one_class_apart() -> None:
     pairs: list[tuple[Search, Search]] = [
         (ValueGuided(threshold=0.3), ValueGuided(threshold=0.4)),
         (EntropyBranching(low=0.2), EntropyBranching(high=2.0)),
-        (ParticleFilter(resample_finished=False), ParticleFilter(reduction="min")),
+        (ParticleFilter(temperature=0.5), ParticleFilter(reduction="min")),
         (Beam(reduction="min"), Beam(vote="max")),
         (MCTS(force_end=True), MCTS(exploration=2.0)),
         (PhiDecoding(clusters=1), PhiDecoding()),
@@ -79,7 +79,7 @@ def test_names_tell_methods_of_one_class_apart() -> None:
     assert all(re.fullmatch(r"[\w@.+-]+", name) for name in names)
     assert names[:2] == ["value_guided@8_threshold-0.3", "value_guided@8_threshold-0.4"]
     assert names[4:8] == [
-        "particle_filter@16_resample_finished-False",
+        "particle_filter@16_temperature-0.5",
         "particle_filter@16_min",
         "beam@16x4_min",
         "beam@16x4_max",
@@ -99,7 +99,7 @@ def test_everything_that_a_script_needs_is_exported() -> None:
     for module in modules:
         own = vars(importlib.import_module(f"stepkd.search.{module}"))
         methods |= {name for name, kind in own.items() if isinstance(kind, type) and "run" in vars(kind)}
-    for name in (methods - {"Search"}) | {"Search", "State", "Tools", "found", "ranked"}:
+    for name in (methods - {"Search", "Population"}) | {"Search", "State", "Tools", "found", "ranked"}:
         assert getattr(search, name).__name__ == name
 
 

@@ -6,11 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
+from tiny_policy import tiny_policy
 
 from stepkd.errors import ConfigError
 from stepkd.models.policy import Policy
-from stepkd.models.spec import build_tiny
 from stepkd.sampling.engine import SamplingConfig
 from stepkd.sampling.transformers_engine import TransformersEngine
 from stepkd.search.best_of_n import Greedy
@@ -47,7 +46,7 @@ def test_the_scorer_decides_where_the_model_is_unsure(
     assert answer.trace[0]["scores"] == [0.5, 0.9, 0.5]
     # Two drafts: a 1 \n x $, of which four are thrown away, and \n y $, of which two are.
     assert engine.calls == [[""], ["a2"]]
-    assert tools.costs[0] == {"tokens": 5 + 3}
+    assert tools.costs[0] == {"continuations": 5 + 3}
 
 
 def test_a_draft_stays_where_its_token_is_taken(
@@ -68,7 +67,7 @@ def test_how_far_it_looks_ahead_changes_nothing(
         tools = tools_of(table_engine(TABLE), counted(known))
         ((answer,),) = ValueGuided(ahead=ahead).run([problem], tools)
         found.append((answer.token_ids.tolist(), answer.trace))
-        assert tools.costs[0]["tokens"] >= len(answer.token_ids) - 1
+        assert tools.costs[0]["continuations"] >= len(answer.token_ids) - 1
     assert all(each == found[0] for each in found)
     assert found[0][1][-1]["kept"] == [1]
 
@@ -121,7 +120,7 @@ def test_random_placement_asks_as_often_and_elsewhere(table_engine: Any, tools_o
     assert (3, 11) not in asked
     assert all(0 <= place < len(text) for each in asked for place in each)
     # What tells how often to ask is not counted: one draft of the whole, whose tokens all stand.
-    assert [tools.costs[index]["tokens"] for index in range(3)] == [len(text) + 1] * 3
+    assert [tools.costs[index]["continuations"] for index in range(3)] == [len(text) + 1] * 3
     ((alone,),) = guided.run(problems[2:], tools_of(table_engine(table), counted({})))
     assert tuple(event["token"] for event in alone.trace) == asked[2]
     seeded = [replace(problems[2], seed=1)]
@@ -156,12 +155,7 @@ def test_generators_of_steps_are_refused(scripted: Any, known_tree: Any, problem
 
 @pytest.fixture(scope="module")
 def policy() -> Policy:
-    model, tokenizer = build_tiny("tiny-0.1m", seed=0, dtype="float64")
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.ndim > 1:
-                weight.mul_(4)
-    return Policy(model, tokenizer)
+    return tiny_policy()
 
 
 class Parity:
