@@ -54,7 +54,7 @@ def build_optimizer(spec: OptimizerConfig, parameters: list[tuple[str, nn.Parame
         for group, decay in ((matrices, spec.weight_decay), (vectors, 0.0))
         if group
     ]
-    return torch.optim.AdamW(groups, lr=spec.lr, betas=(spec.beta1, spec.beta2), eps=spec.eps)
+    return torch.optim.AdamW(groups, lr=spec.lr, betas=(spec.beta1, spec.beta2), eps=spec.eps, fused=True)
 
 
 def put_back(groups: Sequence[dict[str, Any]], optimizer: torch.optim.Optimizer, schedule: Any) -> None:
