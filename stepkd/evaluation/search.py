@@ -1,10 +1,10 @@
 """``stepkd search``: test-time methods on a benchmark, compared at their cost; a job of fixed units
 (:mod:`stepkd.runs.job`).
 
-The folder holds ``settings.json`` (what decides the numbers; ``methods`` is name -> class and settings, ``scorer`` what
-scored), ``parts/``, and at the end ``results.jsonl`` and ``summary.json``. A unit is a batch of problems under one
-method, or the batch's shared samples with all methods that choose among them. A killed job resumes and ends with the
-same bytes.
+The folder holds ``settings.json`` (what decides the numbers; ``methods`` is name -> class and settings, ``steps`` what
+draws steps, ``scorer`` what scored), ``parts/``, and at the end ``results.jsonl`` and ``summary.json``. A unit is a
+batch of problems under one method, or the batch's shared samples with all methods that choose among them. A killed job
+resumes and ends with the same bytes.
 
 A row of ``results.jsonl`` is a problem under a method; those of a problem stand together::
 

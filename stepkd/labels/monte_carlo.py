@@ -14,7 +14,7 @@ draws 8 continuations per step in the same way; the binary search is that of Ome
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from stepkd.data.completion import Completion
@@ -249,33 +249,19 @@ class MonteCarloLabeller:
         texts = []
         for (solution, end, continuations), marks in zip(drawn, verdicts, strict=True):
             before = solution.token_ids[:end].tolist()
-            start = len(decode_text(self.policy.tokenizer, before))
-            ids = [
-                [*before, *each.token_ids.tolist()]
-                for each, good in zip(continuations, marks, strict=True)
-                if good and each.finish == "stop"
-            ]
+            start, marked = len(decode_text(self.policy.tokenizer, before)), zip(continuations, marks, strict=True)
+            ids = [[*before, *each.token_ids.tolist()] for each, good in marked if good and each.finish == "stop"]
             texts.append([_until_stop(each, end, self.policy, self.sampling)[start:] for each in ids])
         return texts
 
     def provenance(self) -> dict[str, Any]:
         """What the labels came from."""
-        from stepkd.models.checkpoint import weights_fingerprint
+        from stepkd.models.checkpoint import sampled_by
 
-        spec, sampling = self.policy.spec, asdict(self.sampling)
-        return {
-            "labeller": "monte_carlo",
-            "model": type(self.policy.causal_lm).__name__ if spec is None else spec.path,
-            "revision": None if spec is None else spec.revision,
-            "weights": weights_fingerprint(self.policy),
-            "J": sampling.pop("n"),
-            **sampling,
-            "stop": list(self.sampling.stop),
-            "reduce": self.reduce,
-            **({"order": self.order} if self.order != "all" else {}),
-            **({"share": True} if self.share else {}),
-            **({"consistent": True} if self.consistent else {}),
-        }
+        facts: dict[str, Any] = {"labeller": "monte_carlo", **sampled_by(self.policy, self.sampling)}
+        facts |= {"J": self.sampling.n, "reduce": self.reduce}
+        facts |= {"order": self.order} if self.order != "all" else {}
+        return facts | {name: True for name in ("share", "consistent") if getattr(self, name)}
 
     def _open_steps(self, solution: Solution) -> list[int]:
         """Numbers of the steps whose prefix can be continued."""

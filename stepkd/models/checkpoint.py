@@ -168,9 +168,9 @@ def sampled_by(policy: Policy, sampling: Any) -> dict[str, Any]:
     their number of samples, as JSON values."""
     spec, settings = policy.spec, asdict(sampling) | {"stop": list(sampling.stop)}
     del settings["n"]
-    name = {"model": type(policy.causal_lm).__name__, "revision": None}
-    name = name if spec is None else {"model": spec.path, "revision": spec.revision}
-    return {**name, "weights": weights_fingerprint(policy), **settings}
+    name = type(policy.causal_lm).__name__ if spec is None else spec.path
+    facts = {"model": name, "revision": spec and spec.revision, "weights": weights_fingerprint(policy)}
+    return facts | settings
 
 
 def _files_fingerprint(path: Path) -> str:

@@ -204,11 +204,7 @@ def _round(event: Row) -> dict[str, Any]:
             f"solution {i + 1}" if steps[i] is None else visible(str(steps[i]).strip("\n")),
             _number(scores[i]),
             times[i],
-            ", ".join(
-                _fact("answer" if name == "votes" else name, value[i])
-                for name, value in facts.items()
-                if value[i] is not None
-            ),
+            ", ".join(_fact(name, value[i]) for name, value in facts.items() if value[i] is not None),
         )
         for i in range(size)
     ]
@@ -221,10 +217,11 @@ def _round(event: Row) -> dict[str, Any]:
 
 
 def _fact(name: str, value: Any) -> str:
+    name = "answer" if name == "votes" else name.replace("_", " ")
     if isinstance(value, float):
         value = f"{value:.3g}"
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return visible(f"{name.replace('_', ' ')} {text[:LONGEST_FACT]}{'…' * (len(text) > LONGEST_FACT)}")
+    return visible(f"{name} {text[:LONGEST_FACT]}{'…' * (len(text) > LONGEST_FACT)}")
 
 
 def sampled_rows(problems: Iterable[Row]) -> Iterator[Row]:

@@ -99,13 +99,10 @@ def elected(
         temperature: of a soft choice.
         of_all: whether solutions that were cut off may be taken while others are whole.
     """
-    groups_of_states = [[state for state, _ in group] for group in groups]
-    if vote in ("majority", "weighted"):
-        keys: Sequence[Sequence[str | None]] = tools.votes(groups_of_states)
-    else:
-        keys = [[None] * len(group) for group in groups]
-    results = []
-    for group, states, votes, trace in zip(groups, groups_of_states, keys, traces, strict=True):
+    results, states_of = [], [[state for state, _ in group] for group in groups]
+    keys: Sequence[Sequence[str | None]] = [[None] * len(group) for group in groups]
+    keys = tools.votes(states_of) if vote in ("majority", "weighted") else keys
+    for group, states, votes, trace in zip(groups, states_of, keys, traces, strict=True):
         scores, may = [score for _, score in group], range(len(group)) if of_all else eligible(states)
         own = [scores[i] for i in may]
         if vote == "soft":

@@ -334,13 +334,10 @@ class Speculative(Search):
             results.append([])
             spec = replace(generator.sampling, max_new_tokens=max(1, longest(generator, problem)))
             for number in range(self.n):
-                completion, drafted, accepted, passes = speculator.sample(
-                    problem.prompt_ids, spec, problem.index, number
-                )
-                new = {"drafted": drafted, "passes": passes}
-                tools.costs[problem.index].update(new, continuations=len(completion.token_ids))
-                ids, raw = completion.token_ids.tolist(), completion.raw_logprobs.tolist()
-                state = generator.cut(State(problem), ids, raw, completion.finish)
+                drawn, drafted, accepted, passes = speculator.sample(problem.prompt_ids, spec, problem.index, number)
+                ids, new = drawn.token_ids.tolist(), {"drafted": drafted, "passes": passes}
+                tools.costs[problem.index].update(new, continuations=len(ids))
+                state = generator.cut(State(problem), ids, drawn.raw_logprobs.tolist(), drawn.finish)
                 trace = [{"event": "speculation", "tokens": len(ids), **new, "accepted": accepted}]
                 results[-1].append(found(state, sample=number, trace=trace))
         return results
