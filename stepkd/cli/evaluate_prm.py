@@ -59,7 +59,7 @@ def _print_process(console: Any, summary: dict[str, Any]) -> None:
     for name, section in summary["sets"].items():
         label = f"{name}\n{section['solutions']} solutions"
         if section["unscored_solutions"]:
-            label += f"\n({section['unscored_solutions']} more left out:\ntoo long for the context)"
+            label += f"\n({section['unscored_solutions']} more left out:\na step has no score)"
         if section["unknown_first_error"]:
             label += f"\n({section['unknown_first_error']} not in F1: labels\nmissing before an error)"
         rules = [(f"below {section['fixed']['threshold']:.2f}", section["fixed"], "\n")]
