@@ -207,8 +207,9 @@ def critique_rows(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 
     Returns:
         Per step up to the first incorrect one a row: `prompt` is the problem with the lines so far and a question mark
-        (the form `task` of critiques), `solution` the line that follows from those before, then ``#### 1`` where it is
-        the one that stands there, else ``#### 0``; `answer` is that verdict. `id` and `problem_id` name the solution.
+        (the form `task` of critiques), `solution` the line that follows from those before (an answer without its mark,
+        which is the verdict's), then ``#### 1`` where it is the one that stands there, else ``#### 0``; `answer` is
+        that verdict. `id` and `problem_id` name the solution.
 
     Raises:
         DataError: the row is not a row of the tiny world.
@@ -216,13 +217,13 @@ def critique_rows(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     task, problem = row_problem(row)
     steps, rows = [trim(step) for step in row["steps"]], []
     for k, correct in enumerate(task.check_solution(problem, steps)):
-        verdict = str(int(correct))
+        verdict, line = str(int(correct)), trim(task.next_step(problem, steps[:k]) or "")
         rows.append(
             {
                 "id": f"{row['id']}/{k}",
                 "problem_id": row["id"],
                 "prompt": "\n".join([problem.prompt.strip(), *steps[: k + 1]]) + "?\n",
-                "solution": f"{trim(task.next_step(problem, steps[:k]) or '')}\n{answer_line(verdict)}",
+                "solution": f"{line.removeprefix(answer_line(''))}\n{answer_line(verdict)}",
                 "answer": verdict,
             }
         )

@@ -131,6 +131,8 @@ def test_a_tiny_verifier_learns_the_requests_of_its_form() -> None:
     assert row["solution"] == f"{line}#### 0"
     surplus = critique_rows(make_rows("modular:terms=2", 1, seed=0)[0] | {"steps": [*solutions[0]["steps"][:0]]})
     assert surplus == []
+    grades = Grader(extractors=("hash",)).grade([row["solution"] for row in rows], [row["answer"] for row in rows])
+    assert {str(grade.verdict) for grade in grades} == {"correct"}, "the first answer mark is the verdict's"
 
 
 # ---- tagged steps ----------------------------------------------------------------------------------------------------
