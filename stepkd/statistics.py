@@ -68,7 +68,8 @@ class Interval:
     high: float
     """Upper bound; NaN when undefined."""
     method: str
-    """How it was computed: ``wilson``, ``bootstrap``, ``t``, ``fieller``, ``log t``, ``newcombe``, or two of them."""
+    """How it was computed: ``wilson``, ``bootstrap``, ``t``, ``fieller``, ``log t``, ``newcombe``, ``mover``, or two of
+    them."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dict for JSON.

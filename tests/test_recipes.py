@@ -26,6 +26,7 @@ ENGINES = sorted((ROOT / "engine").glob("*.yaml"))
 EVALUATIONS = sorted((ROOT / "eval").glob("*.yaml"))
 SEARCHES = sorted((ROOT / "search").glob("*.yaml"))
 PARITY = sorted((ROOT / "parity").glob("*.yaml"))
+SCORERS = [path for path in PARITY if "\nscorer:" in path.read_text(encoding="utf-8")]
 LOGGERS = sorted((ROOT / "logger").glob("*.yaml"))
 STRATEGIES = sorted((ROOT / "strategy").glob("*.yaml"))
 CLAIMS = sorted((ROOT / "claims").glob("*.yaml"))
@@ -68,7 +69,7 @@ def test_house_rules(path: Path) -> None:
         assert any(f"--config search/{path.stem}" in line and line.startswith("#") for line in lines), (
             "no command in the header"
         )
-    elif path not in SHARED:
+    elif path not in [*SHARED, *SCORERS]:
         assert not has_list(yaml.safe_load("\n".join(lines))), "a list in an overlay replaces the method's list"
 
 
@@ -110,7 +111,42 @@ def test_searches_take_the_model_and_scorer_of_the_command_line(path: Path, tmp_
     assert again == config, "config.yaml of a job starts it again"
 
 
-@pytest.mark.parametrize("path", PARITY, ids=name)
+PUBLISHED = {
+    "qwen2.5-math-prm-7b": [(72.0, 96.4), (68.0, 90.4), (55.7, 85.5), (55.2, 83.0)],
+    "math-shepherd-7b": [(32.4, 91.7), (18.0, 82.0), (15.0, 71.1), (14.2, 73.0)],
+    "qwen2.5-math-1.5b-prm800k": [(22.71, 93.78), (38.22, 70.69), (27.08, 53.98), (27.93, 54.77)],
+}
+"""Accuracies in percent on solutions with and without an error, of ProcessBench's four subsets; the first recipe's are
+from memory, and give the four F1 that are quoted."""
+
+
+@pytest.mark.parametrize("path", SCORERS, ids=name)
+def test_parity_of_reward_models_is_the_mean_f1_of_four_subsets(path: Path) -> None:
+    from stepkd.cli.parser import parse
+    from stepkd.data.sources.problems import SUBSETS
+    from stepkd.evaluation.config import EvaluatePRMConfig
+
+    words = ["--config", f"parity/{path.stem}", "--check_parity", "--out", "x"]
+    config = parse(EvaluatePRMConfig, words, command="evaluate-prm")
+    reference = config.reference
+    assert reference is not None
+    assert (config.sets, config.limit, reference.ran) == (SUBSETS, None, "not run here")
+    header = path.read_text(encoding="utf-8").partition("\nscorer:")[0]
+    assert f"--config parity/{path.stem}" in header
+    assert "Not run here" in header
+    f1, variance = [], 0.0
+    for (a, b), n, m in zip(PUBLISHED[path.stem], (207, 594, 661, 759), (193, 406, 339, 241), strict=True):
+        f1.append(2 * a * b / (a + b))
+        slopes = 2 * b * b / (a + b) ** 2, 2 * a * a / (a + b) ** 2
+        variance += slopes[0] ** 2 * a * (100 - a) / n + slopes[1] ** 2 * b * (100 - b) / m
+    half = 1.96 * variance**0.5 / 4
+    quoted = [float(each) for each in re.findall(r"\b\d\d\.\d+\b", reference.source)][:4]
+    assert quoted == pytest.approx(f1, abs=0.06)
+    accepted = [sum(f1) / 4 + each for each in (0, -half, half)]
+    assert [reference.value, reference.low, reference.high] == pytest.approx(accepted, abs=0.1)
+
+
+@pytest.mark.parametrize("path", [path for path in PARITY if path not in SCORERS], ids=name)
 def test_recipes_of_parity_say_what_was_measured_where_and_what_is_accepted(path: Path) -> None:
     from stepkd.cli.parser import parse
     from stepkd.evaluation.config import EvaluateConfig

@@ -29,11 +29,7 @@ def run(config: EvaluateConfig) -> int:
         return job.share_is_done("results")
     print_summary(job.console, summary)
     job.say(f"\nper-problem rows, settings and summary: {config.out}")
-    if config.reference is None:
-        return 0
-    verdict, line = config.reference.compare(summary["metrics"]["pass@1"])
-    job.say(line)
-    return int(config.check_parity and verdict == "differ")
+    return config.parity(summary["metrics"]["pass@1"], job.say)
 
 
 def print_summary(console: Any, summary: dict[str, Any]) -> None:

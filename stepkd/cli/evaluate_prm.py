@@ -1,13 +1,17 @@
-r"""Judge a step scorer: does it find the first incorrect step (ProcessBench F1), and are its scores calibrated?
+r"""Judge a step scorer: does it find the first incorrect step (ProcessBench F1), or every one (PRMBench's PRMScore),
+are its scores calibrated, and do they follow a step's place or length?
 
   stepkd evaluate-prm --scorer runs/prm --out runs/prm-processbench
   stepkd evaluate-prm --scorer runs/prm --processbench data/processbench --sets gsm8k olympiadbench --out runs/prm-pb
   stepkd evaluate-prm --scorer judge:HuggingFaceTB/SmolLM2-135M-Instruct --sets prm800k:path=data/prm800k \
       --limit 200 --out runs/judge-prm800k
+  stepkd evaluate-prm --scorer runs/prm --sets prmbench:path=data/prmbench --limit 12 --out runs/prm-prmbench
+  stepkd evaluate-prm --config parity/qwen2.5-math-prm-7b --check_parity --out runs/parity-prm
   stepkd compare runs/prm-processbench runs/judge-processbench
 
-A killed run is resumed by the same command, with any number of processes. --out then holds results.jsonl (a line per
-solution with its step scores), summary.json, settings.json and figures.
+Recipes of parity/ hold a published mean F1 of ProcessBench's subsets, which --check_parity compares as stepkd evaluate
+does. A killed run is resumed by the same command, with any number of processes. --out then holds results.jsonl (a line
+per solution with its step scores), summary.json, settings.json and figures.
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ def run(config: EvaluatePRMConfig) -> int:
     if config.figures:
         job.say(*(f"figure: {path}" for path in _write_figures(summary, Path(config.out))))
     job.say(f"\nper-solution scores, settings and summary: {config.out}")
-    return 0
+    return config.parity(summary["mean"]["f1"] if config.reference else {}, job.say)
 
 
 def _write_figures(summary: dict[str, Any], out: Path) -> Iterator[Path]:
@@ -74,7 +78,13 @@ def _print_process(console: Any, summary: dict[str, Any]) -> None:
             table.add_row(label, rule, *shares, style="dim" if gap is None else None)
             label = ""
         table.add_section()
+    if (mean := summary["mean"]) is not None and mean["sets"] > 1:
+        shares = (percent(mean[key], "\n") for key in ("f1", "acc_error", "acc_correct"))
+        table.add_row(f"mean of\n{mean['sets']} subsets", f"below {summary['threshold']:.2f}", *shares)
     console.print(table)
+    for name, section in summary["sets"].items():
+        if section["prm_score"] is not None:
+            console.print(_prm_score_table(name, section["prm_score"]))
     steps = Table(title="steps up to and including the first error", title_justify="left")
     names = list(summary["sets"])
     steps.add_column("metric")
@@ -93,6 +103,22 @@ def _print_process(console: Any, summary: dict[str, Any]) -> None:
         console.print(f"no {what.replace('_', ' ')}: {why}", markup=False, highlight=False)
 
 
+def _prm_score_table(name: str, found: dict[str, Any]) -> Any:
+    """PRMScore of all classes and of each, beside both accuracies."""
+    from rich.table import Table
+
+    table = Table(title=f"{name}: PRMScore over all steps, 95% intervals", title_justify="left")
+    if ignored := found["all"]["ignored_errors"]:
+        table.caption = f"{ignored} error numbers lie behind the last step and count no step"
+    for column in ("class", "PRMScore", "correct steps", "incorrect steps", "always\npositive", "random"):
+        table.add_column(column, justify="left" if column == "class" else "right", overflow="fold")
+    for kind, each in found.items():
+        label = f"{kind}\n{each['solutions']} solutions"
+        shares = (percent(each[key], "\n") for key in ("score", "acc_correct", "acc_incorrect"))
+        table.add_row(label, *shares, *(percent(each["baselines"][rule]) for rule in ("always positive", "random")))
+    return table
+
+
 _STEP_ROWS: tuple[tuple[str, str, str, Any], ...] = (
     ("steps", "steps", "steps", str),
     ("correct (%)", "steps", "positive_share", percent),
@@ -104,6 +130,10 @@ _STEP_ROWS: tuple[tuple[str, str, str, Any], ...] = (
     ("Brier skill", "calibration", "skill_base_rate", shown),
     ("lowest score is last (%)", "argmin", "share_last", percent),
     ("  expected by chance", "argmin", "expected_last", percent),
+    ("score against step number\n(correct steps, rank corr.)", "bias", "position", shown),
+    ("score against step length\n(correct steps, rank corr.)", "bias", "length", shown),
+    ("first error is called late\nby (steps)", "bias", "lateness", shown),
     ("score falls when dependent\nsteps are swapped (%)", "order_swap", "drop_rate", percent),
+    ("score moves when independent\nsteps are swapped (%)", "independent_swap", "change_rate", percent),
 )
 """Title, group and key in a set's summary, how it is shown; what no set has is left out."""

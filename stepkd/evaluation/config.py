@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -38,13 +38,13 @@ Parity: TypeAlias = Literal["agree", "differ", "too few problems"]
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceConfig:
-    """An accuracy that was published, or measured by another harness, and what is accepted as the same."""
+    """A figure that was published, or measured by another harness, and what is accepted as the same."""
 
     value: float
-    """That accuracy (pass@1), in percent."""
+    """That figure, in percent: pass@1 of stepkd evaluate; of evaluate-prm the mean F1 of ProcessBench's subsets."""
     low: float
-    """Lower end of the accepted interval, in percent; recipes give Wilson's 95% interval of the value at the number of
-    problems that it was measured on."""
+    """Lower end of the accepted interval, in percent; recipes give the 95% interval of the value at the number of
+    problems that it was measured on (Wilson's of pass@1)."""
     high: float
     """Upper end of the accepted interval, in percent."""
     source: str
@@ -63,10 +63,10 @@ class ReferenceConfig:
             )
 
     def compare(self, measured: Mapping[str, Any]) -> tuple[Parity, str]:
-        """Compare an accuracy with the published one.
+        """Compare a figure with the published one.
 
         Args:
-            measured: pass@1 of a summary: ``value``, ``low`` and ``high``, shares or None.
+            measured: that figure of a summary: ``value``, ``low`` and ``high``, shares or None.
 
         Returns:
             ``differ`` where the 95% interval and the accepted one have nothing in common; ``too few problems`` where
@@ -83,6 +83,31 @@ class ReferenceConfig:
             f"parity: {verdict}. Measured {percent(measured)}, reference {self.value:g} (accepted {self.low:g} to "
             f"{self.high:g}; {self.source})"
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityConfig(JobConfig):
+    """A job whose result may be compared with a published one."""
+
+    reference: ReferenceConfig | None = None
+    """Published figure that the result is compared with, as recipes of parity/ hold one; by default there is none."""
+    check_parity: bool = False
+    """End with exit code 1 where the result differs from the reference; off by default, where it is said only."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.check_parity and self.reference is None:
+            raise ConfigError(
+                "check_parity compares with a reference, and there is none: give one of the recipes parity/"
+            )
+
+    def parity(self, measured: Mapping[str, Any], say: Callable[[str], None]) -> int:
+        """Say how a figure (as :meth:`ReferenceConfig.compare` takes it) compares; the exit code of the command."""
+        if self.reference is None:
+            return 0
+        verdict, line = self.reference.compare(measured)
+        say(line)
+        return int(self.check_parity and verdict == "differ")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +152,7 @@ class BenchmarkJobConfig(JobConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(BenchmarkJobConfig):
+class EvaluateConfig(BenchmarkJobConfig, ParityConfig):
     """One evaluation of a model on a benchmark."""
 
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.0))
@@ -138,18 +163,10 @@ class EvaluateConfig(BenchmarkJobConfig):
     ks: tuple[int, ...] = ()
     """The k of pass@k and maj@k, each from 1 to the samples of a problem; the default takes the powers of two up to
     that."""
-    reference: ReferenceConfig | None = None
-    """Published accuracy that the result is compared with, as recipes of parity/ hold one; by default there is none."""
-    check_parity: bool = False
-    """End with exit code 1 where the result differs from the reference; off by default, where it is said only."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         n = self.drawn.n
-        if self.check_parity and self.reference is None:
-            raise ConfigError(
-                "check_parity compares with a reference, and there is none: give one of the recipes parity/"
-            )
         if n > 1 and self.sampling.temperature == 0:
             raise ConfigError(f"{n} samples at temperature 0 would all be the same: set sampling.temperature")
         if bad := [k for k in self.ks if not 1 <= k <= n]:
@@ -248,12 +265,12 @@ class _ScorerJobConfig(JobConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluatePRMConfig(_ScorerJobConfig):
+class EvaluatePRMConfig(_ScorerJobConfig, ParityConfig):
     """One evaluation of a step scorer on sets of step-labelled solutions."""
 
     sets: tuple[str, ...] = ("gsm8k", "math")
     """Step-labelled sets: ProcessBench's subsets (gsm8k, math, olympiadbench, omnimath) or data settings
-    (prm800k:path=...); the first two are those that most papers report."""
+    (prmbench:path=..., prm800k:path=...); the first two are those that most papers report."""
     processbench: str | None = None
     """Folder of ProcessBench's files; the default is its hub data set."""
     threshold: float = 0.5
@@ -262,7 +279,8 @@ class EvaluatePRMConfig(_ScorerJobConfig):
     """Set on which a second threshold is tuned for F1, named as in sets; the default is the first of ProcessBench's
     subsets, and no tuning without one."""
     limit: int | None = None
-    """Solutions per set, at least 1, drawn at random (always the same ones); the default takes all."""
+    """Solutions per set, of PRMBench per class, at least 1, drawn at random (always the same ones); the default takes
+    all."""
     seed: int = 0
     """Seed of the intervals' resampling, at least 0."""
     figures: bool = True
@@ -278,6 +296,10 @@ class EvaluatePRMConfig(_ScorerJobConfig):
                 f"processbench={self.processbench} is the folder of ProcessBench's files, and none of its subsets is "
                 f"among the sets ({', '.join(self.sets)}): name one ({', '.join(SUBSETS)}), or drop it"
             )
+        if self.reference is not None and not {*self.sets} & {*SUBSETS}:
+            raise ConfigError(
+                f"reference is a mean F1 of ProcessBench's subsets: name one in sets ({', '.join(SUBSETS)})"
+            )
         check_bounds("", self, limit="[1, inf)", max_rows="[1, inf)", seed="[0, inf)")
 
     @property
@@ -291,8 +313,10 @@ class EvaluatePRMConfig(_ScorerJobConfig):
         names = dict.fromkeys((*self.sets, *([] if tune_on is None else [tune_on])))
         sets = {name: self._set(name) for name in names}
         if self.limit is not None:
-            # Drawn, not the first ones: ProcessBench's files begin with the solutions that have an error.
-            sets = {name: replace(each, limit=self.limit, shuffle_seed=0) for name, each in sets.items()}
+            # Drawn, not the first ones: ProcessBench's files begin with the solutions that have an error. PRMBench's
+            # classes are limited when its rows are read.
+            limits = {name: None if each.source == "prmbench" else self.limit for name, each in sets.items()}
+            sets = {name: replace(each, limit=limits[name], shuffle_seed=0) for name, each in sets.items()}
         return sets, tune_on
 
     def _set(self, name: str) -> DataConfig:

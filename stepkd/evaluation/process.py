@@ -16,8 +16,10 @@ from typing import Any, Unpack
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from stepkd.data.sources.problems import SUBSETS
 from stepkd.errors import ConfigError, DataError
-from stepkd.evaluation.diagnostics import argmin_positions, order_swap_test
+from stepkd.evaluation.diagnostics import argmin_positions, order_swap_test, score_bias
+from stepkd.evaluation.prm_score import mean_over_sets, prm_scores
 from stepkd.evaluation.step_metrics import calibration_report, labelled_steps, step_metrics
 from stepkd.runs.job import read_results
 from stepkd.scorers.scorer import Meaning
@@ -108,7 +110,7 @@ def processbench_f1(predictions: Sequence[int], labels: Sequence[int], **setting
     acc_correct = wilson_interval(hit_correct.sum(), n_correct) if n_correct else None
     f1 = None
     if acc_error and acc_correct:
-        f1 = cluster_bootstrap(counts.T, _f1_statistic, **settings)
+        f1 = cluster_bootstrap(counts.T, lambda drawn: _parts(drawn)[0], **settings)
         if f1.low == f1.high or math.isnan(f1.low):
             low, high = harmonic_mean([acc_error.low, acc_error.high], [acc_correct.low, acc_correct.high])
             f1 = Interval(f1.value, float(low), float(high), "wilson")
@@ -120,8 +122,8 @@ def f1_difference(
     predictions_b: Sequence[int],
     labels: Sequence[int],
     **settings: Unpack[Resampling],
-) -> Interval | None:
-    """F1 of B minus F1 of A on the same problems, with an interval that resamples the problems for both together.
+) -> dict[str, Interval] | None:
+    """F1 and accuracies of B minus those of A on the same problems, which the intervals resample for both together.
 
     Args:
         predictions_a, predictions_b: (n,) predictions of the two scorers, same order.
@@ -129,7 +131,8 @@ def f1_difference(
         **settings: see :class:`~stepkd.statistics.Resampling`.
 
     Returns:
-        The difference; None when the set has no solution with an error, or none without.
+        The differences of ``f1``, ``acc_error`` and ``acc_correct``; None when the set has no solution with an error,
+        or none without.
 
     Raises:
         DataError: as in :func:`processbench_f1`.
@@ -138,17 +141,22 @@ def f1_difference(
     if not (a[1].any() and a[3].any()):
         return None
 
-    def statistic(resampled: FloatArray) -> FloatArray:
-        return _f1_statistic(resampled[..., 4:]) - _f1_statistic(resampled[..., :4])
+    columns = np.concatenate([a, b]).T
 
-    return cluster_bootstrap(np.concatenate([a, b]).T, statistic, **settings)
+    def difference(part: int) -> Interval:
+        return cluster_bootstrap(
+            columns, lambda drawn: _parts(drawn[..., 4:])[part] - _parts(drawn[..., :4])[part], **settings
+        )
+
+    return {name: difference(part) for part, name in enumerate(("f1", "acc_error", "acc_correct"))}
 
 
-def _f1_statistic(resampled: FloatArray) -> FloatArray:
-    """(resamples, problems, 4 columns of `_hits`) -> (resamples,); NaN where a kind of solution is absent."""
+def _parts(resampled: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """(resamples, problems, 4 columns of `_hits`) -> (resamples,) F1, both accuracies; NaN without such solutions."""
     sums = resampled.sum(axis=1)
     with np.errstate(invalid="ignore"):
-        return harmonic_mean(sums[:, 0] / sums[:, 1], sums[:, 2] / sums[:, 3])
+        error, correct = sums[:, 0] / sums[:, 1], sums[:, 2] / sums[:, 3]
+    return harmonic_mean(error, correct), error, correct
 
 
 def _hits(predictions: Sequence[int], labels: Sequence[int]) -> FloatArray:
@@ -258,10 +266,11 @@ def summarise_process(
         seed: seed of the intervals.
 
     Returns:
-        JSON values: ``sets`` (one entry per set), ``tuned_threshold`` and settings. Solutions with a step that has no
-        score (cut off by the context) are left out of every metric and counted; those whose first error missing labels
-        leave open are left out of F1, and counted. A number that a set cannot give (F1 without a solution with an
-        error, or without one without) is None.
+        JSON values: ``sets`` (one entry per set), ``mean`` (over those that are ProcessBench's subsets, F1 and both
+        accuracies at the fixed threshold; None without one), ``tuned_threshold`` and settings. Solutions with a step
+        that has no score (cut off by the context) are left out of every metric and counted; those whose first error
+        missing labels leave open are left out of F1, and counted. A number that a set cannot give (F1 without a
+        solution with an error, or without one without) is None.
     """
     sets: dict[str, list[Row]] = {}
     for row in results:
@@ -297,6 +306,7 @@ def summarise_process(
         "tuned_threshold": tuned,
         "undefined": undefined,
         "sets": sections,
+        "mean": mean_over_sets([sections[name]["fixed"] for name in SUBSETS if name in sections]),
     }
 
 
@@ -323,10 +333,10 @@ def critique_costs(rows: Sequence[Row]) -> dict[str, int]:
 def _section(rows: Sequence[Row], threshold: float, meaning: Meaning, seed: int) -> dict[str, Any]:
     scores, problems = [row["scores"] for row in rows], [str(row["prompt"]) for row in rows]
     labels = _located(rows)[1]
+    first_errors = [(row["first_error"], predicted_first_error(row["scores"], threshold)) for row in rows]
+    texts = [row.get("completions", row.get("steps")) for row in rows]
     steps = labelled_steps(scores, [row["labels"] for row in rows], problems=problems, up_to_first_error=True)
     several_steps = any(len(found) > 1 for found in scores)
-    swaps = [pair for row in rows for pair in row.get("swaps", ())]
-    swapped = [row["prompt"] for row in rows for _ in row.get("swaps", ())]
     return {
         "solutions": len(rows),
         "unknown_first_error": len(rows) - len(labels),
@@ -336,10 +346,19 @@ def _section(rows: Sequence[Row], threshold: float, meaning: Meaning, seed: int)
             "random": _random(rows, threshold),
         },
         "argmin": argmin_positions(scores, problems=problems, seed=seed) if several_steps else None,
-        "order_swap": order_swap_test(swaps, swapped, meaning=meaning, seed=seed),
+        "order_swap": _swaps(rows, "swaps", meaning, seed),
+        "independent_swap": _swaps(rows, "independent_swaps", meaning, seed),
+        "bias": score_bias(scores, [row["labels"] for row in rows], texts, first_errors, problems=problems, seed=seed),
+        "prm_score": prm_scores(rows, threshold=threshold, seed=seed),
         "steps": step_metrics(steps, threshold=threshold, seed=seed).to_dict(),
         "calibration": calibration_report(steps.scores, steps.labels, problems=steps.problems, seed=seed).to_dict(),
     }
+
+
+def _swaps(rows: Sequence[Row], key: str, meaning: Meaning, seed: int) -> dict[str, Any] | None:
+    pairs = [(pair, row["prompt"]) for row in rows for pair in row.get(key, ())]
+    scores, problems = [pair for pair, _ in pairs], [problem for _, problem in pairs]
+    return order_swap_test(scores, problems, meaning=meaning, dependent=key == "swaps", seed=seed)
 
 
 def _located(rows: Sequence[Row]) -> tuple[list[list[float]], list[int]]:
@@ -362,7 +381,7 @@ def _f1(rows: Sequence[Row], threshold: float, seed: int) -> dict[str, Any]:
 
 
 def compare_process(a: str | Path, b: str | Path, summaries: tuple[Row, Row], *, seed: int = 0) -> dict[str, Interval]:
-    """F1 of B minus F1 of A on the solutions both scored, per set and threshold rule, with intervals.
+    """F1 and both accuracies of B minus those of A on the solutions both scored, per set and threshold rule.
 
     Args:
         a, b: two folders of :func:`~stepkd.evaluation.score_rows.evaluate_process`.
@@ -370,7 +389,8 @@ def compare_process(a: str | Path, b: str | Path, summaries: tuple[Row, Row], *,
         seed: seed of the intervals.
 
     Returns:
-        ``"<set>, fixed"`` and ``"<set>, tuned"`` -> difference.
+        ``"<set>, fixed"`` and ``"<set>, tuned"`` -> difference of F1, and behind each those of both accuracies:
+        ``"<set>, fixed, with an error"``, ``"<set>, fixed, all correct"``.
 
     Raises:
         ConfigError: no set in common.
@@ -394,5 +414,6 @@ def compare_process(a: str | Path, b: str | Path, summaries: tuple[Row, Row], *,
                 for side, value in zip(sides, thresholds, strict=True)
             )
             if (found := f1_difference(a_found, b_found, labels, seed=seed)) is not None:
-                differences[f"{name}, {rule}"] = found
+                words = {"f1": "", "acc_error": ", with an error", "acc_correct": ", all correct"}
+                differences |= {f"{name}, {rule}{words[part]}": each for part, each in found.items()}
     return differences

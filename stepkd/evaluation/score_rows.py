@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from stepkd.data.config import parse_spec
+from stepkd.data.config import DataConfig, parse_spec
 from stepkd.data.encode import LabelRule, step_targets
 from stepkd.data.io import fingerprint
 from stepkd.data.load import load_rows
@@ -287,7 +288,7 @@ def evaluate_process(
     figures = [name for each in sets for name in figure_names(each)]
     job = Job(Path(config.out), "judgement of a step scorer", (RESULTS_NAME, SUMMARY_NAME, *figures), options)
     job.check()
-    rows = [(name, _with_steps(row)) for name, data in sets.items() for row in load_rows(data, contract=None)]
+    rows = [(name, _with_steps(row)) for name, data in sets.items() for row in _limited(data, config.limit)]
     loaded = scorer or load_scorer(config.scorer, device=config.device, max_rows=config.max_rows)
     if loaded.meaning == "outcome":
         raise ConfigError("an outcome reward model has one score per solution and finds no first error: use best-of-N")
@@ -316,6 +317,15 @@ def evaluate_process(
     summary |= {"benchmark": config.benchmark, "model": str(config.scorer), "scorer": loaded.provenance()}
     job.finish(RESULTS_NAME, results, summary)
     return summary | {"settings": settings}
+
+
+def _limited(data: DataConfig, limit: int | None) -> Iterator[Row]:
+    """Rows of a set, of PRMBench the first so many of every class."""
+    seen: Counter[str | None] = Counter()
+    for row in load_rows(data):
+        seen[row.get("error_type")] += 1
+        if limit is None or seen[row.get("error_type")] <= limit:
+            yield row
 
 
 def _with_steps(row: Row) -> dict[str, Any]:
@@ -349,8 +359,11 @@ def _judged(scorer: StepScorer, name: str, row: Row, index: int, scores: Sequenc
         "scores": rounded(step_scores(row, scores)),
         "labels": verdicts(row["labels"]),
         "first_error": first_incorrect(row["labels"]),
+        **{key: row[key] for key in ("error_type", "problem_id", "ignored_errors") if row.get(key) is not None},
     } | _facts(scores)
-    if is_task_row(row) and not isinstance(scores, Judged) and (swaps := task_swaps(row)):
-        swapped = scorer.score([Solutions(row, pair) for pair in swaps])
-        result["swaps"] = [[rounded(part) for part in pair] for pair in swapped]
+    swappable = is_task_row(row) and not isinstance(scores, Judged)
+    for key, dependent in (("swaps", True), ("independent_swaps", False)) if swappable else ():
+        if swaps := task_swaps(row, dependent=dependent):
+            swapped = scorer.score([Solutions(row, pair) for pair in swaps])
+            result[key] = [[rounded(part) for part in pair] for pair in swapped]
     return result

@@ -229,7 +229,7 @@ def _f1_differences(judged: Sequence[Folder]) -> Iterator[tuple[str, Mapping[str
 
 
 def _score_plots(folder: str, sets: Mapping[str, Any]) -> Iterator[Figure]:
-    """Reliability, and where the lowest score falls, of every set."""
+    """Of every set reliability, where the lowest score and first errors fall, and the score by the step's number."""
     for each, found in sets.items():
         name = ", ".join(filter(None, (folder, each)))
         if calibration := found.get("calibration"):
@@ -246,6 +246,16 @@ def _score_plots(folder: str, sets: Mapping[str, Any]) -> Iterator[Figure]:
             parts.append(Series(chance.name, chance.x, chance.high, style=-1))
             words = f"Last step: {shown(argmin['share_last'])}; at random {argmin['expected_last']:.3f}"
             yield plot(f"{name}: lowest score", parts, "relative place in the solution", "solutions", note=words)
+        if bias := found.get("bias"):
+            at = [each for each in bias["places"] if each["steps"] + each["true"] + each["predicted"]]
+            numbers, across = [each["step"] for each in at], "number of the step"
+            keys = ("true", "predicted")
+            lines = [Series(key, numbers, [each[key] for each in at], style=i) for i, key in enumerate(keys)]
+            words = f"Predicted {shown(bias['lateness'], '.2f')} steps late; at {len(bias['places'])} all from there on"
+            yield plot(f"{name}: first incorrect step", lines, across, "solutions", note=words)
+            y, low, high = ([(each["score"] or {}).get(end) for each in at] for end in ENDS)
+            words = f"Rank correlation with the number {shown(bias['position'])}, the length {shown(bias['length'])}"
+            yield plot(f"{name}: correct steps", [Series("", numbers, y, low, high)], across, "mean score", note=words)
 
 
 # ---- search ----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Families of tasks: chains, long addition, star graphs, cellular automata; and a task by its name and settings."""
+"""Families of tasks: chains, sums apart, long addition, star graphs, cellular automata; a task by name and settings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from stepkd.errors import ConfigError, check_bounds, check_choice
-from stepkd.tasks.base import INTEGER, Task, TaskProblem, answer_line, draw_length, is_answer, trim
+from stepkd.tasks.base import INTEGER, Given, Task, TaskProblem, answer_line, draw_length, is_answer, trim
 
 OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 """What chains compute with."""
@@ -148,7 +148,7 @@ class ModularChain(ChainTask):
 
     def __post_init__(self) -> None:
         self._store_range("terms", minimum=2, maximum=100)
-        check_bounds("modular: ", self, modulus="[2, 1000]")
+        check_bounds(f"{self.name}: ", self, modulus="[2, 1000]")
         _check_operators(self.name, self.operators)
 
     def problem(self, rng: random.Random) -> TaskProblem:
@@ -164,6 +164,58 @@ class ModularChain(ChainTask):
 
     def operands(self, problem: TaskProblem, previous_steps: Sequence[str], step: str) -> str:
         return f"{super().operands(problem, previous_steps, step)}%{self.modulus}"
+
+
+@dataclass(frozen=True)
+class IndependentLines(ModularChain):
+    """Expressions such as ``3+4,7*2,5-9%10=``, each worked out modulo m on a line of its own.
+
+    No line needs another: they may stand in any order, each once, before the answer line, the sum of their results
+    modulo m.
+    """
+
+    name: ClassVar[str] = "independent"
+
+    terms: int | str = 4
+    """Expressions in a prompt, 2 to 100; ``3-6`` draws their number for each problem."""
+
+    def problem(self, rng: random.Random) -> TaskProblem:
+        count, numbers = draw_length(self.terms, rng), range(self.modulus)
+        parts = [(rng.choice(numbers), rng.choice(self.operators), rng.choice(numbers)) for _ in range(count)]
+        prompt = ",".join(f"{a}{op}{b}" for a, op, b in parts) + f"%{self.modulus}=\n"
+        answer = self.reduce(sum(OPERATIONS[op](a, b) for a, op, b in parts))
+        return TaskProblem(prompt, str(answer), {"parts": [list(part) for part in parts]})
+
+    def _lines(self, problem: TaskProblem) -> list[str]:
+        """The correct lines, in the prompt's order."""
+        return [f"{a}{op}{b}={self.reduce(OPERATIONS[op](a, b))}\n" for a, op, b in problem.meta["parts"]]
+
+    def next_step(self, problem: TaskProblem, previous_steps: Sequence[str]) -> str | None:
+        """As in `Task`: the first expression of the prompt that has no line yet."""
+        left, total = self._lines(problem), 0
+        for step in previous_steps:
+            line, result = _same_operands(left, step), self.claimed(step)
+            if line is None or result is None:
+                return None
+            left.remove(line)
+            total += result
+        return left[0] if left else answer_line(self.reduce(total))
+
+    def check_solution(self, problem: TaskProblem, steps: Sequence[str], *, given: Given = "truth") -> list[bool]:
+        """As in `Task`, save that a line is not asked for at one place: it is correct wherever an expression that has
+        no line yet may stand."""
+        found, left = super().check_solution(problem, steps, given=given), self._lines(problem)
+        for i, step in enumerate(steps[: len(left)]):
+            line = _same_operands(left, step)
+            follows = given == "truth" or self.next_step(problem, steps[:i]) is not None
+            found[i] = follows and line is not None and trim(line) == trim(step)
+            left = [each for each in left if each is not line]
+        return found
+
+
+def _same_operands(lines: Sequence[str], step: str) -> str | None:
+    """The first line with the operands of a step."""
+    return next((line for line in lines if line.split("=")[0] == step.split("=")[0]), None)
 
 
 @dataclass(frozen=True)
@@ -351,7 +403,8 @@ def _node(step: str) -> int | None:
 
 
 TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (ArithmeticChain, ModularChain, LongAddition, StarGraph, CellularAutomaton)
+    task.name: task
+    for task in (ArithmeticChain, ModularChain, LongAddition, StarGraph, CellularAutomaton, IndependentLines)
 }
 """Every task class by its name."""
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,42 @@ def test_tables_figures_and_comparison(tmp_path: Path, capsys: pytest.CaptureFix
     assert "fixed" in capsys.readouterr().out
     assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "c")]) == 0
     assert f"{DATA}, fixed" in json.loads((tmp_path / "c" / "comparison.json").read_text())
+
+
+def test_mean_f1_is_compared_with_a_published_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Sums that are not written out are never faulted: all solutions count as correct, F1 0."""
+    folder = tmp_path / "processbench"
+    folder.mkdir()
+    for name in ("gsm8k", "math"):
+        rows = [{"id": f"{name}-{i}", "problem": "p", "steps": ["a", "b"], "label": i % 2 - 1} for i in range(6)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = tmp_path / "parity.yaml"
+    recipe.write_text("reference: {value: 90, low: 85, high: 95, source: a table, settings: none, ran: not run here}\n")
+    words = ["evaluate-prm", "--scorer", "arithmetic", "--processbench", str(folder), "--config", str(recipe)]
+    words += ["--out", str(tmp_path / "out"), "--figures", "false"]
+    assert main([*words, "--check_parity"]) == 1
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "mean of" in shown
+    assert "parity: differ. Measured 0.0 (0.0 to" in shown
+    assert main(words) == 0, "without --check_parity it is only said"
+
+
+def test_prmbench_has_a_row_for_every_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    item = {"modified_question": "p", "modified_process": ["1+1=2", "1+1=3"], "error_steps": [2, 4]}
+    items = [{**item, "idx": f"t{i}", "classification": kind} for i in range(3) for kind in ("circular", "deception")]
+    (tmp_path / "subset.jsonl").write_text("".join(json.dumps(row) + "\n" for row in items))
+    words = [
+        *("evaluate-prm", "--scorer", "arithmetic", "--limit", "2"),
+        *("--sets", f"prmbench:path={tmp_path}/subset.jsonl"),
+    ]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for text in ("PRMScore over all steps", "circular", "deception", "4 error numbers lie behind", "called late"):
+        assert text in shown, text
+    assert main(["report", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    for text in ("PRMScore: out", "deception", "first incorrect step", "correct steps"):
+        assert text in page, text
 
 
 def test_best_of_n(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,6 +127,14 @@ def test_mistakes(arguments: list[str], message: str, tmp_path: Path, capsys: py
     assert main(words) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_scorer_is_named_by_its_class_in_a_process_that_has_imported_nothing_else() -> None:
+    words = ["evaluate-prm", "--config", "parity/qwen2.5-math-prm-7b", "--out", "x", "--print_config"]
+    ran = subprocess.run([sys.executable, "-m", "stepkd", *words], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert "path: Qwen/Qwen2.5-Math-PRM-7B" in ran.stdout
 
 
 def test_a_plain_model_with_a_head_and_a_temperature(tmp_path: Path) -> None:

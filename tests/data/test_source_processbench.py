@@ -1,4 +1,4 @@
-"""First-error sets: ProcessBench, BIG-Bench Mistake, MR-GSM8K; counts as published, and never training data."""
+"""First-error sets: ProcessBench, BIG-Bench Mistake, MR-GSM8K, PRMBench; counts as published, never training data."""
 
 from __future__ import annotations
 
@@ -116,7 +116,62 @@ def test_mr_gsm8k_layout(tmp_path: Path) -> None:
     assert "error_reason" not in row
 
 
-@pytest.mark.parametrize("source", ["processbench", "bigbench_mistake", "mr_gsm8k"])
+PRMBENCH = {
+    "modified_question": "p",
+    "question": "q",
+    "modified_process": ["a", "b", "c"],
+    "error_steps": [2, 5],
+    "classification": "circular",
+    "idx": "t_0",
+    "reason": "why",
+}
+
+
+def test_prmbench_layout(tmp_path: Path) -> None:
+    """Step numbers count from 1; those behind the last step count no step, and are counted."""
+    [row, bare] = load(tmp_path, PRMBENCH, PRMBENCH | {"error_steps": []}, source="prmbench")
+    assert row == {
+        "prompt": "p",
+        "completions": ["a", "b", "c"],
+        "labels": [True, False, True],
+        "error_type": "circular",
+        "ignored_errors": 1,
+        "id": "circular/t_0",
+        "problem_id": "t_0",
+        "error_reason": "why",
+    }
+    assert (bare["labels"], bare["ignored_errors"]) == ([True] * 3, 0)
+
+
+def test_real_prmbench(data_dir: Path) -> None:
+    if not (data_dir / "prmbench").is_dir():
+        pytest.skip("no prmbench in the data folder")
+    rows = load_rows(DataConfig(source="prmbench", path=str(data_dir / "prmbench")))
+    check_unique_ids(rows)
+    counts = Counter(row["error_type"] for row in rows)
+    assert (len(rows), len(counts), counts.pop("multi_solutions"), set(counts.values())) == (394, 9, 10, {48})
+    assert sum(row["ignored_errors"] > 0 for row in rows) == 11
+    assert all((False in row["labels"]) == (row["error_type"] != "multi_solutions") for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"error_steps": [0]}, "column 'error_steps': must be a list of step numbers from 1, found list .0."),
+        ({"error_steps": ["2"]}, "must be a list of step numbers from 1"),
+        ({"error_steps": None}, "must be a list of step numbers from 1, found NoneType"),
+        ({"modified_process": "abc"}, "column 'modified_process': must be a list of step texts, found str"),
+        ({"classification": ["circular"]}, "column 'classification': must be the name of a class, found list"),
+        ({"modified_process": [], "error_steps": []}, "has zero steps"),
+    ],
+)
+def test_bad_rows_of_prmbench(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        load(tmp_path, PRMBENCH, PRMBENCH | change, source="prmbench")
+    assert caught.value.line == 2
+
+
+@pytest.mark.parametrize("source", ["processbench", "bigbench_mistake", "mr_gsm8k", "prmbench"])
 def test_never_training_data(source: str) -> None:
     spec = DataConfig(source=source, path="folder")
     with pytest.raises(ConfigError, match=f"{source!r} .* is kept for evaluation"):

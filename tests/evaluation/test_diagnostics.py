@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from stepkd.errors import DataError
-from stepkd.evaluation.diagnostics import argmin_positions, order_swap_test, task_swaps
+from stepkd.evaluation.diagnostics import argmin_positions, order_swap_test, score_bias, task_swaps
 from stepkd.tasks.families import TASKS
 from stepkd.tasks.rows import check_row, make_rows
 
@@ -56,13 +57,47 @@ def test_positions_that_cannot_be_compared() -> None:
         argmin_positions([[0.1]])
 
 
+# --- place and length -------------------------------------------------------------------------------------------------
+
+
+def test_bias_in_closed_form() -> None:
+    # Scores of correct steps fall with their number and do not follow their length.
+    scores = [[0.9, 0.6, 0.3], [0.8, 0.5, 0.2], [0.7, 0.4, 0.1]]
+    labels = [[True, True, True], [True, True, False], [True, False, None]]
+    steps = [["aa", "a", "aa"], ["a", "aa", "a"], ["aa", "a", "a"]]
+    found = score_bias(scores, labels, steps, [(-1, 2), (2, 1), (None, 0)], problems="abc", n_resamples=200)
+    assert found is not None
+    kept = [(0.9, 1, 2), (0.6, 2, 1), (0.3, 3, 2), (0.8, 1, 1), (0.5, 2, 2), (0.7, 1, 2)]
+    for key, column in (("position", 1), ("length", 2)):
+        expected = stats.spearmanr([each[0] for each in kept], [each[column] for each in kept]).statistic
+        assert found[key]["value"] == pytest.approx(expected)
+    assert found["position"]["value"] < -0.9
+    assert found["lateness"]["value"] == -1.0  # only the second has a true and a predicted error
+    places = found["places"]
+    assert [each["steps"] for each in places[:4]] == [3, 2, 1, 0]
+    assert [each["true"] for each in places[:4]] == [0, 0, 1, 0]
+    assert [each["predicted"] for each in places[:4]] == [0, 1, 1, 0], "where the true one is unknown, none counts"
+    assert places[0]["score"]["value"] == pytest.approx(0.8)
+    assert places[3]["score"] is None
+    json.dumps(found)
+
+
+def test_places_behind_the_last_one_are_counted_there() -> None:
+    found = score_bias([[0.5] * 14], [[True] * 14], [["x"] * 14], [(12, 13)], problems="a", n_resamples=50)
+    assert found is not None
+    assert (found["position"], found["length"]) == (None, None), "all scores are equal"
+    assert [each["steps"] for each in found["places"]] == [1] * 9 + [5]
+    assert (found["places"][-1]["true"], found["places"][-1]["predicted"]) == (1, 1)
+    assert score_bias([[0.5]], [[False]], [["x"]], [(0, 0)], problems="a") is None
+
+
 # --- swapped steps ----------------------------------------------------------------------------------------------------
 
 
 FAST: dict[str, Any] = {"n_resamples": 300, "meaning": "correctness"}
 
 
-@pytest.mark.parametrize("name", sorted(TASKS))
+@pytest.mark.parametrize("name", sorted({*TASKS} - {"independent"}))
 def test_every_line_of_the_tasks_needs_the_one_before(name: str) -> None:
     swaps = 0
     for row in make_rows(name, 20, seed=0):
@@ -71,7 +106,28 @@ def test_every_line_of_the_tasks_needs_the_one_before(name: str) -> None:
             assert not all(check_row(row, swapped))
             assert sorted(swapped) == sorted(steps)
             assert swapped[-1] == steps[-1]  # the answer line stays
+        assert task_swaps(row, dependent=False) == []
     assert swaps >= 20
+
+
+def test_independent_lines_may_be_swapped() -> None:
+    rows = make_rows("independent:terms=3,modulus=97", 20, seed=0)
+    assert all(task_swaps(row) == [] for row in rows)
+    swaps = [(row, pair) for row in rows for pair in task_swaps(row, dependent=False)]
+    assert len(swaps) == 40  # two neighbours of three lines
+    assert all(all(check_row(row, swapped)) and swapped != steps for row, (steps, swapped) in swaps)
+    owners, same = [row["id"] for row, _ in swaps], {**FAST, "dependent": False}
+    exact = order_swap_test([[check_row(row, steps) for steps in pair] for row, pair in swaps], owners, **same)
+    assert exact is not None
+    assert (exact["change_rate"]["value"], exact["mean_drop"]["value"]) == (0.0, 0.0)
+    # Blind to the steps, but not to which line of the prompt comes first.
+    first = [[[0.9 if s[0] == row["steps"][0] else 0.5] * 4 for s in pair] for row, pair in swaps]
+    moved = order_swap_test(first, owners, **same)
+    assert moved is not None
+    assert moved["change_rate"]["value"] == 0.5
+    risen = order_swap_test([[s, [1.0] * 4] for s in [[0.5] * 4] * 40], owners, **same)
+    assert risen is not None
+    assert risen["change_rate"]["value"] == 1.0, "a rise is a change, too"
 
 
 def test_swaps_of_a_chain() -> None:

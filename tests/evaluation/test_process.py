@@ -110,16 +110,21 @@ def test_difference_is_paired() -> None:
     a = [label if rng.random() < 0.5 else 3 for label in labels]
     same = f1_difference(a, a, labels, **FAST)
     assert same is not None
-    assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)
+    assert [(each.value, each.low, each.high) for each in same.values()] == [(0.0, 0.0, 0.0)] * 3
     b = [label if prediction == label or rng.random() < 0.2 else 3 for prediction, label in zip(a, labels, strict=True)]
-    gap = f1_difference(a, b, labels, **FAST)
-    assert gap is not None
+    found = f1_difference(a, b, labels, **FAST)
+    assert found is not None
+    gap = found["f1"]
+    for name, kind in (("acc_error", False), ("acc_correct", True)):
+        hits = [[p == y for p, y in zip(each, labels, strict=True) if (y == -1) is kind] for each in (a, b)]
+        assert found[name].value == pytest.approx(np.mean(hits[1]) - np.mean(hits[0]))
     expected = brute_f1(b, labels) - brute_f1(a, labels)  # type: ignore[operator]
     assert gap.value == pytest.approx(float(expected))
     assert gap.low > 0  # b is never worse: far narrower than two separate intervals
     back = f1_difference(b, a, labels, **FAST)
     assert back is not None
-    assert (back.value, back.low, back.high) == pytest.approx((-gap.value, -gap.high, -gap.low))
+    reverse = back["f1"]
+    assert (reverse.value, reverse.low, reverse.high) == pytest.approx((-gap.value, -gap.high, -gap.low))
     assert f1_difference([0], [1], [0]) is None
 
 

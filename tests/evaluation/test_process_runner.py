@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from stepkd.errors import ConfigError, DataError
-from stepkd.evaluation.config import EvaluatePRMConfig, ScoreConfig
+from stepkd.evaluation.config import EvaluatePRMConfig, ReferenceConfig, ScoreConfig
 from stepkd.evaluation.process import compare_process
 from stepkd.evaluation.score_rows import evaluate_process, score_file
 from stepkd.labels.labellers import ScorerLabeller, Solution
@@ -26,6 +27,9 @@ ROWS = [
     {"id": "d", "prompt": "p4", "completions": ["1", "2", "3", "4"], "labels": [True, True, True, True]},
 ]
 """Solutions whose first error is 1, -1, 0, -1."""
+
+
+REFERENCE = ReferenceConfig(value=50.0, low=40.0, high=60.0, source="a table", settings="as there", ran="not run here")
 
 
 class Scripted:
@@ -130,8 +134,8 @@ def test_comparison_is_paired(data: str, tmp_path: Path) -> None:
     a = evaluate_process(spec(data, tmp_path / "a"), Scripted(GOOD))
     b = evaluate_process(spec(data, tmp_path / "b"), Scripted(better))
     differences = compare_process(tmp_path / "a", tmp_path / "b", (a, b))
-    assert list(differences) == [f"{data}, fixed"]
-    assert differences[f"{data}, fixed"].value == pytest.approx(2 / 3)
+    assert [name.removeprefix(f"{data}, fixed") for name in differences] == ["", ", with an error", ", all correct"]
+    assert [each.value for each in differences.values()] == pytest.approx([2 / 3, -0.5, 1.0])
 
 
 def test_completions_with_step_labels_are_read(tmp_path: Path) -> None:
@@ -148,9 +152,19 @@ def test_completions_with_step_labels_are_read(tmp_path: Path) -> None:
     assert (swap["swaps"], swap["unscored"]) == (6, 0)
 
 
+def test_an_exact_checker_lets_independent_lines_swap(tmp_path: Path) -> None:
+    from stepkd.scorers.rules import Checker
+
+    summary = evaluate_process(spec('task:task="independent:terms=3",n=5,split=test', tmp_path / "out"), Checker())
+    (section,) = summary["sets"].values()
+    assert section["order_swap"] is None
+    assert section["independent_swap"]["change_rate"]["value"] == 0.0
+    assert section["independent_swap"]["swaps"] >= 8
+
+
 def test_no_order_swaps_without_a_checker(data: str, tmp_path: Path) -> None:
     (section,) = evaluate_process(spec(data, tmp_path / "out"), Scripted(GOOD))["sets"].values()
-    assert section["order_swap"] is None
+    assert (section["order_swap"], section["independent_swap"], section["prm_score"]) == (None, None, None)
 
 
 @pytest.mark.parametrize(
@@ -161,6 +175,8 @@ def test_no_order_swaps_without_a_checker(data: str, tmp_path: Path) -> None:
         ({"sets": ("gsm8",)}, "no set 'gsm8'. Did you mean 'gsm8k'?"),
         ({"tune_on": "mth"}, "no set 'mth'. Did you mean 'math'?"),
         ({"limit": 0}, "limit=0: must be at least 1"),
+        ({"check_parity": True}, "check_parity compares with a reference, and there is none"),
+        ({"sets": ("prm800k:path=x",), "reference": REFERENCE}, "reference is a mean F1 of ProcessBench's subsets"),
         ({"max_rows": 0}, "max_rows=0: must be at least 1"),
     ],
 )
@@ -225,6 +241,30 @@ def test_processbench_subsets(data_dir: Path, tmp_path: Path) -> None:
     assert summary["sets"]["math"]["tuned"]["optimistic"] is False
     assert summary["sets"]["math"]["tuned"]["threshold"] == summary["tuned_threshold"]
     assert all(section["solutions"] == 40 for section in summary["sets"].values())
+    f1 = [section["fixed"]["f1"] for section in summary["sets"].values()]
+    mean = summary["mean"]["f1"]
+    assert (summary["mean"]["sets"], mean["value"]) == (2, pytest.approx((f1[0]["value"] + f1[1]["value"]) / 2))
+    above = [each["high"] - each["value"] for each in f1]
+    assert mean["high"] - mean["value"] == pytest.approx(math.hypot(*above) / 2)
+
+
+def test_so_many_of_every_class_of_prmbench(tmp_path: Path) -> None:
+    raw = {"modified_question": "p", "question": "q", "modified_process": ["1", "2"], "error_steps": [2, 3]}
+    items = [{**raw, "idx": f"i{n}", "classification": kind} for kind in ("circular", "deception") for n in range(5)]
+    path = tmp_path / "subset.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in items))
+    data = f"prmbench:path={path}"
+    summary = evaluate_process(spec(data, tmp_path / "out", limit=3), Scripted(GOOD))
+    found = summary["sets"][data]["prm_score"]
+    assert {kind: each["solutions"] for kind, each in found.items()} == {"all": 6, "circular": 3, "deception": 3}
+    assert found["all"]["ignored_errors"] == 6
+    assert found["all"]["score"]["value"] == 1.0
+    assert summary["mean"] is None
+    rows = read_results(tmp_path / "out")
+    assert {row["prompt"] for row in rows} == {"p"}
+    assert sorted({row["problem_id"] for row in rows}) <= ["i0", "i1", "i2", "i3", "i4"]
+    again = evaluate_process(spec(data, tmp_path / "again", limit=3), Scripted(GOOD))
+    assert again["sets"] == summary["sets"]
 
 
 class Critical(Scripted):

@@ -19,6 +19,7 @@ SPECS = [
     "addition:digits=1-4",
     "star_graph:arms=3-4,length=2-4,nodes=30",
     "cellular:steps=2-4",
+    "independent",
 ]
 
 

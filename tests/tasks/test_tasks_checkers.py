@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import random
 import re
@@ -23,6 +24,7 @@ SPECS = [
     "addition:digits=1-4",
     "star_graph:arms=2-4,length=2-4,nodes=30",
     "cellular:rule=30,width=9,steps=1-4",
+    "independent:terms=2-5,modulus=7",
 ]
 
 
@@ -73,12 +75,22 @@ def solve_cellular(prompt: str) -> list[str]:
     return [*steps, f"#### {row}"]
 
 
+def solve_independent(prompt: str) -> list[str]:
+    expressions, _, modulus = prompt.rstrip("=\n").partition("%")
+    lines = {}
+    for number, text in enumerate(expressions.split(",")):
+        lines[number] = (text, eval(text) % int(modulus))  # digits and one operator
+    steps = [f"{text}={result}\n" for text, result in lines.values()]
+    return [*steps, f"#### {sum(result for _, result in lines.values()) % int(modulus)}"]
+
+
 SOLVERS: dict[str, Callable[[str], list[str]]] = {
     "arithmetic": solve_chain,
     "modular": solve_chain,
     "addition": solve_addition,
     "star_graph": solve_star,
     "cellular": solve_cellular,
+    "independent": solve_independent,
 }
 
 
@@ -135,7 +147,7 @@ def test_every_other_line_of_the_same_form_is_incorrect(spec: str) -> None:
         assert not check_step(task, problem, steps, steps[-1], given="claims")
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", SPECS[:-1])  # of independent lines none carries on a slip, see below
 def test_truth_and_claims_differ_after_a_slip(spec: str) -> None:
     carried_incorrect = 0
     for index in range(30):
@@ -185,6 +197,26 @@ def test_steps_by_hand() -> None:
     assert star.check_solution(problem, ["7\n", "3\n", "#### 7"]) == [True, False, True]
     assert star.next_step(problem, ["4\n"]) == "7\n"
     assert star.next_step(problem, ["9\n"]) is None
+
+
+def test_independent_lines_stand_in_any_order_each_once() -> None:
+    task = get_task("independent:terms=3")
+    problem = TaskProblem("3+4,7*2,3+4%10=\n", "8", {"parts": [[3, "+", 4], [7, "*", 2], [3, "+", 4]]})
+    steps = ["3+4=7\n", "7*2=4\n", "3+4=7\n", "#### 8"]
+    assert task.solution(problem) == steps
+    meanings: tuple[Given, ...] = ("truth", "claims")
+    for meaning in meanings:
+        for order in itertools.permutations(steps[:3]):
+            assert task.check_solution(problem, [*order, steps[3]], given=meaning) == [True] * 4
+        early = task.check_solution(problem, [steps[0], steps[3], steps[1], steps[2]], given=meaning)
+        assert early[:2] == [True, False]
+    twice = ["7*2=4", "7*2=4", "3+4=7", "3+4=7", "#### 8"]
+    assert task.check_solution(problem, twice) == [True, False, True, False, False]
+    assert task.check_solution(problem, twice, given="claims") == [True, False, False, False, False]
+    slip = ["3+4=9", "7*2=4", "3+4=7", "#### 8"]  # no other line is incorrect for it; the answer copies it
+    assert task.check_solution(problem, slip) == [False, True, True, True]
+    assert task.check_solution(problem, slip, given="claims") == [False, True, True, False]
+    assert task.check_solution(problem, [*slip[:3], "#### 0"], given="claims") == [False, True, True, True]
 
 
 def test_rule_90_by_hand() -> None:

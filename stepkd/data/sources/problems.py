@@ -153,6 +153,27 @@ def first_error_row(raw: RawRow, options: Options) -> Row:
     return row | passed_on(raw, *more)
 
 
+def prmbench_row(raw: RawRow, options: Options) -> Row:
+    """A solution with the 1-based numbers of its incorrect steps, as step labels, and with its class of error.
+
+    Raises:
+        DataError: steps that are no list, or a number that is no whole number from 1.
+    """
+    steps, errors = raw["completions"], raw["error_steps"]
+    if not isinstance(steps, list):
+        raise raw.error(f"must be a list of step texts, found {shown(steps)}", column="modified_process")
+    if not isinstance(errors, list) or not all(type(each) is int and each > 0 for each in errors):
+        raise raw.error(f"must be a list of step numbers from 1, found {shown(errors)}", column="error_steps")
+    if not isinstance(kind := raw["error_type"], str):
+        raise raw.error(f"must be the name of a class, found {shown(kind)}", column="classification")
+    labels = [number not in errors for number in range(1, len(steps) + 1)]
+    row: Row = {"prompt": raw["prompt"], "completions": steps, "labels": labels, "error_type": kind}
+    row["ignored_errors"] = sum(each > len(steps) for each in errors)  # some numbers lie behind the last step
+    if (item := raw.get("id")) is not None:  # in every class there is one such item, of the same problem
+        row |= {"id": f"{kind}/{item}", "problem_id": item}
+    return row | passed_on(raw, "error_reason")
+
+
 def bigbench_row(raw: RawRow, options: Options) -> Row:
     """The same, where null says that no step is incorrect."""
     if raw["first_error"] is None:

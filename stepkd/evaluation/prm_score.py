@@ -1,0 +1,151 @@
+"""PRMBench: are correct steps told from incorrect ones, by class of error and over all? And the mean of ProcessBench.
+
+Source: PRMBench (Song et al. 2025, arXiv 2501.03124) and its code, github ssmisya/PRMBench. Unlike in ProcessBench
+every step is judged, also behind the first error, and steps are pooled: F1 takes the correct steps for positive, the
+negative F1 the incorrect ones, and PRMScore is half of each (the weights of the code). A class without incorrect steps
+(``multi_solutions``) has its F1 in place of it, as in the code's tables. There a step is correct above a threshold of
+the model's own, here at or above one for all; redundant and circular steps count as incorrect.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Unpack
+
+import numpy as np
+
+from stepkd.evaluation.step_metrics import LabelledSteps, labelled_steps
+from stepkd.statistics import (
+    FloatArray,
+    Interval,
+    Resampling,
+    Result,
+    cluster_bootstrap,
+    cluster_sums,
+    proper_width,
+    ratio_interval,
+)
+from stepkd.steps.labels import passes
+
+
+@dataclass(frozen=True)
+class PRMScore(Result):
+    """PRMBench's numbers of one class, or of all; what has no steps to judge is None."""
+
+    score: Interval
+    """PRMScore: the mean of both F1, or the F1 alone where there is no incorrect step."""
+    f1: Interval
+    """F1 of calling steps correct, over steps."""
+    negative_f1: Interval | None
+    """F1 of calling steps incorrect, over steps."""
+    acc_correct: Interval | None
+    """Share of the correct steps that are called correct."""
+    acc_incorrect: Interval | None
+    """Share of the incorrect steps that are called incorrect."""
+    n_correct: int
+    """Correct steps."""
+    n_incorrect: int
+    """Incorrect steps."""
+    baselines: Mapping[str, float]
+    """PRMScore of calling every step correct (``always positive``), and of uniformly random scores (``random``: of its
+    expected counts)."""
+
+
+def prm_score(steps: LabelledSteps, *, threshold: float = 0.5, **settings: Unpack[Resampling]) -> PRMScore:
+    """PRMScore, both F1 and both accuracies of a set of steps.
+
+    Args:
+        steps: what :func:`~stepkd.evaluation.step_metrics.labelled_steps` gives, all steps of all solutions.
+        threshold: a step is called correct when its score is not below it.
+        **settings: see :class:`~stepkd.statistics.Resampling`; problems are resampled.
+
+    Returns:
+        The values; an F1 without a step that is so labelled or so called is NaN.
+    """
+    called, correct = np.array([passes(score, threshold) is True for score in steps.scores]), steps.labels
+    columns = [called & correct, ~called & correct, called & ~correct, ~called & ~correct]
+    counts = cluster_sums(np.stack(columns, axis=1), steps.problems)
+    n_correct, n_incorrect = int(correct.sum()), int((~correct).sum())
+
+    def score(counts_R4: FloatArray) -> FloatArray:
+        f1, negative = _both_f1(counts_R4)
+        return (f1 + negative) / 2 if n_incorrect else f1
+
+    def interval(which: Any) -> Interval:
+        return proper_width(cluster_bootstrap(counts, lambda drawn: which(drawn.sum(axis=1)), **settings))
+
+    def share(hits: int, misses: int) -> Interval:
+        return ratio_interval(counts[:, hits], counts[:, [hits, misses]].sum(axis=1), **settings)
+
+    always = np.array([n_correct, 0, n_incorrect, 0])
+    chance = np.array([1 - threshold, threshold, 1 - threshold, threshold]) * np.repeat([n_correct, n_incorrect], 2)
+    return PRMScore(
+        score=interval(score),
+        f1=interval(lambda drawn: _both_f1(drawn)[0]),
+        negative_f1=interval(lambda drawn: _both_f1(drawn)[1]) if n_incorrect else None,
+        acc_correct=share(0, 1) if n_correct else None,
+        acc_incorrect=share(3, 2) if n_incorrect else None,
+        n_correct=n_correct,
+        n_incorrect=n_incorrect,
+        baselines={"always positive": float(score(always)), "random": float(score(chance))},
+    )
+
+
+def _both_f1(counts_R4: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """F1 and negative F1 of (..., 4) counts: correct steps called correct and incorrect, then incorrect steps."""
+    hits, missed, passed, found = np.moveaxis(np.asarray(counts_R4, dtype=np.float64), -1, 0)
+    with np.errstate(invalid="ignore"):
+        f1, negative = (2 * n / (2 * n + missed + passed) for n in (hits, found))
+    return f1, negative
+
+
+def prm_scores(rows: Sequence[Mapping[str, Any]], *, threshold: float = 0.5, seed: int = 0) -> dict[str, Any] | None:
+    """PRMScore of all rows, and of every class of error.
+
+    Args:
+        rows: rows of ``results.jsonl`` with a score of every step; those without ``error_type`` are left out.
+        threshold: a step is called correct when its score is not below it.
+        seed: seed of the intervals.
+
+    Returns:
+        JSON values: :class:`PRMScore` of ``all`` and of each class by its name, each with its ``solutions``, and with
+        the ``ignored_errors`` that its rows name behind their last step; None where no row has a class.
+    """
+    groups: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for row in rows:
+        if row.get("error_type") is not None:
+            groups["all"].append(row)
+            groups[row["error_type"]].append(row)
+    found = {}
+    for name, group in groups.items():
+        columns = ([row[key] for row in group] for key in ("scores", "labels"))
+        steps = labelled_steps(*columns, problems=[row.get("problem_id", row["prompt"]) for row in group])
+        counts = {"solutions": len(group), "ignored_errors": sum(row.get("ignored_errors", 0) for row in group)}
+        found[name] = prm_score(steps, threshold=threshold, seed=seed).to_dict() | counts
+    return found or None
+
+
+def mean_over_sets(results: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Means of F1 and of both accuracies of ProcessBench over its subsets.
+
+    Args:
+        results: of every subset :class:`~stepkd.evaluation.process.F1Result` as JSON values.
+
+    Returns:
+        JSON values: ``f1``, ``acc_error`` and ``acc_correct``, undefined where that of a subset is, and the number of
+        ``sets``; None without one. The distances to the ends of the subsets' intervals are added in squares (MOVER,
+        Zou & Donner 2008), because they have no solution in common.
+    """
+    if not results:
+        return None
+    means: dict[str, Any] = {"sets": len(results)}
+    for key in ("f1", "acc_error", "acc_correct"):
+        rows = [[(each[key] or {}).get(end) for end in ("value", "low", "high")] for each in results]
+        value_M, low_M, high_M = np.array(rows, dtype=np.float64).T
+        value = float(value_M.mean())
+        down, up = (math.sqrt(((value_M - end_M) ** 2).sum()) / len(results) for end_M in (low_M, high_M))
+        means[key] = Interval(value, value - down, value + up, "mover").to_dict()
+    return means
