@@ -61,22 +61,16 @@ def print_summary(console: Any, summary: Mapping[str, Any]) -> None:
     def differences(method: Mapping[str, Any]) -> list[str]:
         samples, used = method["budget"]["samples"], method["budget"]["used"]
         at = f"{samples:.1f}" + (f"\n(at {used:.0f})" if method["budget"]["clamped"] else "")
-        greedy, *others = [
-            "-"
-            if each is None
-            else shown(each, "+.1f", scale=100, gap="\n") + ("\n(no interval)" * (each["low"] is None))
-            for each in (method["minus_greedy"], *method["minus_best_of_n"].values())
-        ]
-        return [greedy, at, *others]
+        minus = (method["minus_greedy"], *method["minus_best_of_n"].values())
+        sure = ["\n(no interval)" * bool(each and each["low"] is None) for each in minus]
+        found = [shown(each, "+.1f", scale=100, gap="\n") + more for each, more in zip(minus, sure, strict=True)]
+        return [found[0], at, *found[1:]]
 
     methods, hard = summary["methods"], summary["difficulty"]
-    title = f"{summary['model']} on {summary['benchmark']}: {summary['problems']} problems, 95% intervals"
-    console.print(title, highlight=False, markup=False)
-    show(
-        ["accuracy (%)", "tokens", "scored", "calls", "correct per\n1,000 tokens"],
-        costs,
-        "tokens and calls per problem",
-    )
+    where = f"{summary['model']} on {summary['benchmark']}"
+    console.print(f"{where}: {summary['problems']} problems, 95% intervals", highlight=False, markup=False)
+    heads = ["accuracy (%)", "tokens", "scored", "calls", "correct per\n1,000 tokens"]
+    show(heads, costs, "tokens and calls per problem")
     votes = next(iter(methods.values()))["minus_best_of_n"]
     caption = (
         "paired, in percentage points; * best-of-N at the same number of generated tokens, that of N samples, "

@@ -31,7 +31,7 @@ from stepkd.models.checkpoint import sampled_by
 from stepkd.models.policy import Policy
 from stepkd.sampling.engine import Engine, SamplingConfig, before_stop, decode_text
 from stepkd.scorers.scorer import Reduction, Solutions, StepScorer, default_reduction, facts_of, reduce_scores
-from stepkd.search.state import Costs, End, Name, Problem, State, Step, StepGenerator, correct_ones, where
+from stepkd.search.state import Costs, End, Judged, Name, Problem, State, Step, StepGenerator, correct_ones, where
 from stepkd.steps.confidence import SIGNAL_SEGMENTERS
 from stepkd.steps.segment import get_segmenter, segment, segmenter_settings
 from stepkd.steps.text import TokenizedText, text_from_ids
@@ -346,19 +346,16 @@ class ScorerValue:
         """
         return [value for value, _ in self.judged(states, reduction)]
 
-    def judged(
-        self, states: Sequence[State], reduction: Reduction | None = None
-    ) -> list[tuple[float | None, tuple[float | None, ...]]]:
+    def judged(self, states: Sequence[State], reduction: Reduction | None = None) -> list[Judged]:
         """Values of states, and the scores of all their steps; see :meth:`~stepkd.search.state.Tools.judged`.
 
         Raises:
             DataError: a score outside [0, 1].
         """
-        judged: list[tuple[float | None, tuple[float | None, ...]]] = []
-        for state, scores in zip(states, self.step_scores(states), strict=True):
-            value = self.reduced(state, scores, reduction)
+        scores = self.step_scores(states)
+        judged = [(self.reduced(*each, reduction), each[1]) for each in zip(states, scores, strict=True)]
+        for state, (value, _) in zip(states, judged, strict=True):
             self.costs[state.problem.index]["unscored"] += value is None
-            judged.append((value, scores))
         return judged
 
     def step_scores(self, states: Sequence[State]) -> list[tuple[float | None, ...]]:

@@ -89,9 +89,6 @@ class PhiDecoding(Search):
     """Next steps drawn of each of them (N), at least 1; 4 in the paper."""
     clusters: int = 3
     """Clusters of foresight paths (K), at least 1; 3 in the paper, 1 leaves the alignment out."""
-    sigma: float = 1.0
-    """Steps whose mean log-probability lies more than this many standard deviations below the mean are dropped before
-    foresight, above 0; 1 in the paper."""
     min_rounds: int = 4
     """Rounds before the search may stop early, at least 1; 4 in most of the paper's runs, max_rounds turns it off."""
     max_rounds: int = 8
@@ -104,7 +101,7 @@ class PhiDecoding(Search):
 
     def __post_init__(self) -> None:
         bounds = dict.fromkeys(("beams", "rollouts", "clusters", "min_rounds", "max_rounds"), "[1, inf)")
-        more = {"sigma": "(0, inf)", "threshold": "(0, 1]", "foresight_temperature": "[1e-4, inf)"}
+        more = {"threshold": "(0, 1]", "foresight_temperature": "[1e-4, inf)"}
         check_bounds("", self, **bounds, **more)
 
     @property
@@ -160,7 +157,7 @@ class PhiDecoding(Search):
     def _kept(self, new: Sequence[_Candidate], problem: Problem, step: int, trace: Trace) -> list[int]:
         """In-width pruning: which of the new candidates are looked ahead from."""
         confidence = np.array([each.confidence for each in new])
-        margin = confidence - (confidence.mean() - self.sigma * confidence.std())
+        margin = confidence - (confidence.mean() - confidence.std())
         # Equal confidences, whose mean may be off by rounding, lie on the bound: it belongs to the paper's steps alone.
         inside = margin > (1e-12 if self.variant == "code" else -1e-12)
         if self.variant == "code" and (missing := self.beams - int(inside.sum())) > 0:

@@ -127,6 +127,8 @@ class State:
 
 Scored: TypeAlias = tuple[State, float | None]
 """A solution so far, and its score."""
+Judged: TypeAlias = tuple[float | None, tuple[float | None, ...]]
+"""What a scorer says of a state: its score, and those of its steps; None: there is none."""
 Trace: TypeAlias = list[dict[str, Any]]
 """Decisions, in order; see :attr:`Found.trace`."""
 T = TypeVar("T")
@@ -279,9 +281,7 @@ class Tools:
             raise ConfigError("the method needs a step scorer and there is none: give --scorer")
         return where(_worded(states), states, partial(self.value.values, reduction=reduction))
 
-    def judged(
-        self, states: Sequence[State], reduction: Reduction | None = None
-    ) -> list[tuple[float | None, tuple[float | None, ...]]]:
+    def judged(self, states: Sequence[State], reduction: Reduction | None = None) -> list[Judged]:
         """What the scorer says of states, read once: their scores as :meth:`scores`, and one for every step, None where
         there is none (no words, or cut off by the scorer's context).
 
