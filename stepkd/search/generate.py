@@ -95,7 +95,7 @@ class SampledSteps:
         self._cut = get_segmenter(self.segmenter)
         self.engine.keeps_prefixes = True  # steps begin where others end
 
-    def propose(self, states: Sequence[State], n: int) -> list[list[Step]]:
+    def propose(self, states: Sequence[State], n: int, *, temperature: float | None = None) -> list[list[Step]]:
         """See :class:`~stepkd.search.state.StepGenerator`.
 
         Raises:
@@ -103,7 +103,8 @@ class SampledSteps:
         """
         drafts = [[_Draft(state, j) for j in range(n)] for state in states]
         stops = (*STEP_STOPS.get(self.segmenter, ()), *self.sampling.stop)
-        spec = replace(self.sampling, n=n, max_new_tokens=self.max_step_tokens, stop=stops)
+        own = self.sampling.temperature if temperature is None else temperature
+        spec = replace(self.sampling, n=n, temperature=own, max_new_tokens=self.max_step_tokens, stop=stops)
         self._draw(drafts, spec, "steps")
         flat = [draft for group in drafts for draft in group]
         while blank := [draft for draft in flat if self._unfinished_blank(draft)]:

@@ -140,8 +140,9 @@ START = Step("", (), 0.0, "step")
 class StepGenerator(Protocol):
     """Continues states. What it gives for a state depends on the state alone, not on the others of a call."""
 
-    def propose(self, states: Sequence[State], n: int) -> list[list[Step]]:
-        """Draw ``n`` next steps, at least 1, of every state, an unfinished solution of any problem.
+    def propose(self, states: Sequence[State], n: int, *, temperature: float | None = None) -> list[list[Step]]:
+        """Draw ``n`` next steps, at least 1, of every state, an unfinished solution of any problem, at the generator's
+        temperature or another one (0: greedy).
 
         Returns:
             For each state its steps by sample number; several may say the same.
