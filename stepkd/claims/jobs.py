@@ -238,7 +238,7 @@ def _label(out: Path, config: LabelConfig) -> Measured:
 
     summary = run_label_job(config)
     assert summary is not None, "one process does all the work"
-    steps = [len(row["steps"]) for row in _load(out)]
+    steps = [len(row.get("steps") or row["completions"]) for row in _load(out)]
     shares = {"steps_per_solution": sum(steps) / len(steps), "one_step_share": steps.count(1) / len(steps)}
     return Measured(_numbers(summary) | shares)
 

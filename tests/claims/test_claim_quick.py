@@ -13,7 +13,10 @@ from stepkd.cli import main
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2] / "recipes" / "claims"
-NAMES = ("step_dpo", "iterated_step_kto", "cached_teacher", "prm_best_of_n", "binary_search_labels", "phi_decoding")
+NAMES = (
+    *("step_dpo", "iterated_step_kto", "cached_teacher", "prm_best_of_n", "implicit_prm", "binary_search_labels"),
+    "phi_decoding",
+)
 """Among them they have every kind of job, and the settings that the others build on."""
 
 
