@@ -290,7 +290,9 @@ def test_a_source_of_ones_own_may_give_several_rows_per_raw_row(
 def test_every_listed_source_is_complete() -> None:
     names = ["gsm8k", "math500", "math", "svamp", "multiarith", "reasoning_gym", "task", "rows"]
     names += ["gsm8k_platinum", "gsm_plus", "minerva_math", "olympiad_bench", "amc23", "aime24", "aime25"]
-    assert {*names, "prm800k", "math_shepherd", "processbench", "bigbench_mistake", "mr_gsm8k"} == set(SOURCES)
+    assert {*names, "prm800k", "math_shepherd", "processbench", "bigbench_mistake", "mr_gsm8k", "prmbench"} == set(
+        SOURCES
+    )
     for name, source in SOURCES.items():
         assert source.name == name
         assert source.help
@@ -305,7 +307,7 @@ def test_test_splits_that_models_are_judged_by_are_not_for_training() -> None:
     kept = {name: set(source.evaluation_only) for name, source in SOURCES.items() if source.evaluation_only}
     assert {name for name, splits in kept.items() if splits == {"*"}} == {
         *("math500", "amc23", "aime24", "aime25", "minerva_math", "olympiad_bench", "gsm8k_platinum", "gsm_plus"),
-        *("processbench", "bigbench_mistake", "mr_gsm8k"),
+        *("processbench", "bigbench_mistake", "mr_gsm8k", "prmbench"),
     }
     assert {name for name, splits in kept.items() if splits == {"test"}} == {"gsm8k", "svamp", "multiarith", "math"}
     assert kept["prm800k"] == {"test", "phase1_test", "phase2_test"}

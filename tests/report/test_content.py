@@ -90,10 +90,14 @@ def test_reliability_of_scored_rows_with_labels_is_that_of_their_steps_up_to_the
     found = of(scores)
     assert found["sets"]["scores"][""]["calibration"]["n"] == expected.n == 18
     assert found["sets"]["scores"][""]["calibration"]["bins"] == expected.to_dict()["bins"]
-    reliability, lowest = found["plots"]["scores"]
+    reliability, lowest, errors, correct = found["plots"]["scores"]
     assert reliability.title == "scores: reliability"
     assert f"{expected.ece.value:.3f}" in reliability.note
     assert lowest.title == "scores: lowest score"
+    assert errors.title == "scores: first incorrect step"
+    assert [line.name for line in errors.legend] == ["true", "predicted"]
+    assert correct.title == "scores: correct steps"
+    assert "Rank correlation with the number" in correct.note
 
 
 def test_scores_without_labels_still_say_where_the_lowest_one_falls(scores: Path) -> None:
@@ -154,14 +158,17 @@ def test_a_judgement_shows_its_stored_numbers(judgement: Path) -> None:
     assert [figure.title for figure in found["plots"]["scores"]] == [
         "judged, gsm8k: reliability",
         "judged, gsm8k: lowest score",
+        "judged, gsm8k: first incorrect step",
+        "judged, gsm8k: correct steps",
     ]
 
 
 def test_two_judgements_are_paired_by_solution(judgement: Path, tmp_path: Path) -> None:
     shutil.copytree(judgement, tmp_path / "second")
-    ((name, found),) = of(judgement, tmp_path / "second")["f1_differences"]
-    assert name == "second minus judged: gsm8k, fixed"
-    assert found["value"] == 0
+    found = dict(of(judgement, tmp_path / "second")["f1_differences"])
+    name = "second minus judged: gsm8k, fixed"
+    assert list(found) == [name, f"{name}, with an error", f"{name}, all correct"]
+    assert {each["value"] for each in found.values()} == {0}
 
 
 def test_labels_are_counted_by_place(labels: Path) -> None:
