@@ -532,7 +532,7 @@ def test_a_job_at_the_fields_temperature(policy: Policy, server: Any, tmp_path: 
         engine=engine,
         device="cpu",
     )
-    with pytest.raises(ConfigError, match=r"a tree weighs steps by the model's own log-probabilities, .* take these"):
+    with pytest.raises(ConfigError, match=r"tree search reads the model's own log-probabilities, .* take these"):
         run_pair_job(tree)
 
 
