@@ -124,7 +124,7 @@ def test_no_import_circles() -> None:
 
 LONG_FILES = {
     "runs/job.py": 600,  # the one job mechanism, with what a kill at any moment leaves
-    "data/rows.py": 500,  # the row contracts, one page
+    "data/rows.py": 520,  # the row contracts, one page
     "tasks/families.py": 440,  # every family of tasks, one class each
     "statistics.py": 620,  # every interval and paired test, a third of it docstrings
     "training/fit.py": 490,

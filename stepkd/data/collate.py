@@ -47,7 +47,7 @@ class Batch:
     completion_S: Tensor
     """int64 completion of each step, not decreasing."""
     step_L: Tensor
-    """int64 step of each labelled step, increasing."""
+    """int64 step of each labelled step, increasing; after :meth:`at_every_token` that of each token, not decreasing."""
     read_L: Tensor
     """int64 positions in the flattened (B * T) axis at which labelled steps are scored: at (not before) the marker or
     the step's last token."""
@@ -94,16 +94,27 @@ class Batch:
         return labels_S
 
     @cached_property
-    def correct_N(self) -> Tensor:
-        """bool, whether each target belongs to a correct step: one whose own label, or for a step without one the next
-        label of its completion, calls it correct."""
+    def label_N(self) -> Tensor:
+        """int64, for each target the labelled step (0 .. L-1) whose label is its own step's, or for a step without one
+        the next of its completion; -1 where there is none."""
         steps_S = torch.arange(len(self.completion_S), device=self.step_L.device)
         next_S = torch.searchsorted(self.step_L, steps_S).clamp(max=max(len(self.step_L) - 1, 0))
         if not len(self.step_L):
-            return torch.zeros_like(self.step_N, dtype=torch.bool)
+            return torch.full_like(self.step_N, -1)
         step_S = self.step_L[next_S]
         there_S = (step_S >= steps_S) & (self.completion_S[step_S] == self.completion_S)
-        return (there_S & self.correct_L[next_S])[self.step_N]
+        return torch.where(there_S, next_S, -1)[self.step_N]
+
+    @cached_property
+    def correct_N(self) -> Tensor:
+        """bool, whether each target belongs to a step that :attr:`label_N` calls correct."""
+        return torch.cat([self.correct_L, self.correct_L.new_zeros(1)])[self.label_N]
+
+    def at_every_token(self) -> Batch:
+        """Copy whose labels are read at every token that they speak of (:attr:`label_N`), not at step ends alone."""
+        label_N = self.label_N[kept_N := self.label_N >= 0]
+        read_L, targets_LC = self.needed_N[kept_N] + 1, self.targets_LC[label_N]
+        return replace(self, step_L=self.step_N[kept_N], read_L=read_L, targets_LC=targets_LC)
 
     def to(self, device: torch.device) -> Batch:
         """Copy with its tensors on a device; the examples are shared.

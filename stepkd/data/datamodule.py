@@ -149,7 +149,11 @@ class StepData(LightningDataModule):
             read = [encoder.example(row) if name != "predict" and row.get("solution") else None for row in rows]
             examples = [each or encoder.prompt_example(row) for each, row in zip(read, rows, strict=True)]
         else:
-            examples = encoder.examples(rows)
+            try:
+                examples = encoder.examples(rows)
+            except DataError as error:  # names the row by its id
+                error.args = (f"data.{name}{f' ({spec.path})' if spec.path else ''}: {error}",)
+                raise
         solved = any(len(each.token_ids) for each in examples)
         measured = solved or self._needs(name) or getattr(self._module, "fidelity_spec", None)
         if contracts is None and name in ("validation", "test") and not measured:

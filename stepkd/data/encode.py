@@ -22,7 +22,7 @@ from stepkd.data.completion import Completion
 from stepkd.data.rows import Contract, ends_partition
 from stepkd.data.templates import PromptTemplate, end_ids
 from stepkd.errors import ConfigError, DataError, check_bounds
-from stepkd.steps.labels import ANY_SUCCESS, LabelKind, Neutral, check_threshold, label_kind, verdicts
+from stepkd.steps.labels import ANY_SUCCESS, LabelKind, Neutral, Progress, check_threshold, label_kind, verdicts
 from stepkd.steps.segment import Segmenter, Span, segment, spans_from_ends, step_ends
 from stepkd.steps.text import TokenizedText, text_from_ids, tokenize_text
 
@@ -48,11 +48,21 @@ class LabelRule:
     scope: Literal["steps", "outcome"] = "steps"
     """``steps``: a process reward model; ``outcome``: one label at the last step, whether the answer is correct (an
     outcome reward model)."""
+    progress: Progress | None = None
+    """How steps are called correct by their values beside the values before them, ``ValueRatio`` or
+    ``EffectiveReward``: rows need Monte-Carlo values (``step_values``, or soft labels) and a ``pass_rate``, both of
+    which ``stepkd label`` writes of samples; None reads labels as they are."""
 
     def __post_init__(self) -> None:
         check_bounds("labels.", self)
         if self.harden is not None:
             check_threshold(self.harden, "labels.harden")
+        others = self.harden is not None or self.scope != "steps" or self.kind in ("bool", "rating")
+        if self.progress is not None and others:
+            raise ConfigError(
+                f"labels.progress makes labels of values: leave out labels.harden ({self.harden}) and labels.scope "
+                f"({self.scope}), and let labels.kind ({self.kind}) be auto or soft"
+            )
 
 
 def step_targets(row: Mapping[str, Any], num_steps: int, num_classes: int, rule: LabelRule) -> list[Target | None]:
@@ -69,7 +79,8 @@ def step_targets(row: Mapping[str, Any], num_steps: int, num_classes: int, rule:
         One target per step; None: not trained on.
 
     Raises:
-        DataError: no labels, another number than steps, another kind than declared, or soft labels for three classes.
+        DataError: no labels, another number than steps, another kind than declared, soft labels for three classes, or
+            for ``progress`` no values or no pass rate.
     """
     if rule.scope == "outcome":
         outcome = row_outcome(row, ("outcome", "correct"))
@@ -81,13 +92,17 @@ def step_targets(row: Mapping[str, Any], num_steps: int, num_classes: int, rule:
                 "completions with 'correct')",
             )
         return [None] * (num_steps - 1) + [_one_hot(num_classes - 1 if outcome else 0, num_classes)]
-    rest = ("step_values", "step_labels") if rule.kind == "soft" else ("step_labels", "step_values")
-    column = next((each for each in ("labels", *rest) if row.get(each) is not None), "labels")
+    columns = ("labels", "step_labels", "step_values")
+    if rule.kind == "soft":
+        columns = ("labels", "step_values", "step_labels")
+    if rule.progress is not None:
+        columns = ("step_values", "labels", "step_labels")
+    column = next((each for each in columns if row.get(each) is not None), "labels")
     labels = row.get(column)
     if labels is None:
         raise refused(row, column, "no step labels: label the row first (stepkd label)")
     if len(labels) != num_steps:
-        raise refused(row, column, f"{len(labels)} labels for {num_steps} steps")
+        raise refused(row, column, f"{len(labels)} labels for {num_steps} steps: give one a step, null for none")
     if all(label is None for label in labels):
         return [None] * num_steps
     try:
@@ -95,8 +110,13 @@ def step_targets(row: Mapping[str, Any], num_steps: int, num_classes: int, rule:
     except DataError as error:
         raise refused(row, column, str(error)) from error
     if rule.kind not in ("auto", kind):
-        said = f"labels are of kind {kind!r} and labels.kind asks for {rule.kind!r}: nothing is cast silently"
+        said = (
+            f"labels are of kind {kind!r} and labels.kind asks for {rule.kind!r}: nothing is cast silently. Set "
+            f"labels.kind: {kind}, or auto where rows differ"
+        )
         raise refused(row, column, said)
+    if rule.progress is not None:
+        labels, kind = _progress(row, column, labels, kind, rule.progress), "bool"
     if kind == "soft" and rule.harden is None and num_classes != 2:
         raise refused(row, column, f"soft labels for {num_classes} classes: they need two, or labels.harden")
     neutral = rule.neutral if num_classes == 2 else "correct"
@@ -114,6 +134,22 @@ def step_targets(row: Mapping[str, Any], num_steps: int, num_classes: int, rule:
         incorrect = marks.index(False)
         targets[incorrect + 1 :] = [None] * (num_steps - incorrect - 1)
     return targets
+
+
+def _progress(
+    row: Mapping[str, Any], column: str, values: Sequence[Any], kind: LabelKind, progress: Progress
+) -> list[bool | None]:
+    if kind != "soft" and column != "step_values":  # 0 and 1 alone may be written as whole numbers
+        said = "and labels.progress compares values in [0, 1]: label the rows with MonteCarlo, or leave progress out"
+        raise refused(row, column, f"labels are of kind {kind!r}, {said}")
+    if row.get("pass_rate") is None:
+        raise refused(
+            row,
+            "pass_rate",
+            "labels.progress compares the first step with the share of the problem's samples that are correct: give "
+            "rows a 'pass_rate' in [0, 1] (stepkd label --solutions Sampled writes it)",
+        )
+    return progress.labels([None if value is None else float(value) for value in values], float(row["pass_rate"]))
 
 
 def row_outcome(row: Mapping[str, Any], columns: Sequence[str] = ("correct", "outcome", "label")) -> bool | None:

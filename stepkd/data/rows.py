@@ -153,6 +153,12 @@ def _numbers(what: str, least: float = -sys.float_info.max, most: float = sys.fl
     return pydantic.WrapValidator(check)
 
 
+def _rate(value: object) -> object:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise _invalid(f"must be a number in [0, 1], found {shown(value)}")
+    return value
+
+
 Prompt = Annotated[Any, pydantic.PlainValidator(_prompt)]
 """Text, or chat messages that do not end with the assistant."""
 Labels = Annotated[list[Any], pydantic.PlainValidator(_labels)]
@@ -162,6 +168,7 @@ _Number = pydantic.InstanceOf[float] | _Whole
 TokenIds = Annotated[list[_Whole], _numbers("token ids (whole numbers from 0)", 0)]
 Logprobs = Annotated[list[_Number], _numbers("log-probabilities (finite, at most 0)", most=MAX_LOGPROB)]
 Values = Annotated[list[_Number | None], _numbers("numbers in [0, 1] or null", 0, 1)]
+Rate = Annotated[Any, pydantic.PlainValidator(_rate)]
 
 
 # --- the contracts -------------------------------------------------------------------------------------------------
@@ -210,16 +217,21 @@ class DemonstrationRow(RowModel):
 
 
 class StepwiseRow(RowModel):
-    """Step texts with one label each (TRL's stepwise-supervision type); a null label marks an unrated step."""
+    """Step texts with one label each (TRL's stepwise-supervision type); a null label marks an unrated step.
+
+    `step_values` and `pass_rate`, the share of the problem's samples that are correct, are for relative progress.
+    """
 
     name = "stepwise"
     completions: Annotated[list[Filled], pydantic.Field(min_length=1)]
     labels: Labels
     outcome: bool | None = None
+    step_values: Values | None = None
+    pass_rate: Rate | None = None
 
     @pydantic.model_validator(mode="after")
     def _as_many(self) -> StepwiseRow:
-        _same_length(self, "completions", "labels")
+        _same_length(self, "completions", "labels", "step_values")
         return self
 
 
@@ -269,7 +281,8 @@ class CompletionRow(RowModel):
     """A sampled completion with its token ids; `step_ends` are exclusive token ends; `correct` is null until graded.
 
     `logprobs` are under the distribution that was sampled from; `raw_logprobs`, where they differ, at temperature 1.
-    `step_values` are chances of a correct answer estimated by continuations, `step_scores` what a step scorer says.
+    `step_values` are chances of a correct answer estimated by continuations, `step_scores` what a step scorer says,
+    `pass_rate` is the share of the problem's samples that are correct.
     """
 
     name = "completion"
@@ -287,6 +300,7 @@ class CompletionRow(RowModel):
     step_labels: Labels | None = None
     step_values: Values | None = None
     step_scores: Values | None = None
+    pass_rate: Rate | None = None
 
     @pydantic.model_validator(mode="after")
     def _fits_together(self) -> CompletionRow:

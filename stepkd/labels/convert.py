@@ -33,7 +33,7 @@ from stepkd.steps.labels import Label, Neutral, check_threshold, first_incorrect
 
 T = TypeVar("T")
 PURPOSE = "preference_pairs"
-KEPT = ("labelling", "label_facts", "step_values", "task", "meta", "problem_id")
+KEPT = ("labelling", "label_facts", "step_values", "pass_rate", "task", "meta", "problem_id")
 """Columns of a labelled completion that its stepwise row keeps."""
 
 

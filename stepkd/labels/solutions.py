@@ -87,6 +87,7 @@ class SampledSolutions:
         prompt, n = self.prompts[record["index"]], self.sampling.n
         sampling = asdict(self.sampling) | {"stop": list(self.sampling.stop)}
         seed = sampling.pop("seed")
+        pass_rate = sum(sample["correct"] for sample in record["samples"]) / n
         found = []
         for j, sample in enumerate(record["samples"]):
             columns = {
@@ -94,7 +95,7 @@ class SampledSolutions:
                 "prompt": prompt.row["prompt"],
                 "completion": sample["text"],
                 **{name: sample[name] for name in ("token_ids", "logprobs", "finish")},
-                **{"model": self.bench.model, "sampling": sampling, "seed": seed},
+                **{"model": self.bench.model, "sampling": sampling, "seed": seed, "pass_rate": pass_rate},
             } | {name: prompt.row[name] for name in PROBLEM_COLUMNS if name in prompt.row}
             if not at_temperature_one(sampling):
                 columns["raw_logprobs"] = sample["raw_logprobs"]

@@ -35,6 +35,17 @@ from stepkd.losses.linear import (
     token_logps,
 )
 from stepkd.losses.policy_gradient import clipped_loss, group_advantages, step_advantages, token_normalisation
-from stepkd.losses.prm import label_token_logps, pqm, step_cross_entropy, step_weights
+from stepkd.losses.prm import (
+    label_token_logps,
+    likeliest,
+    log_odds,
+    multilevel_ranking,
+    pqm,
+    step_cross_entropy,
+    step_decision_counts,
+    step_decisions,
+    step_regression,
+    step_weights,
+)
 from stepkd.losses.prm_teacher import class_centroids, mcmi, subclass_directions, subclass_targets
 from stepkd.losses.reduce import LossTerms, component_scales, segment_sum

@@ -23,7 +23,7 @@ _HOMES = {
     "kto": "ImplicitPRMModule KTOModule ReferencePointConfig StepKTOModule",
     "optim": "OptimizerConfig",
     "preference": "PreferenceModule ReferenceConfig",
-    "prm": "LanguageModelling PRMModule StepCrossEntropy",
+    "prm": "PQM LanguageModelling MultilevelRanking PRMModule StepCrossEntropy StepDecisions StepRegression",
     "prm_teachers": "MCMI StepDistillation",
     "rewards": "RewardConfig",
     "sft": "SFTModule",

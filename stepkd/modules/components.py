@@ -17,6 +17,7 @@ from torch import Tensor
 from stepkd.data.collate import Batch
 from stepkd.losses import DEFAULT_CHUNK, LossTerms, VocabHead, cross_entropy, token_logps
 from stepkd.models.policy import Policy
+from stepkd.models.spec import StepHeadConfig
 from stepkd.teachers.signals import Signals
 
 
@@ -183,6 +184,15 @@ class StepLoss(Component):
 
     reads_head = True
     """Whether it trains the step head; one of a module's losses has to."""
+    compares_steps = False
+    """Whether it compares the steps of a solution, of which an outcome reward model labels none but the last."""
+
+    def check(self, head: StepHeadConfig) -> None:
+        """Refuse a head that the loss cannot train.
+
+        Raises:
+            ConfigError: the setting that does not go with the head's classes.
+        """
 
     def bound(self, policy: Policy) -> StepLoss:
         """The loss for a model with its step head: itself, where it needs nothing of them."""

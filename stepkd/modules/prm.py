@@ -2,7 +2,9 @@
 
 Two heads (:class:`~stepkd.models.spec.StepHeadConfig`): label tokens at a step marker, as in Math-Shepherd
 (arXiv 2312.08935) and ASPRM (arXiv 2502.13943), or a small classifier, as in Qwen2.5-Math-PRM (arXiv 2501.07301). With
-``data.labels.scope: outcome`` and ``head.meaning: outcome`` it is an outcome reward model, the baseline.
+``data.labels.scope: outcome`` and ``head.meaning: outcome`` it is an outcome reward model, the baseline, trained at
+every token as in Cobbe et al. 2021 (arXiv 2110.14168) and "Let's Verify Step by Step" (arXiv 2305.20050), and read at
+the last.
 
 Axes: L labelled steps, C classes from worst to best, N targets.
 """
@@ -10,19 +12,34 @@ Axes: L labelled steps, C classes from worst to best, N targets.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from stepkd.data.batching import StepBatch
 from stepkd.data.collate import Batch
+from stepkd.data.completion import Completion
 from stepkd.data.datamodule import StepData
 from stepkd.data.encode import LabelRule
 from stepkd.data.step_encode import StepEncoder
 from stepkd.errors import ConfigError, check_bounds
-from stepkd.losses import LossTerms, cross_entropy, pqm, step_cross_entropy, step_weights
+from stepkd.losses import (
+    LossTerms,
+    cross_entropy,
+    likeliest,
+    log_odds,
+    multilevel_ranking,
+    pqm,
+    step_cross_entropy,
+    step_decision_counts,
+    step_decisions,
+    step_regression,
+    step_weights,
+)
 from stepkd.models.policy import Policy
 from stepkd.models.spec import LabelTokens, PolicyConfig, StepHeadConfig
 from stepkd.models.step_head import StepHeadIds, resolve_ids
@@ -47,6 +64,11 @@ class StepCrossEntropy(StepLoss):
         if self.class_weights is not None and not all(0 < weight < float("inf") for weight in self.class_weights):
             raise ConfigError(f"class_weights={self.class_weights}: positive numbers, one per class, worst first")
 
+    def check(self, head: StepHeadConfig) -> None:
+        """A weight for each class."""
+        if self.class_weights is not None and len(self.class_weights) != head.num_classes:
+            raise ConfigError(f"class_weights={self.class_weights}: {head.num_classes} positive numbers, worst first")
+
     def count(self, batch: Batch) -> dict[str, float]:
         """Labelled steps, or the sum of their weights."""
         return {"prm": float(step_weights(batch.targets_LC, self.class_weights).sum())}
@@ -55,6 +77,53 @@ class StepCrossEntropy(StepLoss):
         """Cross-entropy of the labelled steps, with accuracies by class."""
         targets_LC = forward.batch.targets_LC.to(forward.step_logps_LC)
         return step_cross_entropy(forward.step_logps_LC, targets_LC, class_weights=self.class_weights)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRegression(StepLoss):
+    """Regression of step scores on step values; see :func:`stepkd.losses.step_regression`."""
+
+    form: Literal["mse", "bce"] = "mse"
+    """Squared error (Cobbe et al. 2021; Qwen2.5-Math-PRM on soft labels), the default, or binary cross-entropy, which
+    for two classes among themselves is StepCrossEntropy."""
+
+    names = ("value",)
+
+    def __post_init__(self) -> None:
+        check_bounds("losses.", self)
+
+    def count(self, batch: Batch) -> dict[str, float]:
+        """Labelled steps."""
+        return {"value": float(len(batch.targets_LC))}
+
+    def terms(self, forward: ForwardPass) -> LossTerms:
+        """Errors of the labelled steps, with the metrics of cross-entropy."""
+        logps_LC = forward.step_logps_LC
+        return step_regression(logps_LC, forward.batch.targets_LC.to(logps_LC), form=self.form)
+
+
+@dataclass(frozen=True)
+class StepDecisions(StepLoss):
+    """Ratings -1, 0 and 1 as two decisions in turn, incorrect or not and neutral or not, after Ord2Seq (arXiv
+    2307.09004); see :func:`stepkd.losses.step_decisions`. It needs a head of three classes."""
+
+    names = ("ordinal_incorrect", "ordinal_neutral")
+
+    def check(self, head: StepHeadConfig) -> None:
+        """Three classes."""
+        if head.num_classes != 3:
+            raise ConfigError(
+                "losses: StepDecisions tells incorrect, neutral and correct apart, and the head has "
+                f"{head.num_classes} classes: set head.classes: 3 (Classifier) or three head.labels (LabelTokens)"
+            )
+
+    def count(self, batch: Batch) -> dict[str, float]:
+        """Labelled steps, and those of them that are not incorrect."""
+        return step_decision_counts(batch.targets_LC)
+
+    def terms(self, forward: ForwardPass) -> LossTerms:
+        """Cross-entropy of each decision, with the metrics of cross-entropy."""
+        return step_decisions(forward.step_logps_LC, forward.batch.targets_LC.to(forward.step_logps_LC))
 
 
 @dataclass(frozen=True)
@@ -110,6 +179,7 @@ class PQM(StepLoss):
     """How far incorrect steps are to stand below correct ones, in log-odds, >= 0 (the paper's zeta; its code has 4)."""
 
     names = ("pqm",)
+    compares_steps = True
 
     def __post_init__(self) -> None:
         check_bounds("losses.", self, margin="[0, inf)")
@@ -120,9 +190,48 @@ class PQM(StepLoss):
 
     def terms(self, forward: ForwardPass) -> LossTerms:
         """See :func:`stepkd.losses.pqm`."""
-        logps_LC, batch = forward.step_logps_LC, forward.batch
-        scores_L = logps_LC[:, 1:].logsumexp(-1) - logps_LC[:, 0]
+        scores_L, batch = log_odds(forward.step_logps_LC), forward.batch
         return pqm(scores_L, batch.correct_L, batch.completion_L, batch.num_completions, margin=self.margin)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultilevelRanking(StepLoss):
+    """QuantiDCE's ranking of levels (arXiv 2106.00507) within a solution: steps of one label have scores near their
+    mean, and the means of the labels lie apart, the better label's above.
+
+    A level is a class of the labels, soft ones by the likelier; a score is the mean class, from 0 (worst) to 1 (best).
+    It goes beside another loss: see :func:`stepkd.losses.multilevel_ranking`.
+    """
+
+    lower: float = 0.3
+    """Least distance of the mean scores of adjacent levels, in [0, 1]; the authors' value."""
+    upper: float = 0.1
+    """Greatest mean distance of a level's scores from their mean, in [0, 1]; the authors' value."""
+
+    names = ("ranking",)
+    compares_steps = True
+
+    def __post_init__(self) -> None:
+        check_bounds("losses.", self, lower="[0, 1]", upper="[0, 1]")
+
+    def count(self, batch: Batch) -> dict[str, float]:
+        """Solutions with a labelled step."""
+        return {"ranking": float(batch.completion_L.unique().numel())}
+
+    def terms(self, forward: ForwardPass) -> LossTerms:
+        """See :func:`stepkd.losses.multilevel_ranking`."""
+        probs_LC, batch = forward.step_logps_LC.softmax(-1), forward.batch
+        classes = probs_LC.shape[-1]
+        scores_L = probs_LC @ torch.linspace(0, 1, classes, dtype=probs_LC.dtype, device=probs_LC.device)
+        return multilevel_ranking(
+            scores_L,
+            likeliest(batch.targets_LC),
+            batch.completion_L,
+            batch.num_completions,
+            num_levels=classes,
+            lower=self.lower,
+            upper=self.upper,
+        )
 
 
 _TOKENS = LabelTokens()
@@ -135,8 +244,12 @@ class PRMModule(StepModule):
         policy: the model to train; LoRA or all weights.
         head: how it scores steps.
         losses: what it learns by, added up with ``loss_weights``: ``StepCrossEntropy`` (``prm``; null is this alone),
-            ``PQM`` (``pqm``), ``StepDistillation`` (``step_kd``), and beside any of them ``LanguageModelling`` (``lm``)
-            and ``MCMI`` (``mcmi``).
+            ``StepRegression`` (``value``), ``StepDecisions`` (``ordinal_incorrect``, ``ordinal_neutral``), ``PQM``
+            (``pqm``), ``StepDistillation`` (``step_kd``), and beside any of them ``MultilevelRanking`` (``ranking``),
+            ``LanguageModelling`` (``lm``) and ``MCMI`` (``mcmi``).
+        every_token: an outcome reward model (``head.meaning: outcome``) learns the outcome at every token of a solution
+            (Cobbe et al. 2021, "Let's Verify Step by Step"); false: at the last one alone, which is what scoring and
+            validation read. Of a process reward model, and of one that reads the prompt alone, it says nothing.
         **settings: ``optimizer``, ``validation`` and what else :class:`~stepkd.modules.base.StepModule` takes.
     """
 
@@ -149,10 +262,12 @@ class PRMModule(StepModule):
         policy: PolicyConfig,
         head: StepHeadConfig = _TOKENS,
         losses: list[StepLoss] | None = None,
+        every_token: bool = True,
         **settings: Any,
     ) -> None:
         super().__init__(policy, **settings)
         self.head_spec = head
+        self.every_token = every_token and head.meaning == "outcome" and head.format.marker_place != "prompt_end"
         losses = [StepCrossEntropy()] if losses is None else losses
         if not any(loss.reads_head for loss in losses):
             given = ", ".join(type(loss).__name__ for loss in losses)
@@ -160,13 +275,16 @@ class PRMModule(StepModule):
                 f"losses: [{given}] would leave the step head as it is: add StepCrossEntropy or PQM, or leave losses "
                 "out, which is StepCrossEntropy alone"
             )
+        if head.meaning == "outcome" and (comparing := [type(loss).__name__ for loss in losses if loss.compares_steps]):
+            raise ConfigError(
+                f"losses: {comparing[0]} compares the steps of a solution, and an outcome reward model (head.meaning: "
+                "outcome) has one label for all of it: take StepCrossEntropy or StepRegression"
+            )
         self.components = self.losses = losses
         if self.validation_spec.sampling is not None:
             raise ConfigError("validation.sampling: a reward model scores steps and is not sampled from; use null")
         for loss in losses:
-            weights = loss.class_weights if isinstance(loss, StepCrossEntropy) else None
-            if weights is not None and len(weights) != head.num_classes:
-                raise ConfigError(f"class_weights={weights}: {head.num_classes} positive numbers, worst first")
+            loss.check(head)
 
     @cached_property
     @telling
@@ -220,6 +338,11 @@ class PRMModule(StepModule):
         """Take it back."""
         for loss in self._fitted_losses:
             loss.fitted.update(state.get(loss.names[0], {}))
+
+    def prepare_examples(self, examples: Iterable[Completion]) -> list[Batch]:
+        """See :meth:`StepModule.prepare_examples`; in training with ``every_token``, labels at every token."""
+        batches = super().prepare_examples(examples)
+        return [batch.at_every_token() for batch in batches] if self.every_token and self.training else batches
 
     def predict_step(self, batch: StepBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """A reward model samples nothing."""

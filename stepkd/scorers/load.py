@@ -15,7 +15,7 @@ from stepkd.sampling.config import EngineConfig, VLLMServer
 from stepkd.sampling.engine import Engine, SamplingConfig
 from stepkd.scorers.critiques import get_form
 from stepkd.scorers.rules import Arithmetic, Checker, Gain
-from stepkd.scorers.scorer import ScorerConfig, StepScorer
+from stepkd.scorers.scorer import Meaning, ScorerConfig, StepScorer
 
 if TYPE_CHECKING:
     import torch
@@ -81,6 +81,9 @@ class PRM(_Reader):
 
     head: StepHeadConfig | None = None
     """How a plain model scores steps: LabelTokens or Classifier; the default is the head that it was trained with."""
+    meaning: Meaning | None = None
+    """What its scores are taken for: correctness, value or outcome; the default is what it was trained for. ``value``
+    reads an outcome reward model, which learns at every token, at every step's end and not at the last alone."""
 
     def _load(self, weights: dict[str, Any], **reading: Any) -> Any:
         from stepkd.models.checkpoint import load_trained
@@ -94,7 +97,9 @@ class PRM(_Reader):
             policy.attach_step_head(self.head)
         policy.require_step_head()
         template = self.template or _known(trained_template(self.path), self.path)
-        return PRMScorer(policy, template=template, **reading)
+        scorer = PRMScorer(policy, template=template, **reading)
+        scorer.meaning = self.meaning or scorer.meaning
+        return scorer
 
 
 def _known(template: PromptTemplate | None, path: str) -> PromptTemplate:

@@ -8,8 +8,8 @@ _HOMES = {
     "confidence": "AdaptiveStepSegmenter EntropySegmenter RejectSegmenter SegmentThreshold fit_threshold",
     "format": "MARKER_CANDIDATES Meaning StepFormat auto_marker marker_token_id written_steps",
     "labels": (
-        "THRESHOLD Label Reduce Tally correct_targets first_incorrect is_settled label_kind passes reduce_values tally "
-        "verdicts"
+        "THRESHOLD EffectiveReward Label Progress Reduce Tally ValueRatio correct_targets first_incorrect is_settled "
+        "label_kind passes reduce_values tally verdicts"
     ),
     "segment": (
         "SEGMENTERS RegexSegmenter Segmenter SentenceSegmenter Span WholeSegmenter get_segmenter "

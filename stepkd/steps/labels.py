@@ -11,7 +11,8 @@ On the way from a file to a loss four places apply the rule, in this order:
 1. ``_read_binary_labels`` (:mod:`stepkd.data.load`): whole numbers of rows without a -1 become booleans, 0 incorrect.
 2. ``StepData.ratings`` (:mod:`stepkd.data.datamodule`): a -1 in one split makes 0 neutral in those read after it.
 3. :class:`~stepkd.data.encode.LabelRule`: probabilities stay soft targets, and ``after_error`` begins behind the first
-   step from which **no** continuation succeeded (:data:`ANY_SUCCESS`); ``harden`` is a threshold for both.
+   step from which **no** continuation succeeded (:data:`ANY_SUCCESS`); ``harden`` is a threshold for both, and
+   ``progress`` compares each with the one before (:class:`Progress`).
 4. :class:`~stepkd.data.feedback.FeedbackEncoder` (KTO, Step-KTO): a label that is still soft is refused.
 """
 
@@ -19,10 +20,12 @@ from __future__ import annotations
 
 import math
 import reprlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from stepkd.errors import ConfigError, DataError
+from stepkd.errors import ConfigError, DataError, check_bounds
 
 Label = bool | int | float | None
 LabelKind = Literal["bool", "rating", "soft"]
@@ -132,6 +135,74 @@ def reduce_values(values: Sequence[float], reduce: Reduce) -> tuple[bool | float
         return tuple(any(labels[i:]) for i in range(len(labels)))
     first = labels.index(False) if reduce == "first_error" and False in labels else len(labels)
     return tuple(label if i <= first else None for i, label in enumerate(labels))
+
+
+class Progress(ABC):
+    """Relative progress: a step is correct by its value (:func:`reduce_values`) beside the value before it, the pass
+    rate of the problem for the first step. Members: :class:`ValueRatio`, :class:`EffectiveReward`."""
+
+    @abstractmethod
+    def advances(self, value: float, before: float) -> bool:
+        """Whether a step is correct.
+
+        Args:
+            value: after the step, in [0, 1].
+            before: before it, in [0, 1].
+        """
+
+    def labels(self, values: Sequence[float | None], pass_rate: float) -> list[bool | None]:
+        """Labels of the steps of one solution.
+
+        Args:
+            values: (steps,) in [0, 1]; None: not known, the step has no label, and the next one is compared with the
+                last value that is known.
+            pass_rate: the share of the problem's samples that are correct, in [0, 1]: the value before the first step.
+        """
+        found: list[bool | None] = []
+        before = pass_rate
+        for value in values:
+            found.append(None if value is None else self.advances(value, before))
+            before = before if value is None else value
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValueRatio(Progress):
+    """Value after over value before, correct from a threshold on (GenPRM, arXiv 2504.00891; StepWiser's Rel-Ratio,
+    arXiv 2508.19229, which asks for more than the threshold).
+
+    A step of value 0 is incorrect. Behind one GenPRM calls all steps incorrect (told at second hand); here one from
+    which a continuation succeeds is correct, and ``after_error: truncate`` leaves them out.
+    """
+
+    threshold: float = 0.8
+    """Least ratio of a correct step, > 0: 0.8 in GenPRM, and in StepWiser for 1.5B parameters (0.7 for 7B)."""
+
+    def __post_init__(self) -> None:
+        check_bounds("labels.progress.", self, threshold="(0, inf)")
+
+    def advances(self, value: float, before: float) -> bool:
+        """See :meth:`Progress.advances`."""
+        return 0 < value >= self.threshold * before - 1e-9  # shares are no binary fractions
+
+
+@dataclass(frozen=True, kw_only=True)
+class EffectiveReward(Progress):
+    """Value plus a weighted difference, correct above 0 (StepWiser's Rel-Effective, arXiv 2508.19229): the difference
+    is of the best-of-n policy's values, after the step and before it, where that of a value v is ``1 - (1 - v)^n``."""
+
+    alpha: float = 0.4
+    """Weight of the difference, >= 0: 0.4 in the paper for 1.5B parameters, 0.8 for 7B; the larger, the more the
+    difference alone decides."""
+    best_of: int = 4
+    """n of the best-of-n policy, >= 1, the paper's 4; 1 takes the difference of the values themselves."""
+
+    def __post_init__(self) -> None:
+        check_bounds("labels.progress.", self, alpha="[0, inf)", best_of="[1, inf)")
+
+    def advances(self, value: float, before: float) -> bool:
+        """See :meth:`Progress.advances`."""
+        return value + self.alpha * ((1 - before) ** self.best_of - (1 - value) ** self.best_of) > 0
 
 
 class Tally(NamedTuple):

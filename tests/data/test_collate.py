@@ -144,6 +144,22 @@ def test_every_labelled_step_knows_its_step_its_completion_and_its_place(side: A
     assert batch.correct_N.tolist() == [flag for flag in correct for _ in range(2)]
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_labels_at_every_token_are_read_at_the_token_itself(side: Any) -> None:
+    solutions = [labelled("a", [None, None, INCORRECT]), labelled("b", [None, CORRECT, None], prompt=1)]
+    batch = collate(solutions, PAD, padding_side=side)
+    every = batch.at_every_token()
+    kept = batch.label_N >= 0
+    assert batch.label_N.tolist() == [0] * 6 + [1] * 4 + [-1] * 2, "behind the last label nothing is learnt"
+    assert batch.input_ids_BT.flatten()[every.read_L].tolist() == batch.targets_N[kept].tolist()
+    assert every.targets_LC.tolist() == [list(INCORRECT)] * 6 + [list(CORRECT)] * 4
+    assert every.completion_L.tolist() == [0] * 6 + [1] * 4
+    assert every.step_L.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert every.correct_N.tolist() == batch.correct_N.tolist()
+    assert set(batch.read_L.tolist()) <= set(every.read_L.tolist()), "the last token is one of them"
+    assert not len(collate(ROWS, PAD).at_every_token().read_L)
+
+
 def test_a_neutral_step_is_correct_and_an_incorrect_one_is_not() -> None:
     solution = labelled("a", [(0.0, 1.0, 0.0), (1.0, 0.0, 0.0), (0.0, 0.0, 1.0)])
     batch = collate([solution], PAD)

@@ -36,6 +36,8 @@ GOOD: dict[str, dict[str, Any]] = {
         "labels": [True, False],
         "outcome": False,
         "answer": "3",
+        "step_values": [1, 0.25],
+        "pass_rate": 0.5,
     },
     "unpaired": {"prompt": "1+1?", "completion": "2", "label": True},
     "preference": {
@@ -62,6 +64,7 @@ GOOD: dict[str, dict[str, Any]] = {
         "seed": 0,
         "step_labels": [True, None],
         "step_values": [0.5, None],
+        "pass_rate": 1,
     },
 }
 
@@ -232,6 +235,19 @@ def test_booleans_are_never_cast(value: object) -> None:
         validate(good("stepwise", outcome=value), STEPWISE)
     with pytest.raises(DataError, match="column 'correct': must be true or false"):
         validate(good("completion", correct=value), COMPLETION)
+
+
+@pytest.mark.parametrize("value", [1.5, -0.1, math.nan, True, "0.5"])
+@pytest.mark.parametrize("name", ["stepwise", "completion"])
+def test_a_pass_rate_is_a_share(name: str, value: object) -> None:
+    with pytest.raises(DataError, match=r"column 'pass_rate': must be a number in \[0, 1\], found"):
+        validate(good(name, pass_rate=value), CONTRACTS[name])
+    assert validate(good(name, pass_rate=None), CONTRACTS[name])["pass_rate"] is None
+
+
+def test_as_many_values_as_steps() -> None:
+    with pytest.raises(DataError, match="column 'step_values': has 1 entries for 2 completions"):
+        validate(good("stepwise", step_values=[0.5]), STEPWISE)
 
 
 @pytest.mark.parametrize("column", ["seed", "token_ids", "logprobs", "step_ends", "step_values"])

@@ -159,6 +159,14 @@ def test_labels_and_steps_of_different_length_in_a_file(tmp_path: Path) -> None:
     assert (caught.value.path, caught.value.line) == (str(path), 1)
 
 
+def test_what_an_encoder_refuses_names_the_split_and_the_file(tmp_path: Path) -> None:
+    spec = write(tmp_path / "a.jsonl", [[0.5, 1.0]], id="row-7")
+    with pytest.raises(
+        DataError, match=r"data\.train \(.*a\.jsonl\): row-7, column 'labels': labels are of kind 'soft'"
+    ):
+        attach(made(spec, labels=LabelRule(kind="bool"))).setup("fit")
+
+
 @pytest.mark.parametrize(("scope", "meaning"), [("outcome", "correctness"), ("steps", "outcome")])
 def test_an_outcome_model_says_so_in_both_places(scope: Any, meaning: str) -> None:
     """The meaning decides how scores are reduced, so a head that says the wrong thing is silently misused later."""

@@ -8,6 +8,7 @@ import pytest
 
 from stepkd.data.encode import LabelRule, Target, step_targets
 from stepkd.errors import ConfigError, DataError
+from stepkd.steps.labels import EffectiveReward, ValueRatio
 
 INCORRECT, CORRECT = (1.0, 0.0), (0.0, 1.0)
 ONE_OF_3 = {-1: (1.0, 0.0, 0.0), 0: (0.0, 1.0, 0.0), 1: (0.0, 0.0, 1.0)}
@@ -97,6 +98,34 @@ def test_which_column_is_read() -> None:
     assert step_targets({**row, "labels": [False, False]}, 2, 2, keep) == [INCORRECT, INCORRECT]
 
 
+def test_progress_makes_hard_labels_of_values() -> None:
+    row = {"step_labels": [True, True, False], "step_values": [0.5, 0.25, 0.0], "pass_rate": 0.5}
+    rule = LabelRule(progress=ValueRatio(), after_error="keep")
+    assert step_targets(row, 3, 2, rule) == [CORRECT, INCORRECT, INCORRECT]
+    assert step_targets(row, 3, 2, LabelRule(progress=ValueRatio())) == [CORRECT, INCORRECT, None]
+    assert step_targets(row, 3, 3, rule) == [ONE_OF_3[1], ONE_OF_3[-1], ONE_OF_3[-1]]
+    soft = {"labels": [0.5, None, 0.5], "pass_rate": 0.25}
+    assert step_targets(soft, 3, 2, rule) == [CORRECT, None, CORRECT]
+    whole = {"step_values": [1, 0], "pass_rate": 1}
+    assert step_targets(whole, 2, 2, LabelRule(progress=EffectiveReward(), kind="auto")) == [CORRECT, INCORRECT]
+
+
+@pytest.mark.parametrize(
+    ("row", "column", "message"),
+    [
+        ({"labels": [True, False], "pass_rate": 0.5}, "labels", "of kind 'bool', and labels.progress compares values"),
+        ({"labels": [1, -1], "pass_rate": 0.5}, "labels", "of kind 'rating'.* label the rows with MonteCarlo"),
+        ({"step_values": [0.5, 0.25]}, "pass_rate", r"compares the first step .* --solutions Sampled writes it"),
+        ({"step_values": [0.5], "pass_rate": 0.5}, "step_values", "1 labels for 2 steps: give one a step"),
+        ({"step_values": [0.5, float("nan")], "pass_rate": 0.5}, "step_values", "label 2 of 2 is nan"),
+    ],
+)
+def test_progress_without_values(row: dict[str, Any], column: str, message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        step_targets({"id": "row-7", **row}, 2, 2, LabelRule(progress=ValueRatio()))
+    assert (caught.value.path, caught.value.column) == ("row-7", column)
+
+
 def test_rows_without_a_single_label_give_no_targets() -> None:
     assert targets([None, None]) == [None, None]
 
@@ -107,7 +136,13 @@ def test_rows_without_a_single_label_give_no_targets() -> None:
         (None, 2, 2, {}, "no step labels: label the row first"),
         ([True], 2, 2, {}, "1 labels for 2 steps"),
         ([True, False, True], 2, 2, {}, "3 labels for 2 steps"),
-        ([True, False], 2, 2, {"kind": "soft"}, "labels are of kind 'bool' and labels.kind asks for 'soft'"),
+        (
+            [True, False],
+            2,
+            2,
+            {"kind": "soft"},
+            "labels are of kind 'bool' and labels.kind asks for 'soft': .* Set labels.kind: bool",
+        ),
         ([0.5, 1.0], 2, 2, {"kind": "bool"}, "labels are of kind 'soft' and labels.kind asks for 'bool'"),
         ([1, -1], 2, 2, {"kind": "bool"}, "labels are of kind 'rating' and labels.kind asks for 'bool'"),
         ([0.5, 1.0], 2, 3, {}, "soft labels for 3 classes: they need two"),
@@ -135,6 +170,9 @@ def test_refused(labels: Any, steps: int, classes: int, rule: dict[str, Any], me
         ({"harden": -0.1}, "labels.harden=-0.1"),
         ({"harden": 0.0}, "labels.harden=0.0: .* for 'any continuation succeeded' take a small one, such as 0.001"),
         ({"harden": float("nan")}, "labels.harden=nan"),
+        ({"progress": ValueRatio(), "harden": 0.5}, r"labels.progress makes labels of values: leave out labels.harden"),
+        ({"progress": ValueRatio(), "scope": "outcome"}, r"and labels.scope \(outcome\)"),
+        ({"progress": ValueRatio(), "kind": "bool"}, r"let labels.kind \(bool\) be auto or soft"),
     ],
 )
 def test_bad_rules(settings: dict[str, Any], message: str) -> None:

@@ -73,6 +73,8 @@ def test_folder_rows_and_provenance(spec: LabelConfig, run: Any, drawn: Any) -> 
         assert "".join(row["steps"]) == row["completion"]
         assert len(row["steps"]) == len(row["step_labels"]) == len(row["step_values"]) == len(row["step_ends"])
         assert row["step_labels"] == [value > 0 for value in row["step_values"]]
+        samples = [each["correct"] for each in labelled if each["problem_id"] == row["problem_id"]]
+        assert row["pass_rate"] == sum(samples) / len(samples)
         assert row["sampling"]["temperature"] == 1.0
         assert row["seed"] == 3
         assert set(row["label_facts"]) >= {"successes", "trials", "generated_tokens", "prefill_tokens"}

@@ -34,7 +34,15 @@ from stepkd.modules.gkd import GKDModule
 from stepkd.modules.gkd_settings import Beside, LearnedTemperature
 from stepkd.modules.kdrl import KDRLModule
 from stepkd.modules.kto import ImplicitPRMModule, KTOModule, ReferencePointConfig, StepKTOModule
-from stepkd.modules.prm import PQM, LanguageModelling, PRMModule, StepCrossEntropy
+from stepkd.modules.prm import (
+    PQM,
+    LanguageModelling,
+    MultilevelRanking,
+    PRMModule,
+    StepCrossEntropy,
+    StepDecisions,
+    StepRegression,
+)
 from stepkd.modules.prm_teachers import MCMI, StepDistillation
 from stepkd.modules.sft import SFTModule
 from stepkd.runs.launcher import check_launch, trainer_defaults
@@ -55,6 +63,8 @@ def beside(name: str) -> Any:
 preference, gkd, kdrl = (beside(f"{name}_worker") for name in ("preference", "gkd", "kdrl"))
 TOKENS, CLASSIFIER, SUBCLASSES = LabelTokens(), Classifier(), Classifier(subclasses=3)
 _HELD: list[Any] = []
+RATINGS, OUTCOME = LabelTokens(labels=("-", "0", "+")), Classifier(meaning="outcome")
+APART = MultilevelRanking(lower=0.9, upper=0.0)
 
 
 def solutions() -> list[Any]:
@@ -64,12 +74,15 @@ def solutions() -> list[Any]:
 
 
 def labelled(head: StepHeadConfig) -> list[Any]:
-    """Solutions with correct and incorrect steps."""
+    """Solutions with correct and incorrect steps; under three classes some correct ones are neutral."""
     rows = make_rows("modular:terms=2-6", 7, seed=5, noise=Noise(rate=0.3))
+    if head.num_classes == 3:
+        for row in rows:
+            row["step_labels"] = [(i + 1) % 2 if good else -1 for i, good in enumerate(row["step_labels"])]
     marker = resolve_ids(head, tiny_tokenizer()).marker
-    rule = LabelRule(after_error="keep")
-    template = get_template("task")
-    return StepEncoder(tiny_tokenizer(), template, format=head.format, marker_id=marker, labels=rule).examples(rows)
+    rule = LabelRule(after_error="keep", scope="outcome" if head.meaning == "outcome" else "steps")
+    layout = {"format": head.format, "marker_id": marker, "num_classes": head.num_classes, "labels": rule}
+    return StepEncoder(tiny_tokenizer(), get_template("task"), **layout).examples(rows)  # type: ignore[arg-type]
 
 
 @cache
@@ -111,6 +124,8 @@ METHODS: dict[str, Method] = {
         lambda: labelled(SUBCLASSES),
         {"head": SUBCLASSES, "losses": lambda: [StepDistillation(reward_model())]},
     ),
+    "prm ratings": Method(PRMModule, lambda: labelled(RATINGS), {"head": RATINGS, "losses": [StepDecisions(), APART]}),
+    "orm": Method(PRMModule, lambda: labelled(OUTCOME), {"head": OUTCOME, "losses": [StepRegression()]}),
     "dpo": Method(DPOModule, lambda: preference.pair_examples(7), {"reference": preference.OTHER}),
     "dpo ipo": Method(DPOModule, lambda: preference.pair_examples(7), {"reference": preference.OTHER, "loss": IPO()}),
     "kto": Method(KTOModule, lambda: preference.feedback_examples(7)[:13], FEEDBACK),

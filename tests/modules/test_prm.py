@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -18,13 +19,29 @@ from stepkd.data.encode import LabelRule, step_targets
 from stepkd.models.spec import Classifier, LabelTokens, LoRAConfig, PolicyConfig, StepHeadConfig, tiny_tokenizer
 from stepkd.models.step_head import resolve_ids
 from stepkd.modules.optim import OptimizerConfig
-from stepkd.modules.prm import PQM, LanguageModelling, PRMModule, StepCrossEntropy
+from stepkd.modules.prm import (
+    PQM,
+    LanguageModelling,
+    MultilevelRanking,
+    PRMModule,
+    StepCrossEntropy,
+    StepDecisions,
+    StepLoss,
+    StepRegression,
+)
 from stepkd.steps.format import StepFormat
 
-_SPEC = importlib.util.spec_from_file_location("pqm_by_hand", Path(__file__).parents[1] / "losses" / "test_pqm.py")
-assert _SPEC is not None
-ranking = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(ranking)  # type: ignore[union-attr]
+
+def by_hand(name: str) -> Any:
+    """A file of the losses' tests, for the formulas written out in it."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "losses" / f"{name}.py")
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)  # type: ignore[union-attr]
+    return module
+
+
+ranking = by_hand("test_pqm")
 
 TOLERANCE = 1e-10  # float64, relative norm
 ROOT = Path(__file__).resolve().parents[2]
@@ -225,6 +242,65 @@ def test_the_ranking_is_pqms_on_the_log_odds_of_a_step(head: StepHeadConfig, enc
         assert one is None or torch.allclose(one, other, rtol=1e-9, atol=1e-13)
 
 
+def expected_sums(loss: StepLoss, logits: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The loss of one solution's labelled steps from the classes' probabilities."""
+    p = logits.softmax(-1)
+    if isinstance(loss, StepRegression):
+        r, value = 1 - p[:, 0], 1 - targets[:, 0]
+        each = (r - value) ** 2 if loss.form == "mse" else -value * r.log() - (1 - value) * (1 - r).log()
+        return {"value": each.sum()}
+    if isinstance(loss, StepDecisions):
+        first = targets[:, 0] * p[:, 0].log() + (1 - targets[:, 0]) * (1 - p[:, 0]).log()
+        second = targets[:, 1] * (p[:, 1] / (1 - p[:, 0])).log() + targets[:, 2] * (p[:, 2] / (1 - p[:, 0])).log()
+        return {"ordinal_incorrect": -first.sum(), "ordinal_neutral": -second.sum()}
+    assert isinstance(loss, MultilevelRanking)
+    scores = p[:, -1] + (p[:, 1] / 2 if p.shape[1] == 3 else 0)
+    levels = (targets.argmax(-1) if targets.shape[1] == 3 else (targets[:, 1] >= 0.5).long()).tolist()
+    return {"ranking": by_hand("test_step_objectives").by_hand(scores, levels, loss.lower, loss.upper)}
+
+
+@pytest.mark.parametrize(
+    ("head", "loss"),
+    [
+        (FULL_VOCABULARY, StepRegression()),
+        (LabelTokens(labels=("-", "0", "+")), StepRegression(form="bce")),
+        (Classifier(classes=3), StepDecisions()),
+        (TOKENS, MultilevelRanking(lower=0.9, upper=0.0)),
+        (Classifier(classes=3), MultilevelRanking(lower=0.9, upper=0.0)),
+    ],
+    ids=str,
+)
+def test_objectives_are_their_formulas_on_plain_logits(
+    head: StepHeadConfig, loss: StepLoss, encoded: Any, plain_logits: Any
+) -> None:
+    two = head.num_classes == 2
+    change = chances if two else (lambda labels: [(-1, 1)[good] if i % 3 else 0 for i, good in enumerate(labels)])
+    examples = encoded(head, 5, labels=change)
+    module = PRMModule(PolicyConfig(path="tiny-0.1m", dtype="float64"), head, losses=[loss])
+    module.configure_model()
+    batch = collate(examples, 0)
+    wanted: dict[str, torch.Tensor] = {}
+    for example in examples:
+        kept = [i for i, target in enumerate(example.targets) if target is not None]
+        targets = torch.tensor([example.targets[i] for i in kept], dtype=torch.float64)
+        for name, value in expected_sums(loss, plain_logits(module.model, example)[kept], targets).items():
+            wanted[name] = wanted.get(name, 0.0) + value
+    found, steps = module.loss_terms(batch).sums, float(len(batch.targets_LC))
+    counts = {"value": steps, "ranking": 5.0, "ordinal_incorrect": steps}
+    counts["ordinal_neutral"] = steps - float(batch.targets_LC[:, 0].sum())
+    assert module.count(batch) == {name: counts[name] for name in wanted}
+    parameters = [p for _, p in module.model.trainable_parameters()]
+    for name, value in wanted.items():
+        assert float(found[name].detach()) == pytest.approx(float(value.detach()), rel=1e-9)
+        ours, theirs = (
+            torch.autograd.grad(each, parameters, allow_unused=True, retain_graph=True) for each in (found[name], value)
+        )
+        assert any(one is not None and one.abs().sum() > 0 for one in ours)
+        for one, other in zip(ours, theirs, strict=True):
+            assert (one is None) == (other is None)
+            assert one is None or torch.allclose(one, other, rtol=1e-8, atol=1e-12)
+
+
 # ---- parity with transformers ---------------------------------------------------------------------------------------
 
 
@@ -312,14 +388,50 @@ def test_truncating_and_masking_after_the_first_error_give_one_gradient(
     assert distance(prm_step(whole, micro_batch_tokens=300).gradients, gradients) > 1e-2, "keeping them does"
 
 
-def test_an_outcome_model_reads_the_last_step_only(
+OUTCOME = {"label_tokens": LabelTokens(meaning="outcome"), "classifier": Classifier(meaning="outcome")}
+
+
+def test_an_outcome_model_of_the_last_token_reads_the_last_step_only(
     prm_step: Any, distance: Any, encoded: Any, brute_force_steps: Any
 ) -> None:
-    head = LabelTokens(meaning="outcome")
+    head = OUTCOME["label_tokens"]
     examples = encoded(head, 8, rule=LabelRule(scope="outcome"))
     assert all(sum(target is not None for target in example.targets) == 1 for example in examples)
-    module = prm_step(examples, head, micro_batch_tokens=300)
+    module = prm_step(examples, head, every_token=False, micro_batch_tokens=300)
     assert distance(module.gradients, brute_force_steps(head, examples)[1]) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", OUTCOME)
+def test_an_outcome_model_learns_at_every_token_and_is_validated_at_the_last(
+    name: str, prm_step: Any, distance: Any, encoded: Any, brute_force_steps: Any
+) -> None:
+    """Cobbe et al. 2021: the same label at each token of the solution, the prompt left out."""
+    head = OUTCOME[name]
+    examples = encoded(head, 8, rule=LabelRule(scope="outcome"))
+    everywhere = [
+        replace(
+            each,
+            step_ends=np.arange(1, len(each.token_ids) + 1),
+            read_at=tuple(range(len(each.token_ids))),
+            targets=(each.targets[-1],) * len(each.token_ids),
+        )
+        for each in examples
+    ]
+    loss, gradients = brute_force_steps(head, everywhere)
+    module = prm_step(examples, head, micro_batch_tokens=300, chunk_size=7)
+    assert distance(module.gradients, gradients) < TOLERANCE
+    assert float(module.trainer.callback_metrics["train/prm"]) == pytest.approx(loss, rel=1e-6)
+    module.train()
+    (batch,) = module.prepare_examples(examples[:1])
+    assert module.count(batch) == {"prm": float(len(examples[0].token_ids))}
+    module.eval()
+    (batch,) = module.prepare_examples(examples[:1])
+    assert module.count(batch) == {"prm": 1.0}
+
+
+def test_a_process_model_does_not_learn_at_every_token(encoded: Any) -> None:
+    module = PRMModule(PolicyConfig(path="tiny-0.1m"), TOKENS, every_token=True)
+    assert module.every_token is False
 
 
 @pytest.mark.parametrize("name", ["label_tokens", "classifier"])

@@ -19,7 +19,15 @@ from stepkd.losses import step_cross_entropy
 from stepkd.models.checkpoint import load_trained
 from stepkd.models.spec import Classifier, LabelTokens, LoRAConfig, PolicyConfig, StepHeadConfig
 from stepkd.modules.optim import OptimizerConfig
-from stepkd.modules.prm import PQM, LanguageModelling, PRMModule, StepCrossEntropy
+from stepkd.modules.prm import (
+    PQM,
+    LanguageModelling,
+    MultilevelRanking,
+    PRMModule,
+    StepCrossEntropy,
+    StepDecisions,
+    StepRegression,
+)
 from stepkd.modules.validation import ValidationConfig
 from stepkd.sampling.engine import SamplingConfig
 
@@ -52,6 +60,14 @@ HEADS = {"label_tokens": TOKENS, "classifier": CLASSIFIER}
             "3 positive numbers",
         ),
         ({"losses": lambda: [PQM(-1.0)]}, "margin=-1.0"),
+        ({"losses": lambda: [StepRegression(form="mae")]}, "unknown losses.form 'mae'"),  # type: ignore[arg-type]
+        ({"losses": lambda: [StepDecisions()]}, "the head has 2 classes: set head.classes: 3"),
+        ({"losses": lambda: [MultilevelRanking(lower=-0.1)]}, "losses.lower=-0.1"),
+        ({"losses": lambda: [MultilevelRanking(upper=float("nan"))]}, "losses.upper=nan"),
+        (
+            {"losses": lambda: [StepCrossEntropy(), PQM()], "head": LabelTokens(meaning="outcome")},
+            "PQM compares the steps of a solution, and an outcome reward model",
+        ),
         ({"validation": ValidationConfig(SamplingConfig())}, "is not sampled from; use null"),
         ({"loss_weights": {"lm": -1.0}}, "loss_weights={'lm': -1.0}"),
         ({"loss_weights": {"lm": float("nan")}}, "loss_weights={'lm': nan}"),

@@ -55,6 +55,8 @@ def test_an_export_is_a_reward_model(export: Path) -> None:
         assert (scorer.meaning, scorer.max_length, scorer.max_rows) == ("value", 99, 5)
         assert scorer.provenance()["dtype"] == "float64"
         assert scorer.provenance()["model"] == str(export)
+    told = load_scorer(PRM(str(export), template="task", meaning="outcome"), device="cpu")
+    assert told.meaning == told.provenance()["meaning"] == "outcome", "read otherwise than it was trained"
     with pytest.raises(ConfigError, match="does not say which prompt template it was trained with"):
         load_scorer(str(export))
 

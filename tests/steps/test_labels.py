@@ -13,6 +13,9 @@ from hypothesis import strategies as st
 from stepkd.errors import ConfigError, DataError
 from stepkd.steps.labels import (
     ANY_SUCCESS,
+    EffectiveReward,
+    Progress,
+    ValueRatio,
     check_threshold,
     correct_targets,
     first_incorrect,
@@ -107,3 +110,50 @@ def test_thresholds_that_judge_nothing_are_refused() -> None:
             check_threshold(threshold, "focus.threshold")
     with pytest.raises(ConfigError, match="would call every step correct; for 'any continuation succeeded' take a sma"):
         verdicts([0.5], threshold=0)
+
+
+# ---- relative progress ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("progress", "values", "pass_rate", "said"),
+    [
+        (ValueRatio(), [0.5, 0.4, 0.3, 0.9], 0.5, [True, True, False, True]),  # 1, 0.8, 0.75, 3
+        (ValueRatio(threshold=0.7), [0.35, 0.24], 0.5, [True, False]),
+        (ValueRatio(), [0.6], 0.75, [True]),  # 0.8 exactly, though 0.8 * 0.75 is a little more in binary
+        (ValueRatio(), [0.125], 0.0, [True]),  # no sample was correct, and a continuation is
+        (ValueRatio(), [0.5, 0.0, 0.0], 0.5, [True, False, False]),
+        (ValueRatio(), [0.5, None, 0.4, 0.1], 0.5, [True, None, True, False]),  # beside the last value that is known
+        # best of 4: V(0.5) = 0.9375 and V(0.1) = 0.3439, so 0.1 - 0.4 * 0.5936 < 0
+        (EffectiveReward(), [0.5, 0.1, 0.1], 0.5, [True, False, True]),
+        (EffectiveReward(alpha=0.1), [0.5, 0.1], 0.5, [True, True]),
+        (EffectiveReward(alpha=2.0, best_of=1), [0.5, 0.3, 0.375], 0.75, [False, False, True]),  # 0, -0.1, 0.525
+        (EffectiveReward(alpha=0.0), [0.1, 0.0], 0.9, [True, False]),  # any success
+    ],
+)
+def test_progress_compares_values_with_those_before(
+    progress: Progress, values: list[float | None], pass_rate: float, said: list[bool | None]
+) -> None:
+    assert progress.labels(values, pass_rate) == said
+
+
+@given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
+def test_progress_rises_with_the_value_and_falls_with_the_one_before(value: float, before: float, more: float) -> None:
+    for progress in (ValueRatio(), EffectiveReward()):
+        if progress.advances(value, before):
+            assert progress.advances(max(value, more), before)
+            assert progress.advances(value, min(before, more))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ValueRatio(threshold=0.0), r"labels\.progress\.threshold=0\.0: must be positive"),
+        (lambda: ValueRatio(threshold=math.nan), r"labels\.progress\.threshold=nan"),
+        (lambda: EffectiveReward(alpha=-1.0), r"labels\.progress\.alpha=-1\.0"),
+        (lambda: EffectiveReward(best_of=0), r"labels\.progress\.best_of=0"),
+    ],
+)
+def test_bad_progress(make: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make()
