@@ -42,7 +42,7 @@ def _summary_lines(summary: dict[str, Any]) -> Iterator[str]:
     means = [summary["mean_score_correct"], summary["mean_score_incorrect"]]
     if means != [None, None]:
         yield "  of correct solutions {}, of incorrect ones {}".format(*map(_number, means))
-    if summary["critiques"]:
+    if "critiques" in summary:
         yield CRITIQUES.format(**summary["critiques"])
     if summary["temperature"] is not None:
         yield f"temperature: {summary['temperature']:.4g}"

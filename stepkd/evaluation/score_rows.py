@@ -214,8 +214,7 @@ def _summarise_scores(scored: Sequence[Row]) -> dict[str, Any]:
         "mean_score": mean([score for score, _ in kept]),
         "mean_score_correct": mean([score for score, good in kept if good is True]),
         "mean_score_incorrect": mean([score for score, good in kept if good is False]),
-        "critiques": critique_costs(scored),
-    }
+    } | ({"critiques": costs} if (costs := critique_costs(scored)) else {})
 
 
 def labelled_scores(scorer: StepScorer, rows: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]]:
