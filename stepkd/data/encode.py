@@ -49,20 +49,19 @@ class LabelRule:
     """``steps``: a process reward model; ``outcome``: one label at the last step, whether the answer is correct (an
     outcome reward model)."""
     progress: Progress | None = None
-    """How steps are called correct by their values beside the values before them, ``ValueRatio`` or
-    ``EffectiveReward``: rows need Monte-Carlo values (``step_values``, or soft labels) and a ``pass_rate``, both of
-    which ``stepkd label`` writes of samples; None reads labels as they are."""
+    """How steps are called correct by their values relative to those before them, ``ValueRatio`` or
+    ``EffectiveReward``: rows need Monte-Carlo values of every step (``step_values`` of ``order: all``, or soft labels)
+    and a ``pass_rate``, both of which ``stepkd label`` writes of samples; None reads labels as they are."""
 
     def __post_init__(self) -> None:
         check_bounds("labels.", self)
         if self.harden is not None:
             check_threshold(self.harden, "labels.harden")
-        others = self.harden is not None or self.scope != "steps" or self.kind in ("bool", "rating")
-        if self.progress is not None and others:
-            raise ConfigError(
-                f"labels.progress makes labels of values: leave out labels.harden ({self.harden}) and labels.scope "
-                f"({self.scope}), and let labels.kind ({self.kind}) be auto or soft"
-            )
+        needed = {"harden": (None,), "scope": ("steps",), "kind": ("auto", "soft")}
+        for name, fine in needed.items() if self.progress is not None else ():
+            if (value := getattr(self, name)) not in fine:
+                others = " or ".join("null" if each is None else each for each in fine)
+                raise ConfigError(f"labels.{name}={value}: labels.progress makes labels of values, set it to {others}")
 
 
 def step_targets(row: Mapping[str, Any], num_steps: int, num_classes: int, rule: LabelRule) -> list[Target | None]:
@@ -109,7 +108,7 @@ def step_targets(row: Mapping[str, Any], num_steps: int, num_classes: int, rule:
         kind = label_kind(labels)
     except DataError as error:
         raise refused(row, column, str(error)) from error
-    if rule.kind not in ("auto", kind):
+    if rule.progress is None and rule.kind not in ("auto", kind):
         said = (
             f"labels are of kind {kind!r} and labels.kind asks for {rule.kind!r}: nothing is cast silently. Set "
             f"labels.kind: {kind}, or auto where rows differ"

@@ -23,6 +23,7 @@ import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 from stepkd.errors import ConfigError, DataError, check_bounds
@@ -138,8 +139,8 @@ def reduce_values(values: Sequence[float], reduce: Reduce) -> tuple[bool | float
 
 
 class Progress(ABC):
-    """Relative progress: a step is correct by its value (:func:`reduce_values`) beside the value before it, the pass
-    rate of the problem for the first step. Members: :class:`ValueRatio`, :class:`EffectiveReward`."""
+    """Relative progress: a step is correct by its value (:func:`reduce_values`) relative to the value before it, the
+    pass rate of the problem for the first step. Members: :class:`ValueRatio`, :class:`EffectiveReward`."""
 
     @abstractmethod
     def advances(self, value: float, before: float) -> bool:
@@ -154,16 +155,14 @@ class Progress(ABC):
         """Labels of the steps of one solution.
 
         Args:
-            values: (steps,) in [0, 1]; None: not known, the step has no label, and the next one is compared with the
-                last value that is known.
+            values: (steps,) in [0, 1]; None: not known (a prefix that ``order: binary`` passed over): neither the step
+                nor the next one has a label, because a loss of value over several steps is no single one's.
             pass_rate: the share of the problem's samples that are correct, in [0, 1]: the value before the first step.
         """
-        found: list[bool | None] = []
-        before = pass_rate
-        for value in values:
-            found.append(None if value is None else self.advances(value, before))
-            before = before if value is None else value
-        return found
+        return [
+            None if value is None or before is None else self.advances(value, before)
+            for before, value in pairwise([pass_rate, *values])
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +170,7 @@ class ValueRatio(Progress):
     """Value after over value before, correct from a threshold on (GenPRM, arXiv 2504.00891; StepWiser's Rel-Ratio,
     arXiv 2508.19229, which asks for more than the threshold).
 
-    A step of value 0 is incorrect. Behind one GenPRM calls all steps incorrect (told at second hand); here one from
+    A step of value 0 is incorrect. Behind one GenPRM calls all steps incorrect (by a secondary source); here one from
     which a continuation succeeds is correct, and ``after_error: truncate`` leaves them out.
     """
 

@@ -105,9 +105,10 @@ def test_progress_makes_hard_labels_of_values() -> None:
     assert step_targets(row, 3, 2, LabelRule(progress=ValueRatio())) == [CORRECT, INCORRECT, None]
     assert step_targets(row, 3, 3, rule) == [ONE_OF_3[1], ONE_OF_3[-1], ONE_OF_3[-1]]
     soft = {"labels": [0.5, None, 0.5], "pass_rate": 0.25}
-    assert step_targets(soft, 3, 2, rule) == [CORRECT, None, CORRECT]
+    assert step_targets(soft, 3, 2, rule) == [CORRECT, None, None]
     whole = {"step_values": [1, 0], "pass_rate": 1}
-    assert step_targets(whole, 2, 2, LabelRule(progress=EffectiveReward(), kind="auto")) == [CORRECT, INCORRECT]
+    for kind in ("auto", "soft"):
+        assert step_targets(whole, 2, 2, LabelRule(progress=EffectiveReward(), kind=kind)) == [CORRECT, INCORRECT]
 
 
 @pytest.mark.parametrize(
@@ -170,9 +171,9 @@ def test_refused(labels: Any, steps: int, classes: int, rule: dict[str, Any], me
         ({"harden": -0.1}, "labels.harden=-0.1"),
         ({"harden": 0.0}, "labels.harden=0.0: .* for 'any continuation succeeded' take a small one, such as 0.001"),
         ({"harden": float("nan")}, "labels.harden=nan"),
-        ({"progress": ValueRatio(), "harden": 0.5}, r"labels.progress makes labels of values: leave out labels.harden"),
-        ({"progress": ValueRatio(), "scope": "outcome"}, r"and labels.scope \(outcome\)"),
-        ({"progress": ValueRatio(), "kind": "bool"}, r"let labels.kind \(bool\) be auto or soft"),
+        ({"progress": ValueRatio(), "harden": 0.5}, r"labels\.harden=0\.5: labels\.progress makes .* to null"),
+        ({"progress": ValueRatio(), "scope": "outcome"}, r"labels\.scope=outcome: .*, set it to steps"),
+        ({"progress": ValueRatio(), "kind": "bool"}, r"labels\.kind=bool: .*, set it to auto or soft"),
     ],
 )
 def test_bad_rules(settings: dict[str, Any], message: str) -> None:

@@ -123,7 +123,8 @@ def test_thresholds_that_judge_nothing_are_refused() -> None:
         (ValueRatio(), [0.6], 0.75, [True]),  # 0.8 exactly, though 0.8 * 0.75 is a little more in binary
         (ValueRatio(), [0.125], 0.0, [True]),  # no sample was correct, and a continuation is
         (ValueRatio(), [0.5, 0.0, 0.0], 0.5, [True, False, False]),
-        (ValueRatio(), [0.5, None, 0.4, 0.1], 0.5, [True, None, True, False]),  # beside the last value that is known
+        (ValueRatio(), [0.5, None, 0.4, 0.1], 0.5, [True, None, None, False]),  # whose loss of value it is, is open
+        (ValueRatio(), [None, None, None, 0.5, None, 0.375, 0.0, None], 0.75, [*[None] * 6, False, None]),  # binary
         # best of 4: V(0.5) = 0.9375 and V(0.1) = 0.3439, so 0.1 - 0.4 * 0.5936 < 0
         (EffectiveReward(), [0.5, 0.1, 0.1], 0.5, [True, False, True]),
         (EffectiveReward(alpha=0.1), [0.5, 0.1], 0.5, [True, True]),
