@@ -211,10 +211,10 @@ def tempered(logits_CV: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def temperature_slope(
-    log_student_CV: Tensor, log_teacher_CV: Tensor, targets_C: Tensor, *, temperature: float, gap: float = 1.0
+    log_student_CV: Tensor, log_teacher_CV: Tensor, targets_C: Tensor, *, temperature: float
 ) -> Tensor:
     """Derivative, by the logarithm of a temperature of the teacher's, of what that is trained on: ``- log T_y +
-    gap KL(T || S)`` with ``T = softmax(log_teacher / temperature)``.
+    KL(T || S)`` with ``T = softmax(log_teacher / temperature)``.
 
     It keeps the teacher at the targets y and brings it as near to the student as that allows, which narrows the gap of
     sharpness between them. In PESF-KD (Rao et al. 2022, arXiv 2205.15308; code: 1170300319/PESF-KD, d3f6aa8) both terms
@@ -223,9 +223,8 @@ def temperature_slope(
 
     Args:
         log_student_CV, log_teacher_CV: log-probabilities of the whole vocabulary.
-        targets_C: int64 tokens that are to be found.
+        targets_C: int64 tokens of the completions.
         temperature: > 0.
-        gap: weight of the divergence, >= 0.
 
     Returns:
         (C,) derivatives, in nats: below 0 where a higher temperature is better.
@@ -234,7 +233,7 @@ def temperature_slope(
     tempered_CV = logits_CV.log_softmax(-1)
     above_CV = logits_CV - _expectation(tempered_CV, logits_CV).unsqueeze(-1)
     of_target_C = above_CV.gather(-1, targets_C.unsqueeze(-1)).squeeze(-1)
-    return of_target_C - gap * _expectation(tempered_CV, above_CV * (tempered_CV - log_student_CV))
+    return of_target_C - _expectation(tempered_CV, above_CV * (tempered_CV - log_student_CV))
 
 
 def top_k_buckets(log_CV: Tensor, ids_Ck: Tensor, *, tail: bool = True) -> Tensor:

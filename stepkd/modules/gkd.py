@@ -111,11 +111,12 @@ class Distillation(Component):
 
         Metrics over all completion tokens: ``divergence`` alone, ``agreement`` (share of positions at which both find
         the same argmax token), ``ce`` where it has a weight, ``focus`` (share that counts) where steps have weights,
-        ``entropy_gap`` (student minus teacher) where the teacher's temperature is learnt.
+        ``entropy_gap`` (student minus teacher) where the teacher's temperature is learnt. Outside training the teacher
+        is compared as it is, whatever temperature it has learnt under: values of two validations are comparable.
         """
         batch, signals = forward.batch, forward.signals
         kd_weight, ce_weight = (1.0, 0.0) if self.term_weights is None else self.term_weights()
-        softness = math.exp(self.log_temperature)
+        softness = math.exp(self.log_temperature) if forward.scales else 1.0  # in training
         assert signals is not None
 
         def position(logits_CV: Tensor, targets_C: Tensor, *chunk: Tensor) -> Tensor:
@@ -124,7 +125,7 @@ class Distillation(Component):
             )
             learned = []
             if self.soften is not None:
-                learned = [temperature_slope(student, teacher, targets_C, temperature=softness, gap=self.soften.gap)]
+                learned = [temperature_slope(student, teacher, targets_C, temperature=softness)]
                 teacher = tempered(teacher, softness)
                 learned.append(entropy(student) - entropy(teacher))
             kd_C = self._divergence(student, teacher, *((targets_C,) if self.divergence.whole else ()))

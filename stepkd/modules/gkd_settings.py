@@ -174,16 +174,15 @@ class Mixed(CrossEntropyConfig):
 class LearnedTemperature:
     """A temperature that divides the teacher's logits alone and is learnt beside the student, so that the teacher is no
     sharper than the student can follow (after PESF-KD, arXiv 2205.15308: a reconstruction, see
-    :func:`stepkd.losses.temperature_slope`). By gradient descent on its logarithm; the student does not see it."""
+    :func:`stepkd.losses.temperature_slope`). By gradient descent on its logarithm; the student does not see it. All
+    tokens weigh the same in it, whatever ``focus`` and ``average`` say, and logits are those that
+    ``divergence.temperature`` has divided."""
 
     lr: float = 0.1
     """Learning rate of its logarithm, > 0, constant; it starts at 0, the teacher as it is."""
-    gap: float = 1.0
-    """Weight of the divergence from the student against the cross-entropy of the data's tokens, >= 0; 1 as in the
-    example of the paper's code."""
 
     def __post_init__(self) -> None:
-        check_bounds("soften.", self, lr="(0, inf)", gap="[0, inf)")
+        check_bounds("soften.", self, lr="(0, inf)")
 
 
 @dataclass(frozen=True)

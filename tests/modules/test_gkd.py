@@ -167,11 +167,11 @@ def test_a_learnt_temperature(
 
     def softened(student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
         logs = student.log_softmax(-1), teacher.log_softmax(-1)
-        slopes.append(temperature_slope(logs[0].detach(), logs[1], targets, temperature=1.5, gap=0.5))
+        slopes.append(temperature_slope(logs[0].detach(), logs[1], targets, temperature=1.5))
         return forward_kl(logs[0], (teacher / 1.5).log_softmax(-1))
 
     _, expected = plain(views, rows, softened)
-    soften = LearnedTemperature(lr=0.2, gap=0.5)
+    soften = LearnedTemperature(lr=0.2)
     monkeypatch.setattr(
         worker.GKD, "begin", lambda module: module.adopt_method_state({"log_temperature": math.log(1.5)})
     )
@@ -185,6 +185,19 @@ def test_a_learnt_temperature(
     other = worker.GKD(PolicyConfig(**worker.POLICY), worker.TEACHER, source=worker.DATA, soften=soften)
     other.adopt_method_state(module.method_state())
     assert other.method_state() == module.method_state()
+
+
+def test_validation_neither_softens_the_teacher_nor_moves_its_temperature(rows: list[Any], trainer: Any) -> None:
+    soften = LearnedTemperature()
+    module = worker.GKD(PolicyConfig(**worker.POLICY), worker.TEACHER, source=worker.DATA, soften=soften)
+    plan, found = BatchPlan([row.size for row in rows[:3]], size=3, shuffle=False), []
+    for temperature in (1.0, 3.0):
+        module.adopt_method_state({"log_temperature": math.log(temperature)})
+        found += trainer().validate(module, StepLoader(rows[:3], plan), verbose=False)
+        assert module.method_state() == {"log_temperature": math.log(temperature)}
+        assert found[-1].pop("val/teacher_temperature") == pytest.approx(temperature)
+    assert found[0] == pytest.approx(found[1])
+    assert found[0]["val/entropy_gap"] != 0
 
 
 def trl_loss(
