@@ -6,6 +6,7 @@ index, never something found again in decoded text.
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,8 @@ from stepkd.errors import ConfigError, DataError, UnreadableSolution
 from stepkd.steps.format import StepFormat, written_steps
 from stepkd.steps.segment import Segmenter, Span, get_segmenter, segment
 from stepkd.steps.text import TokenizedText, text_from_ids, tokenize_text, tokenize_texts
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -261,6 +264,13 @@ class StepEncoder(Encoder):
                 "trained on them learns a constant. Give rows with correct and incorrect steps, or set "
                 "data.allow_one_class",
                 column="labels",
+            )
+        if training and self.num_classes == 3 and not counts["neutral"]:
+            logger.warning(
+                "the head has three classes, and none of the %d training labels is neutral: it learns that no step is. "
+                "Set head.classes: 2 (two head.labels), or give rows with ratings -1, 0 and 1 (such as PRM800K's own "
+                "files, source prm800k)",
+                len(targets),
             )
         return dict(counts)
 

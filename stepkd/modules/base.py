@@ -206,7 +206,8 @@ class StepModule(PolicyModule):
 
         A loop of one's own counts ``step`` up. A teacher that is the student itself is told behind each optimiser step
         (``module.teacher.after_step(step + 1)``) and knows of no passes over data. The rows of a call are all of its
-        data: class weights by the ratio rule are theirs.
+        data: class weights by the ratio rule are theirs. But what ``MCMI`` and sub-classes of ``StepDistillation`` are
+        fitted to is that of the first call's rows for good: give it all of them, and a Trainer another module.
 
         Args:
             rows: a list of rows, a ``datasets.Dataset``, a path or settings, as ``StepData(train=...)`` takes them.

@@ -183,7 +183,7 @@ class StepLoss(Component):
     does."""
 
     reads_head = True
-    """Whether it trains the step head; one of a module's losses has to."""
+    """Whether it trains the step head by itself; one of a module's losses has to."""
     compares_steps = False
     """Whether it compares the steps of a solution, of which an outcome reward model labels none but the last."""
 

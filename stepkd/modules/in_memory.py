@@ -46,14 +46,14 @@ def loss_of_rows(module: Any, rows: Rows, *, step: int | None = None, **data: An
 @contextmanager
 def _without_trainer(module: Any, feed: StepData, step: int | None) -> Iterator[None]:
     """The module beside data alone: what it would ask a trainer has an answer, what it logs goes nowhere, and all of
-    it is as before at the end."""
+    it is as before at the end; but what losses are fitted to stays, so that a loop's steps have one and the same."""
     facts = {"precision": "32-true", "global_rank": 0, "world_size": 1, "is_global_zero": True, "training": False}
     step, end = module.global_step if step is None else step, getattr(module._trainer, "max_steps", -1)
     facts |= {"global_step": step, "max_steps": end, "estimated_stepping_batches": end, "logger": None}
     stand_in = SimpleNamespace(lightning_module=module, datamodule=feed, limit_train_batches=1.0, loggers=[], **facts)
     before = module._trainer, module.position, module.loss_scales
     counted = [
-        (vars(part), {name: copy(value) for name, value in vars(part).items() if isinstance(value, dict | list)})
+        (vars(part), {k: copy(v) for k, v in vars(part).items() if isinstance(v, dict | list) and k != "fitted"})
         for part in module.components
     ]
     feed.trainer = stand_in  # type: ignore[assignment]

@@ -117,8 +117,8 @@ class PolicyModule(LightningModule):
         self.position = Position()
         self.policy: Policy | None = None
         self.frozen: dict[str, str] = {}
-        """Group of settings -> fingerprint of the frozen model that it is about: checkpoints name them, and no run is
-        resumed beside another one."""
+        """Group of settings, or a setting's path -> fingerprint of the frozen model that it is about: checkpoints name
+        them, and no run is resumed beside another one."""
         self._tokenizer: Any = None
 
     # ---- what a method defines -------------------------------------------------------------------------------------
@@ -301,7 +301,7 @@ class PolicyModule(LightningModule):
             named = {name.partition(".")[0] for name in self.resume_with}
             for name, now in self.frozen.items():
                 if name not in named and (then := section["frozen"].get(name, now)) != now:
-                    paths = " and ".join(dict.fromkeys((f"{name}.path", "policy.path")))
+                    paths = name if "." in name else " and ".join(dict.fromkeys((f"{name}.path", "policy.path")))
                     raise ModelError(
                         f"the run was begun with another {name} model (weights {then} then, {now} now): give the old "
                         f"{paths} again, or start a new run in another --out"

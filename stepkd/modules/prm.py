@@ -81,7 +81,10 @@ class StepCrossEntropy(StepLoss):
 
 @dataclass(frozen=True, kw_only=True)
 class StepRegression(StepLoss):
-    """Regression of step scores on step values; see :func:`stepkd.losses.step_regression`."""
+    """Regression of step scores on step values; see :func:`stepkd.losses.step_regression`.
+
+    Of three classes it trains incorrect against both others: ``accuracy``, which tells three apart, is of no use then.
+    """
 
     form: Literal["mse", "bce"] = "mse"
     """Squared error (Cobbe et al. 2021; Qwen2.5-Math-PRM on soft labels), the default, or binary cross-entropy, which
@@ -92,6 +95,10 @@ class StepRegression(StepLoss):
     def __post_init__(self) -> None:
         check_bounds("losses.", self)
 
+    def check(self, head: StepHeadConfig) -> None:
+        """A score that the loss trains."""
+        _check_two_sided(self, head)
+
     def count(self, batch: Batch) -> dict[str, float]:
         """Labelled steps."""
         return {"value": float(len(batch.targets_LC))}
@@ -100,6 +107,15 @@ class StepRegression(StepLoss):
         """Errors of the labelled steps, with the metrics of cross-entropy."""
         logps_LC = forward.step_logps_LC
         return step_regression(logps_LC, forward.batch.targets_LC.to(logps_LC), form=self.form)
+
+
+def _check_two_sided(loss: StepLoss, head: StepHeadConfig) -> None:
+    """Refuse a score of three classes that a loss of two sides (the worst class, or not) leaves as it is."""
+    if head.num_classes == 3 and head.neutral != "correct":
+        raise ConfigError(
+            f"losses: {type(loss).__name__} trains whether a step is incorrect, and head.neutral={head.neutral!r} "
+            "reads neutral and correct apart: set head.neutral: correct, take two classes, or StepDecisions"
+        )
 
 
 @dataclass(frozen=True)
@@ -184,6 +200,10 @@ class PQM(StepLoss):
     def __post_init__(self) -> None:
         check_bounds("losses.", self, margin="[0, inf)")
 
+    def check(self, head: StepHeadConfig) -> None:
+        """A score that the loss trains."""
+        _check_two_sided(self, head)
+
     def count(self, batch: Batch) -> dict[str, float]:
         """Solutions with a labelled step."""
         return {"pqm": float(batch.completion_L.unique().numel())}
@@ -209,6 +229,7 @@ class MultilevelRanking(StepLoss):
     """Greatest mean distance of a level's scores from their mean, in [0, 1]; the authors' value."""
 
     names = ("ranking",)
+    reads_head = False
     compares_steps = True
 
     def __post_init__(self) -> None:
@@ -272,13 +293,24 @@ class PRMModule(StepModule):
         if not any(loss.reads_head for loss in losses):
             given = ", ".join(type(loss).__name__ for loss in losses)
             raise ConfigError(
-                f"losses: [{given}] would leave the step head as it is: add StepCrossEntropy or PQM, or leave losses "
-                "out, which is StepCrossEntropy alone"
+                f"losses: [{given}] do not train the step head by themselves: add StepCrossEntropy, StepRegression, "
+                "StepDecisions, PQM or StepDistillation, or leave losses out, which is StepCrossEntropy alone"
             )
         if head.meaning == "outcome" and (comparing := [type(loss).__name__ for loss in losses if loss.compares_steps]):
             raise ConfigError(
                 f"losses: {comparing[0]} compares the steps of a solution, and an outcome reward model (head.meaning: "
                 "outcome) has one label for all of it: take StepCrossEntropy or StepRegression"
+            )
+        language = any(isinstance(loss, LanguageModelling) for loss in losses)
+        if self.every_token and language and isinstance(head, LabelTokens):
+            raise ConfigError(
+                "losses: at every token LanguageModelling asks for the text's next token where the outcome asks for "
+                f"one of head.labels={list(head.labels)}: take head Classifier, or every_token: false"
+            )
+        if "mcmi" not in self.loss_weights and any("mcmi" in loss.names for loss in losses):
+            raise ConfigError(
+                "losses: MCMI with weight 1 pushes steps that are not sure away from their labels: set a small "
+                "one, loss_weights: {mcmi: 0.1}"
             )
         self.components = self.losses = losses
         if self.validation_spec.sampling is not None:

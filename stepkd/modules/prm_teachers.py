@@ -17,7 +17,7 @@ from torch import Tensor
 from stepkd.data.collate import Batch
 from stepkd.data.templates import template_name
 from stepkd.errors import ConfigError, ModelError, check_bounds
-from stepkd.losses import LossTerms, class_centroids, mcmi, subclass_directions, subclass_targets
+from stepkd.losses import LossTerms, class_centroids, likeliest, mcmi, subclass_directions, subclass_targets
 from stepkd.models.checkpoint import load_trained, weights_fingerprint
 from stepkd.models.head import evaluation_mode
 from stepkd.models.policy import Policy
@@ -27,6 +27,8 @@ from stepkd.sampling.annotate import check_same_vocabulary
 
 READ = 2048
 """Solutions of the training data, evenly spread, that are read before the first step."""
+POSITIONS = 65_536
+"""Steps (or tokens, where an outcome is learnt at each) of theirs that are kept, by about: a bound on memory."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +38,7 @@ class FittedLoss(StepLoss):
     fitted: dict[str, Tensor] = field(default_factory=dict, init=False)
     """The constants by name; empty until :meth:`begin` or a checkpoint gives them."""
     frozen: dict[str, str] = field(default_factory=dict, init=False)
-    """Fingerprint of a frozen model that it reads, under the name of its setting."""
+    """Fingerprint of a frozen model that it reads, under the path of its setting."""
 
     def bound(self, policy: Policy) -> FittedLoss:
         """One of this run alone."""
@@ -69,15 +71,17 @@ class FittedLoss(StepLoss):
         if not examples:
             raise ConfigError(f"losses: {type(self).__name__} reads the training data first: train with StepData")
         batches = module.prepare_examples(examples[:: -(-len(examples) // READ)])
+        every = max(1, sum(each.read_L.numel() for each in batches) // POSITIONS)
         with torch.no_grad(), module.gathered(), evaluation_mode(module.model):
-            found = [self.read(module.forward_pass(each.to(module.device))) for each in batches]
+            found = [self.read(module.forward_pass(each.to(module.device))) for each in batches[::every]]
         self.fitted.update(self.fit(module.model, *map(torch.cat, zip(*found, strict=True))))
 
 
 @dataclass(frozen=True, eq=False)
 class MCMI(FittedLoss):
     """Maximal conditional mutual information (arXiv 2401.08732): trains a reward model that is to teach, beside
-    ``StepCrossEntropy``, with a small weight (``loss_weights: {mcmi: 0.1}``).
+    ``StepCrossEntropy``, with a small weight (``loss_weights: {mcmi: 0.1}``; a run of the authors' has 0.15), which has
+    to be given: at 1 steps that are not sure are pushed away from their labels.
 
     It keeps predictions for steps of one label apart, which cross-entropy makes alike, so that soft labels say more.
     Begin with a trained model, as the paper does: what predictions are kept away from is their mean by label before the
@@ -105,12 +109,13 @@ class StepDistillation(FittedLoss):
     """Distillation of a trained reward model, step by step: soft cross-entropy with its probabilities.
 
     Of a head with ``subclasses`` above 1 it is LELP (arXiv 2409.20449, see :func:`stepkd.losses.subclass_directions`):
-    each class of the teacher is split by its features, and the student learns the sub-classes. The labels of the data
-    say which steps are read, and nothing else.
+    each class of the teacher is split by its features, and the student learns the sub-classes. To it the labels
+    of the data say which steps are read, and nothing else; ``LanguageModelling`` beside it and ``after_error:
+    truncate`` go by what they say.
     """
 
     teacher: str
-    """Run, export or folder of the reward model, of the student's vocabulary, steps and classes."""
+    """Run, export or folder of the reward model, of the student's vocabulary, steps, classes and ``head.meaning``."""
     temperature: float = 1.0
     """Divides projections on the directions of sub-classes, > 0; 1 is about their standard deviation (ours: the
     paper's scale was not found)."""
@@ -130,12 +135,15 @@ class StepDistillation(FittedLoss):
         own, teacher = replace(self), load_trained(self.teacher)
         check_same_vocabulary(policy.tokenizer, teacher.tokenizer)
         ours, theirs = policy.require_step_head().spec, None if teacher.step_head is None else teacher.step_head.spec
-        if theirs is None or (theirs.format, theirs.num_classes) != (ours.format, ours.num_classes):
-            has = "no step head" if theirs is None else f"{theirs.num_classes} classes and {theirs.format}"
-            wanted = f"a reward model of the student's, {ours.num_classes} classes and {ours.format}"
-            raise ModelError(f"losses.teacher={self.teacher} has {has}: give {wanted}")
+        has, wanted = (
+            "no step head" if each is None else f"{each.num_classes} classes of {each.meaning} and {each.format}"
+            for each in (theirs, ours)
+        )
+        if has != wanted:
+            what = f"give a reward model of the student's, {wanted}"
+            raise ModelError(f"losses.teacher={self.teacher} has {has}: {what}")
         own._teachers.append(teacher.requires_grad_(False).eval())
-        own.frozen["teacher"] = weights_fingerprint(teacher)
+        own.frozen["losses.teacher"] = weights_fingerprint(teacher)
         return own
 
     def begin(self, module: Any) -> None:
@@ -180,6 +188,7 @@ class StepDistillation(FittedLoss):
             targets_LK = subclass_targets(logps_LC, features_LH, **found, temperature=self.temperature)
         hidden_LH, head = forward.hidden_at(forward.batch.read_L), forward.policy.require_step_head()
         logps_LK = head.subclass_logps(hidden_LH, forward.head, chunk_size=forward.chunk_size)
-        same_L = forward.step_logps_LC.argmax(-1) == logps_LC.argmax(-1)
+        own_LC = logps_LK.detach().unflatten(-1, (logps_LC.shape[-1], -1)).logsumexp(-1)
+        same_L = likeliest(own_LC) == likeliest(logps_LC)
         agreement = (same_L.sum().float(), torch.tensor(float(len(same_L)), device=same_L.device))
         return LossTerms({"step_kd": -(targets_LK.to(logps_LK) * logps_LK).sum()}, {"teacher_agreement": agreement})

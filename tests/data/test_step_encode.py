@@ -97,6 +97,15 @@ def test_even_odds_are_counted_as_the_better_class(tiny: Any) -> None:
     assert encoder.check(examples, training=True, allow_one_class=False) == {"correct": 2, "incorrect": 1}
 
 
+@pytest.mark.parametrize(("labels", "warns"), [([True, False, True], True), ([1, 0, -1], False)])
+def test_three_classes_without_a_neutral_step_are_told(
+    labels: list[Any], warns: bool, tiny: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    encoder = make(tiny, labels=LabelRule(after_error="keep"), num_classes=3)
+    encoder.check(encoder.examples([row(labels=labels)]), training=True, allow_one_class=False)
+    assert ("none of the 3 training labels is neutral" in caplog.text) == warns
+
+
 def trained(tokenizer: Any, columns: dict[str, Any] | None = None, **settings: Any) -> Completion:
     example = make(tokenizer, labels=LabelRule(after_error="keep"), **settings).example(columns or row())
     assert example is not None

@@ -118,7 +118,9 @@ METHODS: dict[str, Method] = {
     "prm classifier": Method(PRMModule, lambda: labelled(CLASSIFIER), {"head": CLASSIFIER}),
     "prm language": Method(PRMModule, lambda: labelled(TOKENS), {"losses": [StepCrossEntropy(), LanguageModelling()]}),
     "prm pqm": Method(PRMModule, lambda: labelled(TOKENS), {"losses": [StepCrossEntropy(), PQM()]}),
-    "prm mcmi": Method(PRMModule, lambda: labelled(TOKENS), {"losses": [StepCrossEntropy(), MCMI()]}),
+    "prm mcmi": Method(
+        PRMModule, lambda: labelled(TOKENS), {"losses": [StepCrossEntropy(), MCMI()], "loss_weights": {"mcmi": 0.5}}
+    ),
     "prm distilled": Method(
         PRMModule,
         lambda: labelled(SUBCLASSES),

@@ -276,7 +276,8 @@ def test_objectives_are_their_formulas_on_plain_logits(
     two = head.num_classes == 2
     change = chances if two else (lambda labels: [(-1, 1)[good] if i % 3 else 0 for i, good in enumerate(labels)])
     examples = encoded(head, 5, labels=change)
-    module = PRMModule(PolicyConfig(path="tiny-0.1m", dtype="float64"), head, losses=[loss])
+    beside = [StepCrossEntropy()] if isinstance(loss, MultilevelRanking) else []
+    module = PRMModule(PolicyConfig(path="tiny-0.1m", dtype="float64"), head, losses=[loss, *beside])
     module.configure_model()
     batch = collate(examples, 0)
     wanted: dict[str, torch.Tensor] = {}
@@ -288,7 +289,7 @@ def test_objectives_are_their_formulas_on_plain_logits(
     found, steps = module.loss_terms(batch).sums, float(len(batch.targets_LC))
     counts = {"value": steps, "ranking": 5.0, "ordinal_incorrect": steps}
     counts["ordinal_neutral"] = steps - float(batch.targets_LC[:, 0].sum())
-    assert module.count(batch) == {name: counts[name] for name in wanted}
+    assert module.count(batch) == {name: counts[name] for name in wanted} | ({"prm": steps} if beside else {})
     parameters = [p for _, p in module.model.trainable_parameters()]
     for name, value in wanted.items():
         assert float(found[name].detach()) == pytest.approx(float(value.detach()), rel=1e-9)

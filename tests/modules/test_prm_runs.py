@@ -28,6 +28,7 @@ from stepkd.modules.prm import (
     StepDecisions,
     StepRegression,
 )
+from stepkd.modules.prm_teachers import MCMI
 from stepkd.modules.validation import ValidationConfig
 from stepkd.sampling.engine import SamplingConfig
 
@@ -46,9 +47,29 @@ HEADS = {"label_tokens": TOKENS, "classifier": CLASSIFIER}
     [
         (
             {"losses": lambda: [LanguageModelling()]},
-            r"losses: \[LanguageModelling\] would leave the step head .* add Step",
+            r"losses: \[LanguageModelling\] do not train the step head .* add Step",
         ),
-        ({"losses": list}, r"losses: \[\] would leave the step head as it is: add StepCrossEntropy or PQM, or leave"),
+        (
+            {"losses": list},
+            r"losses: \[\] do not train the step head by .*: add .* or StepDistillation, or leave",
+        ),
+        (
+            {"losses": lambda: [MultilevelRanking()]},
+            r"losses: \[MultilevelRanking\] do not train the step head by",
+        ),
+        ({"losses": lambda: [StepCrossEntropy(), MCMI()]}, r"MCMI with weight 1 .* loss_weights: \{mcmi: 0\.1\}"),
+        (
+            {"losses": lambda: [StepCrossEntropy(), LanguageModelling()], "head": LabelTokens(meaning="outcome")},
+            r"at every token LanguageModelling .* head\.labels=\['-', '\+'\]: take head Classifier",
+        ),
+        (
+            {"losses": lambda: [StepRegression()], "head": Classifier(classes=3, neutral="half")},
+            r"StepRegression trains whether .* and head\.neutral='half' reads",
+        ),
+        (
+            {"losses": lambda: [PQM()], "head": Classifier(classes=3, neutral="incorrect")},
+            r"PQM trains whether .* and head\.neutral='incorrect' reads",
+        ),
         ({"losses": lambda: [StepCrossEntropy([1.0])]}, r"class_weights=\[1.0\]: 2 positive numbers"),
         ({"losses": lambda: [StepCrossEntropy([1.0, -1.0])]}, "positive numbers"),
         # a batch of that class alone would weigh nothing

@@ -44,7 +44,8 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def module_of(head: Any, losses: list[Any], **settings: Any) -> PRMModule:
     policy = PolicyConfig(path="tiny-0.1m", **{"dtype": "float64", **settings.pop("policy", {})})
-    return PRMModule(policy, head, losses, optimizer=STEADY, **settings)
+    weights = {"mcmi": 0.5} if any(isinstance(loss, MCMI) for loss in losses) else {}
+    return PRMModule(policy, head, losses, optimizer=STEADY, **{"loss_weights": weights, **settings})
 
 
 @pytest.mark.parametrize("subclasses", [1, 3])
@@ -140,7 +141,7 @@ def test_a_resumed_run_has_the_constants_of_its_start(name: str, trainer: Any, t
     for key, value in resumed.lightning_module.model.trainable_parameters():
         assert torch.equal(value, weights[key]), key
     if name == "step_kd":
-        assert saved["stepkd"]["frozen"]["teacher"]
+        assert saved["stepkd"]["frozen"]["losses.teacher"]
 
 
 def test_two_runs_of_one_loss_share_nothing(trainer: Any) -> None:
@@ -171,15 +172,17 @@ def test_mcmi_spreads_predictions_for_one_label(trainer: Any, encoded: Any, scor
     assert spreads[1] > 1.1 * spreads[0]
 
 
-def test_the_loss_of_rows_leaves_no_constants_behind() -> None:
+def test_the_losses_of_a_loops_rows_are_fitted_once() -> None:
+    """The constants are the first call's, so that a sub-class means the same at every step of a loop."""
     rows = [
         {"prompt": "1+1+1=", "completions": ["1+1=2\n", "2+1=3\n"], "labels": [True, True]},
         {"prompt": "1+2+1=", "completions": ["1+2=4\n", "4+1=5\n"], "labels": [False, True]},
     ]
     module = module_of(PLAIN, [StepCrossEntropy(), MCMI()])
-    loss = module.loss(rows, template="task")
-    assert torch.isfinite(loss)
-    assert not module.components[1].fitted
+    assert torch.isfinite(module.loss(rows, template="task"))
+    first = module.components[1].fitted["centroids_CC"].clone()
+    module.loss(rows[:1], template="task")
+    assert torch.equal(module.components[1].fitted["centroids_CC"], first)
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------
@@ -193,11 +196,12 @@ def test_unfit_teachers(tmp_path: Path) -> None:
             "tiny-0.1m",
             r"losses\.teacher=tiny-0\.1m has no step head: give a reward model of the student's, 2 cl",
         ),
-        (Classifier(classes=3), worker.reward_model(), "has 2 classes and .*: give .* 3 classes"),
+        (Classifier(classes=3), worker.reward_model(), "has 2 classes of correctness and .*: give .* 3 classes"),
+        (Classifier(meaning="value"), worker.reward_model(), "2 classes of correctness and .*: give .* 2 classes of v"),
         (
             Classifier(format=StepFormat(marker=None)),
             worker.reward_model(),
-            "2 classes and .*: give .* 2 classes and .*marker=None",
+            "2 classes of .*: give .* 2 classes of .*marker=None",
         ),
     ]
     for head, path, message in cases:
@@ -210,7 +214,7 @@ def test_unfit_teachers(tmp_path: Path) -> None:
 def test_losses_that_read_the_training_data_need_some(prm_step: Any, encoded: Any) -> None:
     with pytest.raises(ConfigError, match="losses: MCMI reads the training data first: train with StepData"):
         prm_step(encoded(PLAIN, 4), PLAIN, losses=[StepCrossEntropy(), MCMI()])
-    with pytest.raises(ConfigError, match=r"losses: \[MCMI\] would leave the step head as it is"):
+    with pytest.raises(ConfigError, match=r"losses: \[MCMI\] do not train the step head by themselves"):
         module_of(PLAIN, [MCMI()])
     prm_step(encoded(PLAIN, 4), PLAIN, losses=[StepDistillation(worker.reward_model())])  # without sub-classes: none
 
