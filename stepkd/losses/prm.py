@@ -132,10 +132,10 @@ def step_decisions(logps_SC: Tensor, targets_SC: Tensor) -> LossTerms:
     """Ordinal labels of three classes as two decisions in turn: is a step incorrect, and if it is not, is it neutral?
 
     Label -1 is the sequence "incorrect", 0 "not incorrect, neutral", 1 "not incorrect, not neutral". The second
-    decision is among the classes that the first has left (Ord2Seq's masks), and is asked of steps that get there. The
-    two sums have denominators of their own (:func:`step_decision_counts`), so that where incorrect steps are many the
-    adjacent classes 0 and 1 are told apart as firmly as where they are few; added up undivided they are
-    cross-entropy, by the chain rule.
+    decision is among the classes that the first has left (as Ord2Seq masks when it decodes), and is asked of steps
+    that get there. The two sums have denominators of their own (:func:`step_decision_counts`), so that where incorrect
+    steps are many the adjacent classes 0 and 1 are told apart as firmly as where they are few; added up undivided they
+    are cross-entropy, by the chain rule.
 
     Args:
         logps_SC: log-probabilities of three classes, among others or not.

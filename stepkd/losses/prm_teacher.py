@@ -22,12 +22,12 @@ def class_centroids(logps_LC: Tensor, targets_LC: Tensor) -> Tensor:
         targets_LC: target probabilities, each row sums to one.
 
     Returns:
-        (C, C) probabilities: row y is Q_y, the mean over steps, weighted by ``targets_LC[:, y]``; a class without steps
-        has even ones.
+        (C, C) probabilities above 0: row y is Q_y, the mean over steps, weighted by ``targets_LC[:, y]``; a class
+        without steps has even ones.
     """
     weights_CL, probs_LC = targets_LC.T.to(logps_LC), logps_LC.softmax(-1)
-    totals_C1 = weights_CL.sum(-1, keepdim=True)
-    means_CC = weights_CL @ probs_LC / totals_C1.clamp(min=torch.finfo(probs_LC.dtype).tiny)
+    totals_C1, least = weights_CL.sum(-1, keepdim=True), torch.finfo(probs_LC.dtype).tiny
+    means_CC = (weights_CL @ probs_LC / totals_C1.clamp(min=least)).clamp(min=least)  # of what underflowed, too
     return torch.where(totals_C1 > 0, means_CC, 1 / len(means_CC))
 
 
@@ -59,8 +59,8 @@ def mcmi(logps_LC: Tensor, targets_LC: Tensor, centroids_CC: Tensor) -> LossTerm
 def subclass_directions(
     features_LH: Tensor, logps_LC: Tensor, weights_KH: Tensor, subclasses: int
 ) -> tuple[Tensor, Tensor]:
-    """The directions that split each class of a teacher: the principal ones of its steps' features, where the teacher's
-    own output does not look.
+    """The directions that split each class of a teacher: the principal ones of its steps' features, in the null
+    space of the teacher's output.
 
     Features are projected onto the null space of the output weights; of those of a class, each step weighing the
     probability of the class there, the D directions of most variance are taken and rotated at random, so that all

@@ -51,6 +51,16 @@ def test_equal_predictions_for_a_label_have_no_information() -> None:
     assert mcmi(logps, labels, centroids).sums["mcmi"].item() == pytest.approx(0, abs=1e-15)
 
 
+def test_a_class_that_never_has_a_probability_above_0_gives_finite_values() -> None:
+    """In float32 a gap of 120 underflows."""
+    logits = torch.tensor([[0.0, 120.0], [0.0, 130.0]], requires_grad=True)
+    labels = torch.tensor([[0.0, 1.0], [0.0, 1.0]])
+    loss = mcmi(logits, labels, class_centroids(logits.detach(), labels)).sums["mcmi"]
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert math.isfinite(loss.item())
+    assert bool(gradient.isfinite().all())
+
+
 @pytest.mark.parametrize("classes", [2, 3])
 def test_mcmi_brute_force(classes: int) -> None:
     """Python floats, one step at a time, soft labels; the gradient written out."""
