@@ -4,7 +4,7 @@ of SFT are those of plain logits."""
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ worker = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(worker)  # type: ignore[union-attr]
 
 TOLERANCE = 1e-10  # float64, relative norm
-EVERY = pytest.mark.parametrize("name", list(worker.METHODS))
 
 # ---- all methods ----------------------------------------------------------------------------------------------------
 
@@ -35,6 +34,12 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "one row at a time in chunks": {"micro_batch_tokens": 1, "chunk_size": 3},
     "every row with its own prompt": {"shares": False},
 }
+AT_ONCE = {
+    "all at once": {"layout": {"padding_side": "left", "pad_to": 200}, "micro_batch_tokens": 150, "chunk_size": 3}
+}
+CASES = [(name, layout) for name in worker.MAIN for layout in LAYOUTS]
+CASES += [(name, layout) for name in worker.VARIANTS for layout in AT_ONCE]
+RARE = [pytest.param(name, layout, marks=pytest.mark.slow) for name in worker.VARIANTS for layout in LAYOUTS]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,10 +58,9 @@ def plain(name: str) -> Any:
     return worker.run(name, micro_batch_tokens=100_000)
 
 
-@pytest.mark.parametrize("layout", list(LAYOUTS))
-@EVERY
+@pytest.mark.parametrize(("name", "layout"), [*CASES, *RARE])
 def test_layout_of_every_method(name: str, layout: str, distance: Callable[..., float]) -> None:
-    settings = LAYOUTS[layout]
+    settings = (LAYOUTS | AT_ONCE)[layout]
     module = worker.run(name, **{"micro_batch_tokens": 100_000, **settings})
     assert distance(module.gradients, plain(name).gradients) < TOLERANCE
     assert worker.facts(module)["losses"] == pytest.approx(worker.facts(plain(name))["losses"], rel=1e-6)
@@ -70,7 +74,8 @@ def test_layout_of_every_method(name: str, layout: str, distance: Callable[..., 
 def test_every_row_twice_is_the_same_loss(name: str, distance: Callable[..., float]) -> None:
     """Sums and counts grow alike: nothing is divided by a number of rows, or not at all."""
     points = {"reference_point": worker.NO_POINTS} if "kto" in name else {}
-    once, twice = (worker.run(name, copies=copies, micro_batch_tokens=200, **points) for copies in (1, 2))
+    once = worker.run(name, micro_batch_tokens=200, **points) if points else plain(name)
+    twice = worker.run(name, copies=2, micro_batch_tokens=200, **points)
     assert distance(twice.gradients, once.gradients) < TOLERANCE
     assert worker.facts(twice)["losses"] == pytest.approx(worker.facts(once)["losses"], rel=1e-6)
 
@@ -83,33 +88,36 @@ def test_every_loss_counts_and_has_a_gradient() -> None:
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return launched(tmp_path_factory.mktemp("ranks") / "two.pt")
+    return launched(tmp_path_factory.mktemp("ranks") / "two.pt", worker.MAIN)
 
 
-def launched(out: Path, **variables: str) -> dict[str, Any]:
-    """All methods over two processes, whose shares of rows and micro-batches differ."""
+def launched(out: Path, names: Sequence[str], **variables: str) -> dict[str, Any]:
+    """Methods over two processes, whose shares of rows and micro-batches differ."""
     script = Path(worker.__file__)
-    done = forked.run([str(out)], ranks=2, script=script, timeout=600, CUDA_VISIBLE_DEVICES="", **variables)
+    done = forked.run([str(out), *names], ranks=2, script=script, timeout=600, CUDA_VISIBLE_DEVICES="", **variables)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out, weights_only=True)
 
 
-@EVERY
+@pytest.mark.parametrize("name", worker.MAIN)
 def test_two_processes_equal_one(name: str, two_ranks: dict[str, Any], distance: Callable[..., float]) -> None:
-    one, two = worker.facts(worker.run(name, steps=2, micro_batch_tokens=150)), two_ranks[name]
-    assert (one["world"], two["world"]) == (1, 2)
-    assert distance(two["gradients"], one["gradients"]) < TOLERANCE
-    assert two["losses"] == pytest.approx(one["losses"], rel=1e-6)
+    check_ranks(name, two_ranks[name], distance)
 
 
 @pytest.mark.slow
-def test_two_processes_with_half_a_model_each_equal_one(tmp_path: Path, distance: Callable[..., float]) -> None:
-    """FSDP2."""
-    for name, two in launched(tmp_path / "two.pt", STRATEGY="fsdp2").items():
-        one = worker.facts(worker.run(name, steps=2, micro_batch_tokens=150))
-        assert two["world"] == 2
-        assert distance(two["gradients"], one["gradients"]) < TOLERANCE, name
-        assert two["losses"] == pytest.approx(one["losses"], rel=1e-6), name
+@pytest.mark.parametrize(("names", "strategy"), [(worker.VARIANTS, "auto"), (tuple(worker.METHODS), "fsdp2")], ids=str)
+def test_two_processes_of_other_methods_or_with_half_a_model_each_equal_one(
+    names: Sequence[str], strategy: str, tmp_path: Path, distance: Callable[..., float]
+) -> None:
+    for name, two in launched(tmp_path / "two.pt", names, STRATEGY=strategy).items():
+        check_ranks(name, two, distance)
+
+
+def check_ranks(name: str, two: dict[str, Any], distance: Callable[..., float]) -> None:
+    one = worker.facts(worker.run(name, steps=2, micro_batch_tokens=150))
+    assert (one["world"], two["world"]) == (1, 2), name
+    assert distance(two["gradients"], one["gradients"]) < TOLERANCE, name
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-6), name
 
 
 # ---- supervised fine-tuning against plain logits --------------------------------------------------------------------
