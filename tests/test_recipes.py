@@ -186,6 +186,7 @@ def distilling() -> list[Path]:
     return [path for path in METHODS + TINY if teacher(path).get("class_path") == "Local"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS + TINY, ids=name)
 def test_method_builds_with_a_tiny_model_for_a_first_look(method: Path) -> None:
     extra = ["--model.policy.path", "tiny-0.1m"]
@@ -222,6 +223,7 @@ def compositions() -> Iterator[Any]:
             yield pytest.param(method, chosen, id="-".join(path.stem for path in [method, *chosen]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "overlays"), [*compositions()])
 def test_overlays_of_every_kind_compose_with_every_method(method: Path, overlays: list[Path]) -> None:
     _, strategy, logger, *_ = overlays

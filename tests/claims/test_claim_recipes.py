@@ -96,6 +96,7 @@ def taken(kind: str, settings: str) -> bool:
     return jobs.job_config(kind, json.loads(settings), Path("out")) is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", CLAIMS, ids=lambda path: path.stem)
 def test_commands_take_the_settings_of_every_job(path: Path) -> None:
     """In both versions; a fitted threshold must be there before steps can be cut by it."""
