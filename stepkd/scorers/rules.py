@@ -125,9 +125,9 @@ class Vectors:
         self._matrix = self._of(counts).T.tocsr()
 
     def cosines(self, texts: Sequence[str]) -> FloatArray:
-        """(texts, units) cosines to all of them."""
+        """(texts, units) cosines to all of them, in [0, 1]."""
         found: FloatArray = (self._of([Counter(words_of(text)) for text in texts]) @ self._matrix).toarray()
-        return found
+        return np.minimum(found, 1.0)  # the products of a long text's weights sum to a little more
 
     def _of(self, counts: Sequence[Counter[str]]) -> Any:
         """(texts, words) sparse rows; a word of no unit counts for the length alone, as if one unit had it."""

@@ -231,6 +231,13 @@ def test_repetition_costs() -> None:
     assert of("something else altogether") == [0.5]
 
 
+def test_no_score_is_above_one() -> None:
+    """The weights of a long line, squared, sum to a little more than 1 now and then."""
+    for words in range(10, 61):
+        line = " ".join(f"{chr(97 + i % 26)}{chr(97 + i % 7)}" * (1 + i % 3) for i in range(words))
+        assert Gain().score([Solutions({"id": "r", "prompt": "?", "solution": line}, [[line]])]) == [[[1.0]]]
+
+
 def test_order_and_companions() -> None:
     """A step's worth depends on those before it only, and solutions of one problem know nothing of each other."""
     steps = ["He buys 3 apples", "nothing at all", "She sells 4 pears for 8"]
