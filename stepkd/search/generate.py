@@ -335,7 +335,7 @@ class ScorerValue:
         self.reduction: Reduction = default_reduction(scorer.meaning) if reduction is None else reduction
         check_choice("reduction", self.reduction, get_args(Reduction))
         self.name, self.costs = name, Costs() if costs is None else costs
-        self._known: dict[tuple[int, tuple[str, ...]], list[float]] = {}
+        self._known: dict[tuple[int, tuple[str, ...]], tuple[list[float], int]] = {}  # scores, tokens of critiques
 
     def values(self, states: Sequence[State], reduction: Reduction | None = None) -> list[float | None]:
         """See :class:`~stepkd.search.state.StateValue`; states of one problem are scored together.
@@ -361,24 +361,25 @@ class ScorerValue:
 
     def step_scores(self, states: Sequence[State]) -> list[tuple[float | None, ...]]:
         """Scores of every state's steps, None for one without words or a score; what was scored before is not read
-        again, and counts in :attr:`costs` all the same."""
+        again, and counts in :attr:`costs` all the same, with what a critic wrote of it."""
         if len(self._known) > _REMEMBERED:
             self._known.clear()
         keys = [(state.problem.index, tuple(step for step in state.steps if step.strip())) for state in states]
         problems: dict[int, dict[tuple[str, ...], Any]] = {}
         for key, state in zip(keys, states, strict=True):
-            if key[1]:
-                self.costs[key[0]]["scorer_calls"] += 1
-                self.costs[key[0]]["scored_tokens"] += len(state.problem.prompt_ids) + len(state.token_ids)
-                if key not in self._known:
-                    problems.setdefault(key[0], {})[key[1]] = state.problem.row
+            if key[1] and key not in self._known:
+                problems.setdefault(key[0], {})[key[1]] = state.problem.row
         asked = [Solutions(next(iter(steps.values())), list(steps)) for steps in problems.values()]
         for (index, steps), scored in zip(problems.items(), self.scorer.score(asked) if asked else [], strict=True):
-            self._known |= {(index, each): scores for each, scores in zip(steps, scored, strict=True)}
-            self.costs[index]["scored_tokens"] += sum(facts_of(each).get("generated_tokens", 0) for each in scored)
+            for each, own in zip(steps, scored, strict=True):
+                self._known[index, each] = list(own), facts_of(own).get("generated_tokens", 0)
         found = []
         for key, state in zip(keys, states, strict=True):
-            known = iter(self._known.get(key, ()))
+            scores, written = self._known.get(key, ((), 0))
+            if key[1]:
+                self.costs[key[0]]["scorer_calls"] += 1
+                self.costs[key[0]]["scored_tokens"] += len(state.problem.prompt_ids) + len(state.token_ids) + written
+            known = iter(scores)
             by_step = [next(known) if step.strip() else math.nan for step in state.steps]
             found.append(tuple(None if math.isnan(score) else float(score) for score in by_step))
         return found

@@ -13,7 +13,7 @@ from stepkd.models.policy import Policy
 from stepkd.models.spec import build_tiny
 from stepkd.scorers.judge import PromptedJudge
 from stepkd.scorers.rules import Checker
-from stepkd.scorers.scorer import Solutions
+from stepkd.scorers.scorer import Judged, Solutions
 from stepkd.search.generate import ContinuationValue, ScorerValue
 from stepkd.search.state import Problem, State
 from stepkd.tasks.rows import make_rows
@@ -118,6 +118,25 @@ def test_self_evaluation_reads_the_reference() -> None:
     assert expected[0] != expected[1]
     assert value.provenance()["value"] == "self_evaluation"
     assert value.provenance()["scorer"]["reference"] is True
+
+
+def test_methods_pay_for_critiques_that_others_asked_for(problem: Problem) -> None:
+    """A critique of 50 tokens counts for every method that is told its verdict, as prompt and solution do."""
+
+    class Critic(Lengths):
+        def score(self, problems: Sequence[Solutions]) -> list[list[list[float]]]:
+            facts = {"generated_tokens": 50, "critiques": ["..."]}
+            return [[Judged(each, facts=facts, prediction=None) for each in own] for own in super().score(problems)]
+
+    scorer = Critic()
+    value = ScorerValue(scorer)
+    costs = []
+    for states in ([state(problem, "aa", "b"), state(problem, "c")], [state(problem, "c"), state(problem, "c")]):
+        value.values(states)
+        costs.append(value.costs.pop(0))
+    assert scorer.asked == [[2]]
+    assert [each["scored_tokens"] for each in costs] == [2 * 51 + 3, 2 * 52]
+    assert all(type(scores) is list for scores, _ in value._known.values()), "texts of critiques are not remembered"
 
 
 def test_steps_and_solutions_are_judged_in_one_reading(problem: Problem) -> None:
