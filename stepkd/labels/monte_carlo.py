@@ -48,8 +48,9 @@ class MonteCarlo(LabellerConfig):
     the same labels for less); or by binary search for the first that fails (OmegaPRM, arXiv 2406.06592), about the
     logarithm of the number of steps, and none where the answer is correct. The last two need reduce first_error."""
     share: bool = False
-    """Whether solutions of one problem share the continuations of a prefix that they have in common, as OmegaPRM's tree
-    does: drawn once in a batch, with noise keyed by the problem, where it is keyed by the solution by default."""
+    """Whether solutions with one prompt and answer share the continuations of a prefix that they have in common, as
+    OmegaPRM's tree does: drawn once in a batch, with noise keyed by the prefix, where it is keyed by the solution by
+    default; every prefix is then read for itself."""
     consistent: bool = False
     """Whether a step that is labelled correct loses its label where no continuation that succeeds takes up the number
     that the step ends with: it may have been solved past it (GLoRe, arXiv 2402.10963)."""
@@ -173,34 +174,31 @@ class MonteCarloLabeller:
                 raise DataError(what, path=each.id)
             known = float(each.correct is True)
             searches.append(_Search(each, [None if i in steps else known for i in range(len(each.steps))]))
-        owners: dict[tuple[int, ...], tuple[_Search, int]] = {}
+        owners: dict[Any, tuple[_Search, int]] = {}
         while asked := [(each, steps) for each in searches if (steps := next_steps(each.values, self.order))]:
             self._continue(self._unshared(asked, owners) if self.share else asked)
         return [self._labels(each) for each in searches]
 
     def _unshared(
-        self, asked: Sequence[tuple[_Search, list[int]]], owners: dict[tuple[int, ...], tuple[_Search, int]]
+        self, asked: Sequence[tuple[_Search, list[int]]], owners: dict[Any, tuple[_Search, int]]
     ) -> list[tuple[_Search, list[int]]]:
-        """The prefixes that are left to draw. One that another solution drew is taken over; one that another draws in
-        this round, in the next."""
+        """The prefixes that are left to draw, one by one. One that another solution drew, graded by the same answer, is
+        taken over; one that another draws in this round, in the next."""
         left = []
-        for each, steps in asked:
-            own = []
-            for step in steps:
-                owner, place = owners.setdefault(each.prefix(step), (each, step))
-                if owner is each:
-                    own.append(step)
-                elif owner.values[place] is not None:
-                    each.take(step, owner, place)
-            left.append((each, own))
-        return [(each, own) for each, own in left if own]
+        for each, step in ((each, step) for each, steps in asked for step in steps):
+            owner, place = owners.setdefault((each.prefix(step), str(each.solution.row["answer"])), (each, step))
+            if owner is each:
+                left.append((each, [step]))
+            elif owner.values[place] is not None:
+                each.take(step, owner, place)
+        return left
 
     def _continue(self, asked: Sequence[tuple[_Search, list[int]]]) -> None:
         """Continue these prefixes, and keep what comes of it."""
         cuts = [[each.solution.spans[step][1] for step in steps] for each, steps in asked]
         branches = [continued(each.solution, ends) for (each, _), ends in zip(asked, cuts, strict=True)]
         if self.share:
-            keys = [stream_key(0, "prompt", *each.solution.prompt_ids.tolist()) >> 65 for each, _ in asked]
+            keys = [stream_key(0, "prefix", *each.prefix(step)) >> 65 for each, (step,) in asked]
             branches = [replace(branch, index=key) for branch, key in zip(branches, keys, strict=True)]
         results = self.engine.continue_branches(branches, self.sampling, purpose="monte-carlo")
         drawn = [

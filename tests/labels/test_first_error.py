@@ -197,6 +197,29 @@ def test_solutions_of_a_problem_share_what_they_begin_with(grader: Grader, order
     assert labeller.provenance()["share"] is True
 
 
+def test_continuations_are_shared_only_where_the_answer_is_the_same_and_noise_only_where_the_prefix_is(
+    policy: Policy, grader: Grader
+) -> None:
+    """All continuations say 3: wrong for a row with the same prompt and answer 4. Prefixes of one length differ in
+    their keys."""
+    indices: dict[int, str] = {}
+
+    class Asked(Scripted):
+        def continue_branches(self, branches: Sequence[Any], spec: SamplingConfig, **given: Any) -> Any:
+            for branch in branches:
+                (cut,) = branch.cuts
+                indices.setdefault(branch.index, str(branch.token_ids[:cut]))
+                assert indices[branch.index] == str(branch.token_ids[:cut])
+            return super().continue_branches(branches, spec, **given)
+
+    engine = Asked(lambda prefix, j: "#### 3")
+    labeller = MonteCarloLabeller(engine, policy, grader, SamplingConfig(n=2), share=True)
+    steps = (["1+1=2\n", "2+1=3\n"], ["1+1=4\n", "4+1=5\n"])
+    found = labeller.label([solution(own, answer, finish="length") for answer in "34" for own in steps])
+    assert [each.values for each in found] == [(1.0, 1.0)] * 2 + [(0.0, 0.0)] * 2
+    assert len(indices) == 4, "four prefixes, two of one length each"
+
+
 def test_what_is_known_at_the_end_costs_nothing(policy: Policy, grader: Grader) -> None:
     """A correct answer settles a binary search, an incorrect one is a prefix that fails; a cut-off end is open."""
     each = solution(["a\n", "b\n", "c\n", "#### 3<eos>"], "3", correct=True)
