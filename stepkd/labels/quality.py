@@ -77,8 +77,8 @@ class LabelQuality(Result):
     first_error_accuracy: Interval
     """Share of solutions whose first incorrect step (or its absence) is labelled exactly."""
     recoverable: Interval | None
-    """Share of truly incorrect steps from which the correct answer was still reached (``step_values`` above 0): future
-    success calls them correct although the step is not. None without values."""
+    """Share of truly incorrect steps from which the correct answer was still reached (``step_values`` above 0), among
+    those with a value: future success calls them correct although the step is not. None without values."""
     steps: int
     """Steps judged."""
     solutions: int
@@ -102,13 +102,12 @@ def label_quality(rows: Sequence[Row], truth_rows: Sequence[Row], *, seed: int =
         check_unique_ids(each, path=name)
     truths = {row["id"]: row for row in truth_rows}
     found: dict[str, FloatArray] = {}
-    has_values = False
     for row in rows:
         if row["id"] not in truths:
             raise DataError(f"row {row['id']!r} has no true labels: give the truth of the same solutions")
         check_same_steps(row, truths[row["id"]], names=names)
-        # Of each problem: steps by cell, recoverable ones, solutions labelled exactly, solutions.
-        counts = found.setdefault(str(row.get("problem_id") or row["id"]), np.zeros(7))
+        # Of each problem: steps by cell, recoverable ones of those with values, solutions labelled exactly, solutions.
+        counts = found.setdefault(str(row.get("problem_id") or row["id"]), np.zeros(8))
         marks, true = verdicts(row_labels(row)), verdicts(row_labels(truths[row["id"]]))
         values = row.get("step_values") or [None] * len(marks)
         first = true.index(False) if False in true else -1
@@ -116,9 +115,9 @@ def label_quality(rows: Sequence[Row], truth_rows: Sequence[Row], *, seed: int =
         for mark, correct, value in zip(marks[:judged], true[:judged], values[:judged], strict=True):
             if mark is not None and correct is not None:
                 counts[2 * (not mark) + (not correct)] += 1
-                counts[4] += not correct and passes(value, ANY_SUCCESS) is True
-                has_values |= value is not None
-        counts[5:] += (first_incorrect(row_labels(row)) == first, 1)
+                if value is not None and not correct:
+                    counts[4:6] += (passes(value, ANY_SUCCESS) is True, 1)
+        counts[6:] += (first_incorrect(row_labels(row)) == first, 1)
     if not sum(each[:4].sum() for each in found.values()):
         raise DataError(f"no step of {len(rows)} rows has both a label and a true one")
     columns = np.array(list(found.values()))
@@ -142,10 +141,10 @@ def label_quality(rows: Sequence[Row], truth_rows: Sequence[Row], *, seed: int =
         recall=share(both_correct, 0, 2),
         error_precision=share(both_incorrect, 2, 3),
         error_recall=share(both_incorrect, 1, 3),
-        first_error_accuracy=ratio_interval(columns[:, 5], columns[:, 6], seed=seed),
-        recoverable=share(columns[:, 4], 1, 3) if has_values else None,
+        first_error_accuracy=ratio_interval(columns[:, 6], columns[:, 7], seed=seed),
+        recoverable=ratio_interval(columns[:, 4], columns[:, 5], seed=seed) if columns[:, 5].any() else None,
         steps=int(steps.sum()),
-        solutions=int(columns[:, 6].sum()),
+        solutions=int(columns[:, 7].sum()),
     )
 
 

@@ -78,6 +78,15 @@ def test_by_brute_force() -> None:
         assert found.first_error_accuracy.value == pytest.approx(exact / len(rows))
 
 
+def test_steps_without_a_value_say_nothing_of_how_many_recover() -> None:
+    """As binary search leaves them: incorrect steps with a label and no value."""
+    truth = [row(str(i), [True, False]) for i in range(4)]
+    values = [[0.5, 0.25], [0.5, None], [0.5, None], [0.5, 0.0]]
+    rows = [row(str(i), [True, False], step_values=own) for i, own in enumerate(values)]
+    assert label_quality(rows, truth).recoverable.value == 0.5  # type: ignore[union-attr]
+    assert label_quality(rows[1:3], truth).recoverable is None
+
+
 def test_shares_of_nothing_are_none() -> None:
     found = label_quality([row("a", [True, True])], [row("a", [True, True])])
     assert found.balanced_accuracy is None
