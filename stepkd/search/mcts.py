@@ -269,7 +269,7 @@ class MCTS(TreeConfig, Search):
         """See :meth:`~stepkd.search.state.Search.run`; behind the answer the other solutions that end in the tree."""
         trees = tree_search(problems, tools.generator, partial(tools.scores, reduction=self.reduction), self)
         traces = [[_event(decision) for decision in tree.decisions] for tree in trees]
-        ends = [[node for node in tree.root.subtree() if node.terminal or node is tree.last] for tree in trees]
+        ends = [_ends(tree, path=self.vote == "path") for tree in trees]
         groups = [[(node.state, node.score) for node in nodes] for nodes in ends]
         if self.vote != "path":
             return elected(tools, groups, traces, self.vote)
@@ -277,6 +277,13 @@ class MCTS(TreeConfig, Search):
             answered([node.state for node in own], [node.score for node in own], own.index(tree.last), trace)
             for own, tree, trace in zip(ends, trees, traces, strict=True)
         ]
+
+
+def _ends(tree: SearchTree, *, path: bool) -> list[Node]:
+    """Where solutions end; the chosen path may end unfinished, which counts where it is the answer or nothing else is
+    there."""
+    nodes = [node for node in tree.root.subtree() if node.terminal or (path and node is tree.last)]
+    return nodes or [tree.last]
 
 
 def _event(decision: Decision) -> dict[str, Any]:

@@ -359,6 +359,17 @@ def test_what_has_no_score_ranks_last(
     assert len(scores) == 4
 
 
+@pytest.mark.parametrize(("vote", "text"), [("path", "a\nb\n"), ("max", "a\n2"), ("majority", "a\n2")])
+def test_a_path_without_an_end_has_no_vote_beside_solutions_that_were_cut_off(
+    scripted: Any, valued: Any, grader: Any, problem: Problem, vote: Any, text: str
+) -> None:
+    script = {"": [("1", 0.5, "length"), ("a\n", 0.5, "step")], "a\n": [("2", 0.5, "length"), ("b\n", 0.5, "step")]}
+    values = valued({"1": 0.2, "a\n": 0.9, "a\n2": 0.4, "a\nb\n": 0.95})
+    method = MCTS(iterations=2, root_factor=1, depth=2, max_steps=2, vote=vote)
+    ((answer, *_),) = method.run([problem], tools(scripted(script), values, grader))
+    assert (answer.text, answer.finish) == (text, "length")
+
+
 def test_votes_are_over_scores_and_not_over_estimates_divided_by_depth(
     scripted: Any, valued: Any, grader: Any, problem: Problem
 ) -> None:
