@@ -205,16 +205,17 @@ def outvoted(result: Mapping[str, Any]) -> list[str]:
     """Where choosing by a score alone is correct less often than the majority vote: a sentence for each such score.
 
     Args:
-        result: :meth:`CurveResult.to_dict`.
+        result: :meth:`CurveResult.to_dict`; without ``differences``, as of a search's pool, nothing is said. Only
+            those count whose interval is below 0.
     """
-    curves, sentences = result["curves"], []
-    for name in (each for each in curves if f"{each}_vote" in curves):
-        pairs = zip(result["ks"], curves[name], curves[MAJORITY], strict=True)
-        if ks := ", ".join(str(k) for k, own, vote in pairs if own["value"] < vote["value"] - TIE):
-            sentences.append(
-                f"At N={ks} {name} alone is fooled: incorrect solutions that it scores highest\ntake it below the vote"
-            )
-    return sentences
+    below: dict[str, list[str]] = {}
+    for each in result.get("differences", ()):
+        if each["a"] == MAJORITY and f"{each['b']}_vote" in result["curves"] and (each["difference"]["high"] or 0) < 0:
+            below.setdefault(each["b"], []).append(str(each["k"]))
+    return [
+        f"At N={', '.join(ks)} the solution that {name} scores highest\nis correct less often than the majority vote"
+        for name, ks in below.items()
+    ]
 
 
 def difference(values: FloatArray, **settings: Unpack[Resampling]) -> Interval:

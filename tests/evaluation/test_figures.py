@@ -57,13 +57,16 @@ def test_svg_is_labelled_and_repeatable(kind: str, results: dict[str, Any], tmp_
 
 
 def test_the_curve_says_where_a_score_alone_chooses_worse_than_the_vote(tmp_path: Path) -> None:
-    """Three of four samples are correct, and the highest score is that of the incorrect one."""
-    problems = [ProblemSamples(str(i), [True, True, True, False], ["1", "1", "1", "2"]) for i in range(3)]
-    for score, notes in ((0.9, 1), (0.1, 0)):
-        curve = through_json(bon_curve(problems, [1, 2, 4], {"prm": [[0.5, 0.5, 0.5, score]] * 3}, n_resamples=20))
-        assert len(outvoted(curve)) == notes
-        text = best_of_n_figure(curve, tmp_path / f"{notes}.svg").read_text(encoding="utf-8")
-        assert ("At N=2, 4 prm alone is fooled" in text) == bool(notes)
+    """Three of four samples are correct, and the highest score is that of the incorrect one: in 11 of 12 problems, or
+    in 2, which may be chance."""
+    problems = [ProblemSamples(str(i), [True, True, True, False], ["1", "1", "1", "2"]) for i in range(12)]
+    for fooled in (11, 2):
+        scores = [[0.5, 0.5, 0.5, 0.9 if i < fooled else 0.1] for i in range(12)]
+        curve = through_json(bon_curve(problems, [1, 2, 4], {"prm": scores}, n_resamples=100))
+        assert curve["curves"]["prm"][-1]["value"] < curve["curves"]["majority"][-1]["value"] == 1.0
+        text = best_of_n_figure(curve, tmp_path / f"{fooled}.svg").read_text(encoding="utf-8")
+        assert ("At N=2, 4 the solution that prm scores highest" in text) == (fooled == 11) == bool(outvoted(curve))
+    assert outvoted({name: curve[name] for name in ("ks", "curves")}) == []
 
 
 @pytest.mark.parametrize("kind", sorted(WRITERS))
