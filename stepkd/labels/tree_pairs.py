@@ -20,7 +20,7 @@ from stepkd.labels.settings import StepScore, TreePairConfig
 from stepkd.labels.workbench import Workbench, pair_record
 from stepkd.models.policy import Policy
 from stepkd.runs.job import Job
-from stepkd.sampling.engine import Engine
+from stepkd.sampling.engine import Engine, before_stop
 from stepkd.sampling.transformers_engine import encode_prompts, fixed_batches
 from stepkd.scorers.rules import Checker
 from stepkd.scorers.scorer import StepScorer
@@ -48,7 +48,7 @@ class GoldSteps:
 
         Returns:
             For each its steps; none where the state does not say the solution's beginning up to the end of a token
-            (leading white space apart), or where there is no room for the rest.
+            (leading white space apart), where there is no room for the rest, or in a solution that :meth:`is_cut`.
         """
         rests = [self._rest(state) for state in states]
         asked = [
@@ -62,7 +62,14 @@ class GoldSteps:
             for state, rest in zip(states, rests, strict=True)
         ]
 
+    def is_cut(self, problem: Problem) -> bool:
+        """Whether the solution holds a string that ends a sampled one, so that the policy cannot write it."""
+        solution = str(problem.row["solution"])
+        return before_stop(solution, self.generator.sampling.stop) != solution
+
     def _rest(self, state: State) -> tuple[int, ...]:
+        if self.is_cut(state.problem):
+            return ()
         tokenizer = self.generator.policy.tokenizer
         whole = with_end(tokenize_text(tokenizer, str(state.problem.row["solution"])), self.template, tokenizer)
         gold, said = whole.text.lstrip(), state.text.lstrip()
@@ -109,8 +116,8 @@ class TreePairBuilder:
             max_step_tokens=config.max_step_tokens,
         )
         self.value = config.value.build(bench, self.generator, scorer)
-        follow = GoldSteps(self.generator, bench.template) if config.search.gold_steps else None
-        self.reference = Reference(bench.grader, config.search.outcome, follow)
+        self.gold = GoldSteps(self.generator, bench.template) if config.search.gold_steps else None
+        self.reference = Reference(bench.grader, config.search.outcome, self.gold)
         self.prompts = encode_prompts(bench.policy, bench.template, bench.rows)
         self.pairing = {
             "builder": "tree",
@@ -147,5 +154,6 @@ class TreePairBuilder:
             "nodes": sum(node is not tree.root for node in tree.root.subtree()),
             "tokens_of_steps": costs["steps"],
             "tokens_of_continuations": costs["continuations"],
+            "solutions_with_a_stop_string": int(self.gold is not None and self.gold.is_cut(tree.problem)),
         }
         return pair_record(self.prompts[index].id, index, found.rows, dropped=found.dropped, facts=facts)

@@ -228,6 +228,9 @@ def test_reference_steps_behind_a_state(policy: Policy) -> None:
     ]
     assert found[0][0].logprob == pytest.approx(whole[1].logprob)
     assert gold([start.then(replace(sampled, text="", token_ids=(5,) * 15))]) == [[]], "no room for the rest"
+    steps.sampling = SamplingConfig(stop=("=6",))
+    assert gold([start, behind]) == [[], []], "the policy cannot write what holds a stop string"
+    assert gold.is_cut(start.problem)
 
 
 def test_an_untrained_model_is_led_along_the_reference(spec: TreePairConfig, run: Run, tmp_path: Path) -> None:
