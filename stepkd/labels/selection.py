@@ -209,7 +209,8 @@ def _taking_turns(candidates: Sequence[Candidate], numbers: Sequence[int]) -> li
 @dataclass(frozen=True, kw_only=True)
 class WithinBudget(ConverterConfig):
     """The first labelled rows, as many as labels for so many generated tokens pay for: labellings can be compared at
-    equal cost, whatever each of them costs."""
+    equal cost. What was spent on solutions that got no label is in the job's summary alone (``labelling``: its
+    ``generated_tokens`` less those of the rows)."""
 
     tokens: int
     """Most tokens generated for the labels of all rows (generated_tokens of their label_facts), at least 0."""

@@ -141,14 +141,20 @@ def test_memory_is_bounded(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> N
     assert max(cleared) > 50_000
 
 
-def test_what_has_ended_is_not_kept(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = engine_of(policy, keeps=True)
-    prompt = encode(PROMPTS[1])
-    engine.generate([prompt], SPEC)
-    before, read = engine._prefixes.bytes, tokens_read(engine, monkeypatch)
-    monkeypatch.setattr(type(policy), "eos_ids", frozenset(range(policy.vocab_size)))
-    engine.generate([prompt], SPEC, step=1)
-    assert (engine._prefixes.bytes, read[0]) == (before, 1)
+@pytest.mark.parametrize("ends", [False, True])
+def test_what_has_ended_is_not_kept(policy: Policy, monkeypatch: pytest.MonkeyPatch, ends: bool) -> None:
+    """The token drawn sixth is an end token, or the last for which there is room."""
+    engine, prompt = engine_of(policy, keeps=True), encode(PROMPTS[1])
+    spec = SamplingConfig(max_new_tokens=6, seed=3)
+    ((drawn,),) = engine.generate([prompt], spec)
+    *before, last = drawn.token_ids.tolist()
+    assert len(before) == 5
+    assert last not in before
+    engine.forget()
+    monkeypatch.setattr(type(policy), "eos_ids", frozenset([last] if ends else []))
+    ((again,),) = engine.generate([prompt], spec)
+    assert (again.token_ids.tolist(), again.finish) == ([*before, last], "stop" if ends else "length")
+    assert engine._prefixes.known([*prompt, *before, last]) == len(prompt) + (0 if ends else 5)
 
 
 def test_models_that_cannot_skip_columns_keep_nothing(policy: Policy) -> None:
