@@ -11,6 +11,7 @@ Axes: M members of an ensemble, S steps of a solution, N solutions, K centres, P
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -62,8 +63,8 @@ class Selected(ConverterConfig):
     """Files of the same rows as scored by other runs, which make an ensemble with the first: their scores are averaged,
     and uncertainty also reads how they differ; none by default, which leaves the confidence of the one."""
     labelled: str | None = None
-    """Scored rows that have labels already, a file: none of them is selected, and k_center keeps away from them, too;
-    null where nothing is labelled yet."""
+    """Rows that have labels already, scored as the pool was, a file: none of them is selected, and k_center keeps away
+    from them, too; null where nothing is labelled yet."""
 
     def __post_init__(self) -> None:
         check_bounds("", self, count="[1, inf)")
@@ -74,6 +75,10 @@ class Selected(ConverterConfig):
         others = [{str(row["id"]): row for row in load_rows(parse_spec(word))} for word in self.members]
         known = [] if self.labelled is None else load_rows(parse_spec(self.labelled))
         centres = [each for row in known if (each := _candidate([row])).scores_MS.size]
+        if known and len(scorers := {_scorer(row) for row in (*rows, *known)} - {None}) > 1:
+            raise DataError(
+                f"pool and labelled rows have {len(scorers)} scorers: score all with one", path=self.labelled
+            )
         done = {str(row["id"]) for row in known}
         check_unique_ids(rows, path="the pool")
         candidates = []
@@ -114,6 +119,11 @@ def _same(row: Row, others: Mapping[str, Row], name: str) -> Row:
         what = "lacks" if other is None else "holds another solution under the id of"
         raise DataError(f"{what} row {row['id']!r} of the pool: score the same rows with every member", path=name)
     return other
+
+
+def _scorer(row: Row) -> str | None:
+    """What scored a row's steps; None: it does not say."""
+    return json.dumps({**row["scorer"], "reduction": None}, sort_keys=True) if row.get("scorer") else None
 
 
 def _candidate(versions: Sequence[Row]) -> Candidate:

@@ -146,6 +146,10 @@ def test_rows_that_cannot_be_selected_are_counted(tmp_path: Path) -> None:
     found = convert_rows(pool, Selected(count=1, by="k_center", labelled=known))
     assert [row["id"] for row in found.rows] == ["a/0"], "0.4 from what is labelled, not 0.1"
     assert found.counts == {"rows": 1, "unscored": 1, "labelled_already": 1, "less_worth": 1}
+    by = [{"scorer": {"scorer": "prm", "weights": name}} for name in "ab"]
+    other = write(tmp_path / "other.jsonl", [pool[2] | by[1]])
+    with pytest.raises(DataError, match=r"other\.jsonl.*pool and labelled rows have 2 scorers: score all with one"):
+        convert_rows([pool[3] | by[0]], Selected(count=1, by="k_center", labelled=other))
     with pytest.raises(DataError, match=r"none of 1 rows is left \(1 unscored, 1 short_of_count\)"):
         convert_rows(pool[1:2], Selected(count=1, by="uncertainty"))
 
