@@ -232,7 +232,8 @@ class SearchJobConfig(BenchmarkJobConfig):
         names = [method.name for method in self.all_methods]
         for name in names:
             if not re.fullmatch(r"[\w@.+-]+", name) or name in ("pool", "difficulty"):
-                raise ConfigError(f"methods: {name!r} is no name for a method: letters, digits and @.+-_, not pool")
+                what = "letters, digits and @.+-_, neither pool nor difficulty"
+                raise ConfigError(f"methods: {name!r} is no name for a method: {what}")
             if names.count(name) > 1:
                 raise ConfigError(f"methods: two are called {name}, and have the same settings: drop one")
         for method in self.all_methods:

@@ -129,7 +129,7 @@ def _other_model(name: str, config: SearchJobConfig, opened: OpenedBenchmark) ->
     dtype = str(next(opened.policy.parameters()).dtype).removeprefix("torch.")
     policy = load_trained(name, dtype=dtype, attention=config.attention)
     if tokenizer_fingerprint(policy.tokenizer) != tokenizer_fingerprint(opened.policy.tokenizer):
-        raise ConfigError(f"methods: {name} has another tokenizer than {config.model}: take a model with the same one")
+        raise ConfigError(f"methods: {name} has another tokenizer than {config.model}: take or train one with the same")
     template = template_for(name, get_benchmark(config.benchmark).template, None)
     engine = Transformers(config.engine.at_once).for_job(policy, pick_device(config.device))
     return replace(opened, policy=policy, engine=engine, template=template)

@@ -112,7 +112,9 @@ class StepExamples:
     def _chosen(self, near_N: FloatArray) -> list[int]:
         chosen: list[int] = []
         for numbers in self._by_verdict:
-            able = numbers[near_N[numbers] > -math.inf]
+            values = near_N[numbers]
+            least = np.partition(values, -self.shots)[-self.shots] if len(values) > self.shots else -math.inf
+            able = numbers[(values >= least) & (values > -math.inf)]  # few of many: sorting all takes ten times longer
             chosen += able[np.argsort(-near_N[able], kind="stable")][: self.shots].tolist()
         return sorted(chosen, key=lambda i: (near_N[i], i))
 

@@ -109,7 +109,8 @@ def elected(
             taken = soft_choice(own, temperature, states[0].problem.seed, states[0].problem.index)
         else:
             taken = choice(own, [votes[i] for i in may], vote)
-        trace.append({"event": "choice", "vote": vote, "scores": scores, "votes": votes, "kept": [may[taken]]})
+        told = {"steps": ["".join(state.steps[-1:]) for state in states], "scores": scores, "votes": votes}
+        trace.append({"event": "choice", "vote": vote, **told, "kept": [may[taken]]})
         results.append(answered(states, scores, may[taken], trace))
     return results
 

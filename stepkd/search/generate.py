@@ -31,7 +31,18 @@ from stepkd.models.checkpoint import sampled_by
 from stepkd.models.policy import Policy
 from stepkd.sampling.engine import Engine, SamplingConfig, before_stop, decode_text
 from stepkd.scorers.scorer import Reduction, Solutions, StepScorer, default_reduction, facts_of, reduce_scores
-from stepkd.search.state import Costs, End, Judged, Name, Problem, State, Step, StepGenerator, correct_ones, where
+from stepkd.search.state import (
+    Costs,
+    End,
+    Name,
+    Problem,
+    State,
+    StateScores,
+    Step,
+    StepGenerator,
+    correct_ones,
+    for_some,
+)
 from stepkd.steps.confidence import SIGNAL_SEGMENTERS
 from stepkd.steps.segment import get_segmenter, segment, segmenter_settings
 from stepkd.steps.text import TokenizedText, text_from_ids
@@ -91,7 +102,7 @@ class SampledSteps:
             raise ConfigError("search needs different steps from one state: temperature 0 gives the same one always")
         kind = self.segmenter.partition(":")[0]
         if kind in SIGNAL_SEGMENTERS and kind != "adaptive_step":
-            raise ConfigError(f"segmenter {kind} reads signals that sampling does not give: take one of plain text")
+            raise ConfigError(f"segmenter {kind} reads signals that sampling has not: take adaptive_step or plain text")
         self._cut = get_segmenter(self.segmenter)
         self.engine.keeps_prefixes = True  # steps begin where others end
 
@@ -218,8 +229,9 @@ class SampledSteps:
         for head, state in ((group[0], group[0].state) for group in drafts):
             if (room := self._room(head, spec.longest)) < 1:
                 what = f"a prompt of {len(state.problem.prompt_ids)} tokens with {len(state.token_ids)} of solution"
-                what += f" fills the model's context of {self.engine.max_length}: drop the problem"
-                raise DataError(what, path=state.problem.id)
+                full = self.max_tokens is not None and len(state.token_ids) >= self.max_tokens
+                limit = f"max_tokens={self.max_tokens}" if full else f"the model's context of {self.engine.max_length}"
+                raise DataError(f"{what} fills {limit}: drop the problem", path=state.problem.id)
             name = ("sample", head.sample, "token", len(head.token_ids)) if head.token_ids else ()
             wanted.append((state.problem, (*state.token_ids, *head.token_ids), (*state.path, *name), room))
         for group, continuations in zip(drafts, self.draw(wanted, spec, kind), strict=True):
@@ -300,7 +312,7 @@ class ContinuationValue:
     def values(self, states: Sequence[State], reduction: Reduction | None = None) -> list[float | None]:
         """See :class:`~stepkd.search.state.StateValue`; there is nothing to reduce."""
         n = self.continuations
-        ends = where([state.correct is None for state in states], states, partial(self.generator.complete, n=n))
+        ends = for_some([state.correct is None for state in states], states, partial(self.generator.complete, n=n))
         correct = iter(correct_ones([end for group in ends for end in group or ()], self.grader))
         return [
             float(bool(state.correct)) if group is None else sum(next(correct) for _ in group) / n
@@ -347,7 +359,7 @@ class ScorerValue:
         """
         return [value for value, _ in self.judged(states, reduction)]
 
-    def judged(self, states: Sequence[State], reduction: Reduction | None = None) -> list[Judged]:
+    def judged(self, states: Sequence[State], reduction: Reduction | None = None) -> list[StateScores]:
         """Values of states, and the scores of all their steps; see :meth:`~stepkd.search.state.Tools.judged`.
 
         Raises:

@@ -44,7 +44,7 @@ from stepkd.errors import ConfigError, DataError, check_bounds
 from stepkd.grading.pool import Grader
 from stepkd.scorers.scorer import Reduction
 from stepkd.search.best_of_n import answered, elected
-from stepkd.search.state import Found, Problem, Search, State, Step, StepGenerator, Tools, correct_ones, where
+from stepkd.search.state import Found, Problem, Search, State, Step, StepGenerator, Tools, correct_ones, for_some
 from stepkd.search.tree import Decision, Node, Option, SearchTree, back_up, best_child, select
 
 Estimate: TypeAlias = Callable[[Sequence[State]], Sequence[float | None]]
@@ -219,8 +219,8 @@ def _propose(
     solution first. Of children that say the same and end alike there is only the first."""
     states = [leaf.state for leaf in leaves]
     forced = [settings.force_end and leaf.depth >= settings.depth for leaf in leaves]
-    proposed = where([not end for end in forced], states, partial(generator.propose, n=settings.actions))
-    completed = where(forced, states, partial(generator.complete, n=1))
+    proposed = for_some([not end for end in forced], states, partial(generator.propose, n=settings.actions))
+    completed = for_some(forced, states, partial(generator.complete, n=1))
     follow = reference and reference.follow
     gold_of: Sequence[Sequence[Step]] = follow(states) if follow else [()] * len(states)
     for leaf, steps, wholes, gold in zip(leaves, proposed, completed, gold_of, strict=True):

@@ -49,10 +49,10 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from stepkd.errors import check_bounds
+from stepkd.errors import ModelError, check_bounds
 from stepkd.randomness import generator
 from stepkd.search.best_of_n import answered
-from stepkd.search.state import Found, Problem, Search, State, Step, Tools, Trace, event, no_logprobs, where
+from stepkd.search.state import Found, Problem, Search, State, Step, Tools, Trace, event, for_some, no_logprobs
 from stepkd.statistics import FloatArray
 
 _COMPLETION = 1 << 20  # no sample's number: else the last completions would be the foresight from the same places
@@ -146,7 +146,7 @@ class PhiDecoding(Search):
     def _look_ahead(self, candidates: Sequence[_Candidate], tools: Tools) -> None:
         """Continue every unfinished candidate to the end; the foresight of a finished one is its newest step."""
         complete = partial(tools.generator.complete, n=1, temperature=self.foresight_temperature)
-        drawn = where([each.is_open for each in candidates], [each.state for each in candidates], complete)
+        drawn = for_some([each.is_open for each in candidates], [each.state for each in candidates], complete)
         for each, ends in zip(candidates, drawn, strict=True):
             each.end, each.foresight, each.text = each.state, each.confidence, each.state.steps[-1]
             if ends:
@@ -271,9 +271,12 @@ def _mean(step: Step) -> float:
 
     Raises:
         ConfigError: it is not known.
+        ModelError: it is not finite.
     """
-    if step.logprob is None or not math.isfinite(step.logprob):
+    if step.logprob is None:
         raise no_logprobs("phi-decoding (also with foresight_temperature)")
+    if not math.isfinite(step.logprob):
+        raise ModelError(f"a step of phi-decoding has the log-probability {step.logprob}: take another dtype (float32)")
     return step.logprob / max(1, len(step.token_ids))
 
 

@@ -127,7 +127,7 @@ class State:
 
 Scored: TypeAlias = tuple[State, float | None]
 """A solution so far, and its score."""
-Judged: TypeAlias = tuple[float | None, tuple[float | None, ...]]
+StateScores: TypeAlias = tuple[float | None, tuple[float | None, ...]]
 """What a scorer says of a state: its score, and those of its steps; None: there is none."""
 Trace: TypeAlias = list[dict[str, Any]]
 """Decisions, in order; see :attr:`Found.trace`."""
@@ -247,7 +247,7 @@ def event(kind: str, candidates: Sequence[Scored], **more: Any) -> dict[str, Any
     return {"event": kind, **more, **shown}
 
 
-def where(which: Sequence[bool], items: Sequence[T], call: Callable[[list[T]], Sequence[R]]) -> list[R | None]:
+def for_some(which: Sequence[bool], items: Sequence[T], call: Callable[[list[T]], Sequence[R]]) -> list[R | None]:
     """What a call gives for some of the items, None for the others; without such there is no call."""
     asked = [item for item, own in zip(items, which, strict=True) if own]
     given = iter(call(asked) if asked else ())
@@ -280,9 +280,9 @@ class Tools:
         """
         if self.value is None:
             raise ConfigError("the method needs a step scorer and there is none: give --scorer")
-        return where(_worded(states), states, partial(self.value.values, reduction=reduction))
+        return for_some(_worded(states), states, partial(self.value.values, reduction=reduction))
 
-    def judged(self, states: Sequence[State], reduction: Reduction | None = None) -> list[Judged]:
+    def judged(self, states: Sequence[State], reduction: Reduction | None = None) -> list[StateScores]:
         """What the scorer says of states, read once: their scores as :meth:`scores`, and one for every step, None where
         there is none (no words, or cut off by the scorer's context).
 
@@ -292,7 +292,7 @@ class Tools:
         judge = getattr(self.value, "judged", None)
         if judge is None:
             raise ConfigError("the method asks for scores of single steps and nothing gives them: give --scorer")
-        said = where(_worded(states), states, partial(judge, reduction=reduction))
+        said = for_some(_worded(states), states, partial(judge, reduction=reduction))
         return [each or (None, (None,) * len(state.steps)) for each, state in zip(said, states, strict=True)]
 
     def writer(self, model: str | None = None) -> StepGenerator:

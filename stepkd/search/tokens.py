@@ -280,8 +280,8 @@ class Speculative(Search):
     Solutions are distributed as the model samples them alone, at fewer forward passes of it: cheap samples of a large
     teacher. That holds as far as both contexts reach: where the draft's is the shorter one, it cuts solutions off.
     Temperature, top-p and top-k are those of the search's sampling; the transformers engine alone does it. Of a
-    problem's costs, ``tokens`` are those of its solutions, ``drafted`` those that the small model drew, and ``passes``
-    the large one's forward passes.
+    problem's costs, ``continuations`` are the tokens of its solutions, ``drafted`` those that the small model drew, and
+    ``passes`` the large one's forward passes.
     """
 
     needs_scorer: ClassVar[bool] = False

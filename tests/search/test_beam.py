@@ -46,8 +46,9 @@ def test_beam_keeps_the_best_of_all_and_a_finished_solution_while_it_is_among_th
     assert answer.trace[2]["steps"] == ["#### 2", "#### 3", "#### 1"]
     assert answer.trace[2]["scores"] == [0.45, 0.2, 0.5]
     assert answer.trace[-1] == {
-        "event": "choice", "vote": "weighted", "scores": [0.5, 0.45], "votes": ["1", "2"], "kept": [0]
-    }  # fmt: skip
+        **{"event": "choice", "vote": "weighted", "scores": [0.5, 0.45], "votes": ["1", "2"], "kept": [0]},
+        "steps": ["#### 1", "#### 2"],
+    }
     assert other.trace == ()
 
 

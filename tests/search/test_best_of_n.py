@@ -57,6 +57,7 @@ def test_a_trace_tells_scores_votes_and_what_was_kept(tools: Tools, problem: Pro
     assert event == {
         "event": "choice",
         "vote": "weighted",
+        "steps": ["#### 1", "#### 2", "#### 2", ""],
         "scores": [0.6, 0.5, 0.3, None],
         "votes": ["1", "2", "2", None],
         "kept": [1],

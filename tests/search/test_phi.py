@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from stepkd.errors import ConfigError
+from stepkd.errors import ConfigError, ModelError
 from stepkd.search.phi import PhiDecoding, step_weights, text_clusters, word_vectors
 from stepkd.search.state import Found, Problem, State, Step, Tools
 
@@ -196,12 +196,18 @@ def test_an_endless_generator_and_a_full_context_are_bounded(keyed: Any) -> None
         assert {(each.text, each.finish) for each in group} <= {("full", "length"), ("a\n2", "stop")}
 
 
-def test_an_engine_without_log_probabilities_is_refused(scripted: Any) -> None:
+@pytest.mark.parametrize(
+    ("told", "error", "message"),
+    [(None, ConfigError, r"phi-decoding .*temperature 1"), (-math.inf, ModelError, r"log-probability -inf: take")],
+)
+def test_an_engine_without_log_probabilities_is_refused(
+    scripted: Any, told: float | None, error: type[Exception], message: str
+) -> None:
     class Blind(scripted):  # type: ignore[misc]
         def propose(self, states: Sequence[State], n: int, *, temperature: float | None = None) -> list[list[Step]]:
-            return [[replace(step, logprob=None) for step in steps] for steps in super().propose(states, n)]
+            return [[replace(step, logprob=told) for step in steps] for steps in super().propose(states, n)]
 
-    with pytest.raises(ConfigError, match=r"phi-decoding .*temperature 1"):
+    with pytest.raises(error, match=message):
         search(PhiDecoding(beams=2, rollouts=2), Blind(TREE))
 
 
