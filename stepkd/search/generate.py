@@ -102,7 +102,8 @@ class SampledSteps:
             raise ConfigError("search needs different steps from one state: temperature 0 gives the same one always")
         kind = self.segmenter.partition(":")[0]
         if kind in SIGNAL_SEGMENTERS and kind != "adaptive_step":
-            raise ConfigError(f"segmenter {kind} reads signals that sampling has not: take adaptive_step or plain text")
+            what = "reads signals that sampling does not give"
+            raise ConfigError(f"segmenter {kind} {what}: take adaptive_step, or one of plain text")
         self._cut = get_segmenter(self.segmenter)
         self.engine.keeps_prefixes = True  # steps begin where others end
 

@@ -286,6 +286,7 @@ def test_orders_that_stop_early_want_labels_up_to_the_first_error() -> None:
     assert MonteCarlo(order="forward", reduce="first_error").order == "forward"
 
 
+@pytest.mark.slow
 def test_a_job_counts_what_its_order_costs(
     spec: LabelConfig, run: Callable[..., dict[str, Any]], tmp_path: Any
 ) -> None:

@@ -235,7 +235,9 @@ def test_no_score_is_above_one() -> None:
     """The weights of a long line, squared, sum to a little more than 1 now and then."""
     for words in range(10, 61):
         line = " ".join(f"{chr(97 + i % 26)}{chr(97 + i % 7)}" * (1 + i % 3) for i in range(words))
-        assert Gain().score([Solutions({"id": "r", "prompt": "?", "solution": line}, [[line]])]) == [[[1.0]]]
+        assert (
+            1 - 1e-12 < Gain().score([Solutions({"id": "r", "prompt": "?", "solution": line}, [[line]])])[0][0][0] <= 1
+        )
 
 
 def test_order_and_companions() -> None:

@@ -359,7 +359,7 @@ def test_what_has_no_score_ranks_last(
     assert len(scores) == 4
 
 
-@pytest.mark.parametrize(("vote", "text"), [("path", "a\nb\n"), ("max", "a\n2"), ("majority", "a\n2")])
+@pytest.mark.parametrize(("vote", "text"), [("path", "a\nb\n"), ("max", "a\n2"), ("weighted", "a\n2")])
 def test_a_path_without_an_end_has_no_vote_beside_solutions_that_were_cut_off(
     scripted: Any, valued: Any, grader: Any, problem: Problem, vote: Any, text: str
 ) -> None:
