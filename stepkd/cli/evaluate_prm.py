@@ -63,7 +63,8 @@ def _print_process(console: Any, summary: dict[str, Any]) -> None:
     for name, section in summary["sets"].items():
         label = f"{name}\n{section['solutions']} solutions"
         if section["unscored_solutions"]:
-            label += f"\n({section['unscored_solutions']} more left out:\na step has no score)"
+            how = "are misses" if "predicted" in section else "left out"
+            label += f"\n({section['unscored_solutions']} more {how}:\na step has no score)"
         if section["unknown_first_error"]:
             label += f"\n({section['unknown_first_error']} not in F1: labels\nmissing before an error)"
         rules = [(f"below {section['fixed']['threshold']:.2f}", section["fixed"], "\n")]
@@ -80,7 +81,8 @@ def _print_process(console: Any, summary: dict[str, Any]) -> None:
         table.add_section()
     if (mean := summary["mean"]) is not None and mean["sets"] > 1:
         shares = (percent(mean[key], "\n") for key in ("f1", "acc_error", "acc_correct"))
-        table.add_row(f"mean of\n{mean['sets']} subsets", f"below {summary['threshold']:.2f}", *shares)
+        rule = "the critic's own" if any("predicted" in section for section in summary["sets"].values()) else None
+        table.add_row(f"mean of\n{mean['sets']} subsets", rule or f"below {summary['threshold']:.2f}", *shares)
     console.print(table)
     for name, section in summary["sets"].items():
         if section["prm_score"] is not None:

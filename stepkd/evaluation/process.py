@@ -267,10 +267,11 @@ def summarise_process(
 
     Returns:
         JSON values: ``sets`` (one entry per set), ``mean`` (over those that are ProcessBench's subsets, F1 and both
-        accuracies at the fixed threshold; None without one), ``tuned_threshold`` and settings. Solutions with a step
-        that has no score (cut off by the context) are left out of every metric and counted; those whose first error
-        missing labels leave open are left out of F1, and counted. A number that a set cannot give (F1 without a
-        solution with an error, or without one without) is None.
+        accuracies at the fixed threshold, of a critic those of its own predictions; None without one),
+        ``tuned_threshold`` and settings. Solutions with a step that has no score (cut off by the context, or without a
+        verdict) are left out and counted; of a critic they are misses in every F1, as in ProcessBench's code. Those
+        whose first error missing labels leave open are left out of F1, and counted. A number that a set cannot give (F1
+        without a solution with an error, or without one without) is None.
     """
     sets: dict[str, list[Row]] = {}
     for row in results:
@@ -293,12 +294,14 @@ def summarise_process(
                 f"no solution of {name!r} has a score for each of its steps: the context is too short, "
                 "or the critiques have no verdicts"
             )
-        section = sections[name] = _section(rows, threshold, meaning, seed)
+        counted = [row for row in sets[name] if _counts(row)]
+        section = sections[name] = _section(rows, counted, threshold, meaning, seed)
         section["unscored_solutions"] = len(sets[name]) - len(rows)
         section |= _critic(sets[name], seed)
         if tuned is not None:
-            section["tuned"] = _f1(rows, tuned, seed) | {"optimistic": name == tune_on}
-            section["baselines"]["random, tuned"] = _random(rows, random_threshold)
+            section["tuned"] = _f1(counted, tuned, seed) | {"optimistic": name == tune_on}
+            section["baselines"]["random, tuned"] = _random(counted, random_threshold)
+    judged = [sections[name] for name in SUBSETS if name in sections]
     return {
         "kind": "process",
         "threshold": threshold,
@@ -306,7 +309,7 @@ def summarise_process(
         "tuned_threshold": tuned,
         "undefined": undefined,
         "sets": sections,
-        "mean": mean_over_sets([sections[name]["fixed"] for name in SUBSETS if name in sections]),
+        "mean": mean_over_sets([section.get("predicted", section["fixed"]) for section in judged]),
     }
 
 
@@ -316,10 +319,20 @@ def _critic(rows: Sequence[Row], seed: int) -> dict[str, Any]:
     if not (costs := critique_costs(rows)):
         return {}
     known = [row for row in rows if row["first_error"] is not None]
-    predictions = [len(row["labels"]) if row["prediction"] is None else row["prediction"] for row in known]
+    predictions = [_or_miss(row["prediction"], row) for row in known]
     f1 = processbench_f1(predictions, [row["first_error"] for row in known], seed=seed).to_dict()
     without = sum(row["prediction"] is None for row in known)
     return {"critiques": costs, "predicted": f1 | {"without_prediction": without}}
+
+
+def _or_miss(prediction: int | None, row: Row) -> int:
+    """The prediction; without one an index that no step has."""
+    return len(row["labels"]) if prediction is None else prediction
+
+
+def _counts(row: Row) -> bool:
+    """Whether a solution is part of F1: a critic's that lacks a score is one that it did not answer."""
+    return None not in row["scores"] or "critiques" in row.get("score_facts", {})
 
 
 def critique_costs(rows: Sequence[Row]) -> dict[str, int]:
@@ -330,20 +343,23 @@ def critique_costs(rows: Sequence[Row]) -> dict[str, int]:
     return written | {name: sum(each[name] for each in facts) for name in names} if facts else {}
 
 
-def _section(rows: Sequence[Row], threshold: float, meaning: Meaning, seed: int) -> dict[str, Any]:
+def _section(
+    rows: Sequence[Row], counted: Sequence[Row], threshold: float, meaning: Meaning, seed: int
+) -> dict[str, Any]:
+    """The numbers of a set, of ``rows`` that have all scores; F1 and its baselines of those that count in it."""
     scores, problems = [row["scores"] for row in rows], [str(row["prompt"]) for row in rows]
-    labels = _located(rows)[1]
+    labels = _located(counted)[1]
     first_errors = [(row["first_error"], predicted_first_error(row["scores"], threshold)) for row in rows]
     texts = [row.get("completions", row.get("steps")) for row in rows]
     steps = labelled_steps(scores, [row["labels"] for row in rows], problems=problems, up_to_first_error=True)
     several_steps = any(len(found) > 1 for found in scores)
     return {
         "solutions": len(rows),
-        "unknown_first_error": len(rows) - len(labels),
-        "fixed": _f1(rows, threshold, seed),
+        "unknown_first_error": len(counted) - len(labels),
+        "fixed": _f1(counted, threshold, seed),
         "baselines": {
             "always positive": processbench_f1([NO_ERROR] * len(labels), labels, seed=seed).to_dict(),
-            "random": _random(rows, threshold),
+            "random": _random(counted, threshold),
         },
         "argmin": argmin_positions(scores, problems=problems, seed=seed) if several_steps else None,
         "order_swap": _swaps(rows, "swaps", meaning, seed),
@@ -375,13 +391,22 @@ def _random(rows: Sequence[Row], threshold: float) -> dict[str, float] | None:
 
 
 def _f1(rows: Sequence[Row], threshold: float, seed: int) -> dict[str, Any]:
-    scores, labels = _located(rows)
-    predictions = [predicted_first_error(row, threshold) for row in scores]
+    known = [row for row in rows if row["first_error"] is not None]
+    predictions, labels = [_predicted(row, threshold) for row in known], [row["first_error"] for row in known]
     return processbench_f1(predictions, labels, seed=seed).to_dict() | {"threshold": threshold}
 
 
+def _predicted(row: Row, threshold: float) -> int:
+    """The first step below the threshold, by the same rule as a critic's prediction: a step without a score before it
+    leaves it open, which is a miss."""
+    scores = row["scores"]
+    first = next((step for step, score in enumerate(scores) if not passes(score, threshold)), NO_ERROR)
+    return _or_miss(None if first != NO_ERROR and scores[first] is None else first, row)
+
+
 def compare_process(a: str | Path, b: str | Path, summaries: tuple[Row, Row], *, seed: int = 0) -> dict[str, Interval]:
-    """F1 and both accuracies of B minus those of A on the solutions both scored, per set and threshold rule.
+    """F1 and both accuracies of B minus those of A on the solutions both scored, per set and threshold rule; what a
+    critic leaves without a score is a miss.
 
     Args:
         a, b: two folders of :func:`~stepkd.evaluation.score_rows.evaluate_process`.
@@ -398,7 +423,7 @@ def compare_process(a: str | Path, b: str | Path, summaries: tuple[Row, Row], *,
     sides = [{row["id"]: row for row in read_results(folder)} for folder in (a, b)]
     shared: dict[str, list[str]] = {}
     for i, row in sides[0].items():
-        if i in sides[1] and row["first_error"] is not None and not any(None in side[i]["scores"] for side in sides):
+        if i in sides[1] and row["first_error"] is not None and all(_counts(side[i]) for side in sides):
             shared.setdefault(row["set"], []).append(i)
     if not shared:
         raise ConfigError(f"{a} and {b} have no scored solution in common: evaluate both on the same data")
@@ -410,8 +435,7 @@ def compare_process(a: str | Path, b: str | Path, summaries: tuple[Row, Row], *,
             if None in thresholds:
                 continue
             a_found, b_found = (
-                [predicted_first_error(side[i]["scores"], value) for i in ids]
-                for side, value in zip(sides, thresholds, strict=True)
+                [_predicted(side[i], value) for i in ids] for side, value in zip(sides, thresholds, strict=True)
             )
             if (found := f1_difference(a_found, b_found, labels, seed=seed)) is not None:
                 words = {"f1": "", "acc_error": ", with an error", "acc_correct": ", all correct"}

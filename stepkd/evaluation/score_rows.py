@@ -38,6 +38,7 @@ from stepkd.runs.job import (
     package_versions,
 )
 from stepkd.scorers.calibration import fit_temperature, scaled
+from stepkd.scorers.critiques import Tags
 from stepkd.scorers.load import load_scorer
 from stepkd.scorers.prm import packed
 from stepkd.scorers.scorer import (
@@ -344,7 +345,7 @@ def _with_steps(row: Row) -> dict[str, Any]:
 
 def _judged(scorer: StepScorer, name: str, row: Row, index: int, scores: Sequence[float]) -> dict[str, Any]:
     """A line of the results; with the scores for the order-swap test, where the exact checker knows which steps need
-    each other (the tiny world) and no critique would have to be written for it."""
+    each other (the tiny world), the scorer reads texts and no critique would have to be written for it."""
 
     def rounded(values: Sequence[float | None]) -> list[float | None]:
         return [None if value is None or math.isnan(value) else round(float(value), 6) for value in values]
@@ -360,7 +361,7 @@ def _judged(scorer: StepScorer, name: str, row: Row, index: int, scores: Sequenc
         "first_error": first_incorrect(row["labels"]),
         **{key: row[key] for key in ("error_type", "problem_id", "ignored_errors") if row.get(key) is not None},
     } | _facts(scores)
-    swappable = is_task_row(row) and not isinstance(scores, Judged)
+    swappable = is_task_row(row) and not isinstance(scores, Judged) and not isinstance(scorer, Tags)
     for key, dependent in (("swaps", True), ("independent_swaps", False)) if swappable else ():
         if swaps := task_swaps(row, dependent=dependent):
             swapped = scorer.score([Solutions(row, pair) for pair in swaps])

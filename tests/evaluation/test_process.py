@@ -16,6 +16,7 @@ from stepkd.evaluation.process import (
     predicted_first_error,
     processbench_f1,
     random_baseline,
+    summarise_process,
     tune_threshold,
 )
 
@@ -216,3 +217,29 @@ def test_no_rows_give_no_numbers() -> None:
     assert processbench_f1([], []).to_dict() == {
         "acc_error": None, "acc_correct": None, "f1": None, "n_error": 0, "n_correct": 0
     }  # fmt: skip
+
+
+# --- critics --------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_critic_does_not_answer_is_a_miss_in_every_f1() -> None:
+    """Two of ten solutions are answered, correctly; of a step whose verdict is not needed none is missed."""
+    nothing = {"critiques": [], "without_verdict": 1, "generated_tokens": 0, "prefill_tokens": 0}
+    shared = {"set": "gsm8k", "completions": ["a", "b"], "score_facts": nothing}
+    kinds = [(-1, [1.0, 1.0], -1), (0, [0.0, None], 0), *[(-1, [1.0, None], None)] * 4, *[(1, [None, 0.0], None)] * 4]
+    rows = [
+        shared | {"id": str(i), "prompt": str(i), "scores": scores, "prediction": named}
+        | {"first_error": first, "labels": [True, True] if first < 0 else [first > 0, False]}
+        for i, (first, scores, named) in enumerate(kinds)
+    ]  # fmt: skip
+    summary = summarise_process(rows)
+    section = summary["sets"]["gsm8k"]
+    for found in (section["fixed"], section["predicted"], summary["mean"]):
+        assert [found[name]["value"] for name in ("acc_error", "acc_correct")] == [0.2, 0.2]
+        assert found["f1"]["value"] == pytest.approx(0.2)
+    assert (section["solutions"], section["unscored_solutions"]) == (1, 9)
+    assert section["baselines"]["random"]["f1"] > 0
+    named = [row | {"prediction": -1} for row in rows]
+    assert summarise_process(named)["mean"]["acc_correct"]["value"] == 1.0, "its own predictions, not the threshold's"
+    plain = [{key: row[key] for key in row if key != "score_facts"} for row in rows]
+    assert summarise_process(plain)["sets"]["gsm8k"]["fixed"]["n_correct"] == 1, "another scorer's are left out"

@@ -15,10 +15,13 @@ import pytest
 from stepkd.errors import ConfigError, DataError
 from stepkd.evaluation.config import EvaluatePRMConfig, ReferenceConfig, ScoreConfig
 from stepkd.evaluation.process import compare_process
-from stepkd.evaluation.score_rows import evaluate_process, score_file
+from stepkd.evaluation.score_rows import _judged, evaluate_process, score_file
 from stepkd.labels.labellers import ScorerLabeller, Solution
 from stepkd.runs.job import JobOptions, read_results
+from stepkd.scorers.critiques import Tags
+from stepkd.scorers.rules import Checker
 from stepkd.scorers.scorer import Judged, Meaning, Solutions
+from stepkd.tasks import make_rows
 
 ROWS = [
     {"id": "a", "prompt": "p1", "completions": ["1", "2", "3"], "labels": [True, False, None]},
@@ -288,13 +291,15 @@ class Critical(Scripted):
 
 
 def test_a_critics_own_predictions_are_judged_as_in_processbench(data: str, tmp_path: Path) -> None:
-    """Over all solutions: one without a prediction is a miss, and has no scores."""
+    """Over all solutions: one without a prediction is a miss, in the threshold's F1 too, and has no scores."""
     summary = evaluate_process(spec(data, tmp_path / "out"), Critical(GOOD))
     (section,) = summary["sets"].values()
     predicted = section["predicted"]
     assert [predicted[name]["value"] for name in ("acc_error", "acc_correct", "f1")] == [0.5, 0.5, 0.5]
     assert (predicted["n_error"], predicted["n_correct"], predicted["without_prediction"]) == (2, 2, 1)
-    assert section["fixed"]["acc_error"]["value"] == 1.0, "of those with scores"
+    fixed = section["fixed"]
+    assert [fixed[name]["value"] for name in ("acc_error", "acc_correct", "f1")] == [0.5, 0.5, 0.5]
+    assert (fixed["n_error"], fixed["n_correct"], section["solutions"]) == (2, 2, 3)
     assert section["unscored_solutions"] == 1
     costs = {"critiques": 8, "without_verdict": 2, "generated_tokens": 40, "prefill_tokens": 28}
     assert section["critiques"] == costs
@@ -311,3 +316,11 @@ def test_a_critics_own_predictions_are_judged_as_in_processbench(data: str, tmp_
 def solution(prompt: str) -> Solution:
     row = {"id": prompt, "prompt": prompt}
     return Solution(np.array([1]), np.array([2]), index=0, correct=None, steps=("1", "2"), row=row)
+
+
+def test_a_scorer_that_reads_no_texts_is_not_asked_about_swapped_steps() -> None:
+    (row,) = make_rows("modular:terms=3", 1, seed=0)
+    row |= {"completions": row["steps"], "labels": [True] * len(row["steps"])}
+    scores = [1.0] * len(row["steps"])
+    assert "swaps" in _judged(Checker(), "s", row, 0, scores)
+    assert "swaps" not in _judged(Tags("m", correct="Y", incorrect="N"), "s", row, 0, scores)

@@ -127,6 +127,14 @@ def test_every_kind_of_folder_has_its_sections(quickstart: Path, judgement: Path
     assert "modular:terms=4" in found.words
 
 
+def test_a_critics_own_prediction_stands_below_its_f1_by_a_threshold(judgement: Path) -> None:
+    summary = json.loads((judgement / "summary.json").read_text())
+    section = summary["sets"]["gsm8k"]
+    section |= {"predicted": section["fixed"], "critiques": {"critiques": 6, "generated_tokens": 77}}
+    write_json(judgement / "summary.json", summary)
+    assert "judged, gsm8k: the critic's own prediction (6 critiques, 77 tokens)" in page(judgement).words
+
+
 @pytest.mark.parametrize(
     "given", ["search", "evaluation", "training", "labels", "scores", "judgement", "claim", "iterated"]
 )
