@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stepkd.data.rows import passed_on
+from stepkd.data.rows import check_unique_ids, passed_on
 from stepkd.errors import ConfigError, DataError
-from stepkd.labels.convert import Converted, ConverterConfig
+from stepkd.labels.convert import Converted, ConverterConfig, balance_by_prefix_length
 from stepkd.labels.labellers import Row
-from stepkd.labels.quality import row_labels
+from stepkd.labels.quality import label_column, row_labels
 from stepkd.scorers.critiques import get_form
 from stepkd.scorers.scorer import row_steps
 from stepkd.steps.format import written_steps
@@ -32,23 +32,39 @@ class Critiques(ConverterConfig):
 
     form: str = "step"
     """What is asked, as for the Critic: step, processbench, task, or a YAML file."""
+    balance_seed: int | None = None
+    """Seed by which requests in surplus are drawn and dropped, so that at every step number as many steps are correct
+    as incorrect (of a form with a verdict per step); the default keeps all. Balanced, before this converter, would drop
+    labels that say where the first incorrect step is."""
 
     def __post_init__(self) -> None:
-        get_form(self.form)
+        if get_form(self.form).words is None and self.balance_seed is not None:
+            raise ConfigError(
+                f"balance_seed={self.balance_seed}: form {self.form!r} has one verdict per solution, not one per step; "
+                "drop it, or take a form with a verdict per step"
+            )
 
     def convert(self, rows: Sequence[Row]) -> Converted:
         """See :class:`~stepkd.labels.convert.ConverterConfig`; critiques without a verdict count as such, and as ones
-        that disagree."""
+        that disagree. Rows must have ids of their own, by which critiques of one request are told."""
         form = get_form(self.form)
+        if any(row.get("id") is None for row in rows):
+            raise DataError("a row has no id, by which its critiques are told from others': give each one", column="id")
+        check_unique_ids(rows, path="the labelled rows")
         counts: Counter[str] = Counter()
         done: list[dict[str, Any]] = []
-        for row in rows:
-            marks, name = verdicts(row_labels(row)), str(row.get("id", "?"))
+        marked = [_marked(row) for row in rows]
+        asked = [list(form.questions(row, steps)) for row, (steps, _) in zip(rows, marked, strict=True)]
+        golds = [[form.gold(marks, step) for step, _ in each] for each, (_, marks) in zip(asked, marked, strict=True)]
+        left: Sequence[Sequence[Any]] = golds
+        if self.balance_seed is not None:
+            left = balance_by_prefix_length([list(map(form.meaning, each)) for each in golds], self.balance_seed)
+        for row, questions, gold_S, left_S in zip(rows, asked, golds, left, strict=True):
+            name = row["id"]
             written = (row.get("score_facts") or {}).get("critiques")
-            for step, prompt in form.questions(row, row_steps(row)):
-                gold = form.gold(marks, step)
-                if gold is None:
-                    counts["without_a_label"] += 1
+            for (step, prompt), gold, kept in zip(questions, gold_S, left_S, strict=True):
+                if gold is None or kept is None:
+                    counts["without_a_label" if gold is None else "in_surplus"] += 1
                     continue
                 key = f"{name}/critique" if step is None else f"{name}/critique-{step}"
                 problem = {"id": key, "prompt": prompt, "answer": gold}
@@ -86,8 +102,8 @@ class Tagged(ConverterConfig):
         counts: Counter[str] = Counter()
         done = []
         for row in rows:
-            text, marks = "", verdicts(row_labels(row))
-            for step, correct in zip(written_steps(row_steps(row)), marks, strict=True):
+            text, (steps, marks) = "", _marked(row)
+            for step, correct in zip(written_steps(steps), marks, strict=True):
                 if self.correct in step or self.incorrect in step:
                     raise DataError(
                         f"a step holds the tag already: {step.strip()[:60]!r}; choose other tokens",
@@ -100,3 +116,15 @@ class Tagged(ConverterConfig):
             kept = passed_on(row, "id", "answer", "problem_id", "task", "meta", "labelling")
             done.append({"prompt": row["prompt"], "solution": text} | kept)
         return Converted(done, {"rows": len(done)} | dict(sorted(counts.items())))
+
+
+def _marked(row: Row) -> tuple[list[str], list[bool | None]]:
+    """Steps of a row, and what the label of each says."""
+    steps, marks = row_steps(row), verdicts(row_labels(row))
+    if len(steps) != len(marks):
+        raise DataError(
+            f"{len(steps)} steps and {len(marks)} labels: cut the solution where it was labelled",
+            path=str(row.get("id", "?")),
+            column=label_column(row),
+        )
+    return steps, marks

@@ -19,7 +19,8 @@ class SFTModule(StepModule):
         token_weights: tokens that weigh more or less than 1, by their text, each >= 0; the average is over the sum of
             the weights, as that of ``torch.nn.functional.cross_entropy(weight=...)``. KG-TRACES (arXiv 2506.00783)
             gives weights to the tags of steps; its released code declares them and does not read them, so that this is
-            a reconstruction.
+            a reconstruction. Two tokens that are learnt at one place and weigh differently are learnt with other odds:
+            multiplied by the ratio of their weights.
         *arguments, **settings: ``policy``, ``optimizer``, ``validation`` and what else
             :class:`~stepkd.modules.base.StepModule` takes.
     """

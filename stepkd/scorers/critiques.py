@@ -48,9 +48,9 @@ class CritiqueForm:
             groups = re.compile(self.verdict).groups
         except re.error as error:
             raise ConfigError(f"verdict={self.verdict!r} is not a regular expression: {error}") from error
-        if groups != 1 or (self.words is not None and len(set(self.words)) != 2):
+        if groups != 1 or (self.words is not None and len({word.casefold() for word in self.words}) != 2):
             raise ConfigError(
-                f"verdict={self.verdict!r}, words={self.words}: one group, and two different words or none"
+                f"verdict={self.verdict!r}, words={self.words}: one group, and two different words (any case) or none"
             )
 
     def questions(self, row: Row, steps: Sequence[str]) -> Iterator[tuple[int | None, str]]:
@@ -97,13 +97,13 @@ class CritiqueForm:
             step: the step in question, None for the whole solution.
 
         Returns:
-            The verdict; None where labels are missing, and behind the first incorrect step, where whether one is
-            correct is a matter of convention.
+            The verdict; None where labels are missing, and behind a step that is not labelled correct: behind the first
+            incorrect one, whether a step is correct is a matter of convention.
         """
         if step is None:
             first = first_incorrect(marks)
             return None if first is None else str(first)
-        if self.words is None or marks[step] is None or False in marks[:step]:
+        if self.words is None or marks[step] is None or not all(marks[:step]):
             return None
         return self.words[not marks[step]]
 
@@ -141,8 +141,10 @@ def get_form(form: str) -> CritiqueForm:
 @dataclass(frozen=True)
 class Tags(RuleScorer):
     """Scores a step by the tag that the model itself wrote in it (what it learns that from: ``stepkd convert --to
-    Tagged``): the tag's probability where it says correct, else 1 less it; NaN without one. After KG-TRACES (arXiv
-    2506.00783), whose tags say whether a step is effective."""
+    Tagged``): the tag's probability where it says correct, else one minus it; NaN without one. A probability as far as
+    training weighed both tags equally: weights w of correct and v of incorrect (``token_weights``) multiply its odds by
+    w / v, so that then a threshold or temperature is to be fitted. After KG-TRACES (arXiv 2506.00783), whose tags say
+    whether a step is effective."""
 
     path: str
     """Model that wrote the solutions; its tokenizer is read alone."""
@@ -162,12 +164,19 @@ class Tags(RuleScorer):
         return good, bad
 
     def score(self, problems: Sequence[Solutions]) -> list[list[list[float]]]:
-        """No scores: texts do not show tags; see :meth:`score_rows`."""
-        return [[[math.nan] * len(steps) for steps in problem.solutions] for problem in problems]
+        """Texts do not show tags; see :meth:`score_rows`.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            "scorer=Tags: tags are read in the token ids of sampled completions, by stepkd score and stepkd "
+            "evaluate-prm; a search and the labeller Scored give step texts, so take another scorer there"
+        )
 
     def score_rows(self, rows: Sequence[Row]) -> list[list[float]]:
         """Scores of the steps of sampled completions, by the last tag in each; its probability is that at temperature 1
-        where the row has that one.
+        where the row has that one; a row without log-probabilities has scores of 0 and 1.
 
         Raises:
             DataError: a row without token ids and step ends.
@@ -177,7 +186,8 @@ class Tags(RuleScorer):
             if row.get("token_ids") is None or row.get("step_ends") is None:
                 needs = "tags are read in sampled completions: the row needs 'token_ids' and 'step_ends'"
                 raise DataError(needs, path=str(row.get("id", "?")), column="token_ids")
-            logps = row.get("raw_logprobs") or row.get("logprobs") or [0.0] * len(row["token_ids"])
+            known = (row.get(name) for name in ("raw_logprobs", "logprobs"))
+            logps = next((each for each in known if each is not None), [0.0] * len(row["token_ids"]))
             written = list(zip(row["token_ids"], logps, strict=True))
             found.append([self._score(written[start:end]) for start, end in sampled_spans(row)])
         return found

@@ -207,9 +207,10 @@ def critique_rows(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 
     Returns:
         Per step up to the first incorrect one a row: `prompt` is the problem with the lines so far and a question mark
-        (the form `task` of critiques), `solution` the line that follows from those before (an answer without its mark,
-        which is the verdict's), then ``#### 1`` where it is the one that stands there, else ``#### 0``; `answer` is
-        that verdict. `id` and `problem_id` name the solution.
+        (the form `task` of critiques), `solution` the line that follows from those before (where several may, the one
+        that stands there if it is correct, else the first of the prompt; an answer without its mark, which is the
+        verdict's), then ``#### 1`` where it is the one that stands there, else ``#### 0``; `answer` is that verdict.
+        `id` and `problem_id` name the solution.
 
     Raises:
         DataError: the row is not a row of the tiny world.
@@ -217,7 +218,7 @@ def critique_rows(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     task, problem = row_problem(row)
     steps, rows = [trim(step) for step in row["steps"]], []
     for k, correct in enumerate(task.check_solution(problem, steps)):
-        verdict, line = str(int(correct)), trim(task.next_step(problem, steps[:k]) or "")
+        verdict, line = str(int(correct)), steps[k] if correct else trim(task.next_step(problem, steps[:k]) or "")
         rows.append(
             {
                 "id": f"{row['id']}/{k}",

@@ -22,7 +22,7 @@ from stepkd.models.policy import Policy
 from stepkd.models.spec import PolicyConfig
 from stepkd.modules.rewards import RewardConfig, Rewards
 from stepkd.scorers.critiques import FORMS, Tags
-from stepkd.scorers.scorer import score_rows
+from stepkd.scorers.scorer import score_one, score_rows
 from stepkd.steps.segment import get_segmenter
 from stepkd.tasks import critique_rows, make_rows
 from stepkd.tasks.rows import Noise
@@ -70,6 +70,21 @@ def test_the_accuracy_reward_reads_verdicts(form: str) -> None:
             assert totals == [float(each == gold) for each in answers]
 
 
+def test_requests_are_balanced_by_step_and_never_stand_behind_an_unknown_label() -> None:
+    many = [[False, True, True], [True, False, False], [True, True, False], [True, True, True], [True, True, True]]
+    rows = [LABELLED | {"id": f"r{i}", "labels": labels} for i, labels in enumerate(many)]
+    every = convert_rows(rows, Critiques())
+    kept = convert_rows(rows, Critiques(balance_seed=1))
+    asked = {row["id"]: row["answer"] for row in kept.rows}
+    assert asked.items() <= {(row["id"], row["answer"]) for row in every.rows}
+    for step in range(3):
+        answers = [answer for name, answer in asked.items() if name.endswith(f"-{step}")]
+        assert sorted(answers) == ["correct", "incorrect"]
+    assert kept.counts == {"rows": 6, "in_surplus": every.counts["rows"] - 6, "without_a_label": 3}
+    gap = convert_rows([LABELLED | {"labels": [None, True, True]}, LABELLED | {"id": "b"}], Critiques())
+    assert [row["id"] for row in gap.rows] == ["b/critique-0", "b/critique-1"]
+
+
 # ---- critiques that a Critic has written -----------------------------------------------------------------------------
 
 
@@ -109,6 +124,14 @@ def test_bad_rows() -> None:
         convert_rows([{"id": "a", "prompt": "p", "completions": ["x"]}], Critiques())
     with pytest.raises(ConfigError, match="no form of critiques"):
         Critiques(form="boxes")
+    with pytest.raises(ConfigError, match="balance_seed=0: form 'processbench' has one verdict per solution"):
+        Critiques(form="processbench", balance_seed=0)
+    with pytest.raises(DataError, match="rows 1 and 2 share the id 'a'"):
+        convert_rows([LABELLED, LABELLED | {"completions": ["x", "y", "other"]}], Critiques())
+    with pytest.raises(DataError, match="a row has no id"):
+        convert_rows([{key: LABELLED[key] for key in LABELLED if key != "id"}], Critiques())
+    with pytest.raises(DataError, match="a, column 'labels': 3 steps and 1 labels"):
+        convert_rows([LABELLED | {"labels": [True]}], Critiques())
     with pytest.raises(DataError, match=r"none of 1 rows is left \(1 without_a_label\)"):
         convert_rows([LABELLED | {"labels": [None, True, True]}], Critiques(form="processbench"))
 
@@ -129,6 +152,10 @@ def test_a_tiny_verifier_learns_the_requests_of_its_form() -> None:
     line = make_rows("modular:terms=3", 1, seed=0)[0]["steps"][0]
     assert row["prompt"] == f"{first['prompt']}1=1?\n"
     assert row["solution"] == f"{line}#### 0"
+    (plain,) = make_rows("independent:terms=2,modulus=10", 1, seed=0)
+    turned = [plain["steps"][1], plain["steps"][0]]
+    lines = [each["solution"] for each in critique_rows(plain | {"steps": turned})]
+    assert lines == [f"{line.strip()}\n#### 1" for line in turned], "of lines in any order the one that stands there"
     surplus = critique_rows(make_rows("modular:terms=2", 1, seed=0)[0] | {"steps": [*solutions[0]["steps"][:0]]})
     assert surplus == []
     grades = Grader(extractors=("hash",)).grade([row["solution"] for row in rows], [row["answer"] for row in rows])
@@ -178,6 +205,11 @@ def test_bad_tags(policy: Policy) -> None:
         score_rows(Tags("tiny-0.1m", correct="Yes", incorrect="N"), [{"token_ids": [5], "step_ends": [1]}])
     with pytest.raises(ConfigError, match=r"policy.special_tokens: 'Yes' is 3 tokens"):
         Policy.load(PolicyConfig(path="tiny-0.1m", special_tokens=("Yes",)))
-    (scores,) = score_rows(Tags("tiny-0.1m", **TAGS), [{"token_ids": [5, 6], "step_ends": [1, 2]}])
+    unsure = {"token_ids": np.array([5, 6]), "step_ends": [1, 2], "logprobs": np.array([-1.0, -1.0])}
+    (scores,) = score_rows(Tags("tiny-0.1m", **TAGS), [unsure])
     assert np.isnan(scores).all()
+    with pytest.raises(ConfigError, match="a search and the labeller Scored give step texts"):
+        score_one(Tags("tiny-0.1m", **TAGS), "p", ["x"])
+    with pytest.raises(DataError, match="a, column 'labels': 3 steps and 2 labels"):
+        convert_rows([LABELLED | {"labels": [True, False]}], Tagged(**TAGS))
     assert json.dumps(Tags("m", **TAGS).provenance())
