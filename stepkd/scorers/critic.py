@@ -7,7 +7,7 @@ step to which none comes has 0. Critiques without a verdict have no vote; a step
 
 Ties: a step that half of the votes call correct is correct (:mod:`stepkd.steps.labels`); of indices that are named
 equally often the one that was named first is the prediction, as in ProcessBench's code, which counts what is boxed as
-text: what is no index votes, too, and where it wins there is no prediction.
+text: a verdict that is not an index is counted, too, and if it wins the vote there is no prediction.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from stepkd.sampling.engine import Engine, SamplingConfig
 from stepkd.sampling.transformers_engine import TransformersEngine
 from stepkd.scorers.calibration import scaled
 from stepkd.scorers.critiques import CritiqueForm, get_form
-from stepkd.scorers.prm import PolicyScorer
+from stepkd.scorers.prm import NO_LIMIT, PolicyScorer
 from stepkd.scorers.scorer import Judged, Meaning, Solutions
 from stepkd.steps.labels import first_incorrect
 from stepkd.steps.segment import WholeSegmenter
@@ -70,13 +70,14 @@ class GenerativeVerifier(PolicyScorer):
         self.max_length = min(self.max_length, self.engine.max_length or self.max_length)
         self.form = get_form(form) if isinstance(form, str) else form
         self.sampling = sampling
-        self._encoder = Encoder(self.tokenizer, self.template, WholeSegmenter(), max_length=10**9)
+        self._encoder = Encoder(self.tokenizer, self.template, WholeSegmenter(), max_length=NO_LIMIT)
 
     @torch.no_grad()
     def score(self, problems: Sequence[Solutions]) -> list[list[list[float]]]:
         """Score every step; see :class:`~stepkd.scorers.scorer.StepScorer`.
 
-        The noise of a critique is keyed by its request, so that a score depends on nothing else that is scored.
+        The noise of a critique is keyed by its request, so that a score depends on nothing else that is scored. What
+        several solutions ask alike is asked once; the facts of each count what its critiques cost, shared or not.
 
         Returns:
             :class:`~stepkd.scorers.scorer.Judged` scores: ``facts`` has the ``critiques`` (step, text, verdict, tokens,
@@ -92,16 +93,18 @@ class GenerativeVerifier(PolicyScorer):
             for step, request in self.form.questions(row, steps)
         ]
         asked = [each for each in asked if each[2].length < self.max_length]
+        distinct = {prompt.key: prompt for *_, prompt in asked}
         drawn = self.engine.generate(
-            [prompt.prompt_ids for *_, prompt in asked],
+            [prompt.prompt_ids for prompt in distinct.values()],
             self.sampling,
             purpose="critique",
-            indices=[(prompt.key.hex(),) for *_, prompt in asked],
-            limits=[self.max_length - prompt.length for *_, prompt in asked],
+            indices=[(key.hex(),) for key in distinct],
+            limits=[self.max_length - prompt.length for prompt in distinct.values()],
         )
+        written = dict(zip(distinct, drawn, strict=True))
         found: list[list[tuple[int | None, Completion]]] = [[] for _ in solutions]
-        for (number, step, _), critiques in zip(asked, drawn, strict=True):
-            found[number] += [(step, each) for each in critiques]
+        for number, step, prompt in asked:
+            found[number] += [(step, each) for each in written[prompt.key]]
         judged = (self._judged(len(steps), each) for (_, steps), each in zip(solutions, found, strict=True))
         return [[next(judged) for _ in problem.solutions] for problem in problems]
 
@@ -121,8 +124,8 @@ class GenerativeVerifier(PolicyScorer):
             elif meaning is not None and -1 <= meaning < steps:
                 for k in range(steps if meaning == -1 else meaning + 1):
                     votes[k].append(k != meaning)
-        silent = math.nan if self.form.words or not any(votes) else 0.0
-        scores = [sum(each) / len(each) if each else silent for each in votes]
+        without_votes = math.nan if self.form.words or not any(votes) else 0.0
+        scores = [sum(each) / len(each) if each else without_votes for each in votes]
         if self.form.words:
             prediction = first_incorrect([None if math.isnan(score) else score for score in scores])
         else:

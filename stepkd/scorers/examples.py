@@ -129,7 +129,8 @@ class Ideas:
     A text that was sampled twice is shown twice, as the paper does: how often it came is part of what is known.
 
     Args:
-        rows: completions, or rows with step texts; those of one problem share prompt or ``problem_id``.
+        rows: completions, or rows with step texts; those of one problem share its text, up to case and spaces. Ids do
+            not count: those of two files may be counted from 0 both.
 
     Raises:
         DataError: a row without a solution's text.
@@ -145,8 +146,8 @@ class Ideas:
                     path=str(row.get("id", "?")),
                     column="completion",
                 )
-            for key in _keys(row):
-                self._numbers[key].append(number)
+            for text in _problem_texts(row):
+                self._numbers[text].append(number)
 
     def of(self, row: Row) -> list[str]:
         """The first :data:`IDEAS` samples of a row's problem, in the order of their rows.
@@ -154,10 +155,10 @@ class Ideas:
         Raises:
             DataError: there are none.
         """
-        numbers = sorted({number for key in _keys(row) for number in self._numbers.get(key, ())})
+        numbers = sorted({number for text in _problem_texts(row) for number in self._numbers.get(text, ())})
         if not numbers:
             raise DataError(
-                "the judge's ideas hold no sample of this problem: sample it too, or drop the row",
+                "the judge's ideas hold no sample of this problem (by its text): sample it too, or drop the row",
                 path=str(row.get("id", "?")),
                 column="prompt",
             )
@@ -178,10 +179,14 @@ def problem_text(row: Row) -> str:
     return (prompt if isinstance(prompt, str) else "\n\n".join(str(each["content"]) for each in prompt)).strip()
 
 
-def _keys(row: Row) -> set[str]:
-    """What names a row's problem: its text, of chat messages also the last one alone, and its ids."""
+def _problem_texts(row: Row) -> set[str]:
+    """The problem's text, of chat messages also the last one alone."""
     prompt = row.get("prompt")
     last = [prompt[-1]["content"]] if isinstance(prompt, list) and prompt else []
-    texts = {f"text {' '.join(words_of(text))}" for text in (problem_text(row), *last)}
-    problem = row.get("problem_id")
-    return texts | {f"id {name}" for name in ((row.get("id") if problem is None else problem),) if name is not None}
+    return {f"text {' '.join(words_of(text))}" for text in (problem_text(row), *last)}
+
+
+def _keys(row: Row) -> set[str]:
+    """What names a row's problem: its texts and its ids."""
+    name = row.get("id") if row.get("problem_id") is None else row["problem_id"]
+    return _problem_texts(row) | (set() if name is None else {f"id {name}"})

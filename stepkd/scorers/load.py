@@ -181,8 +181,8 @@ class Judge(_Reader):
     reference: bool = False
     """Show the row's gold solution, else its answer, to the model; off, it judges by itself."""
     whole: bool = False
-    """Ask once, whether the whole solution is correct, and take the chance of yes among all tokens (P(True)); off, ask
-    about every step, and take yes against no."""
+    """Ask once, whether all steps together are on the way to the correct answer, and take the chance of yes among all
+    tokens (MCTS-DPO's question, near that of P(True)); off, ask about every step, and take yes against no."""
     ideas: str | None = None
     """Sampled solutions, of which the first five of the same problem are shown before the one in question: a file, the
     folder of a labelling job, or data settings in one word; the default shows none."""
@@ -227,7 +227,8 @@ class Judge(_Reader):
 
 @dataclass(frozen=True)
 class Critic(_Reader):
-    """Any language model, asked for a critique before each verdict: a generative verifier, with votes."""
+    """Any language model, asked for a critique before each verdict: a generative verifier, with votes. Its template is
+    that of its training, unless that is a built-in one that asks for a solution: then the request alone."""
 
     engines = (EngineConfig,)
     form: str = "step"
@@ -240,6 +241,11 @@ class Critic(_Reader):
     def __post_init__(self) -> None:
         super().__post_init__()
         get_form(self.form)
+        if isinstance(self.template, str) and self.template in TEMPLATES and _solves(TEMPLATES[self.template]):
+            raise ConfigError(
+                f"template {self.template!r} asks for a solution, and a critic is asked for a critique: drop it, or "
+                "give a YAML file"
+            )
         if self.sampling.n > 1 and self.sampling.temperature == 0:
             raise ConfigError(
                 f"scorer.sampling: {self.sampling.n} critiques at temperature 0 would all be the same: set a "
@@ -253,9 +259,16 @@ class Critic(_Reader):
 
         holds = self.engine is None or self.engine.holds_weights
         policy = load_trained(self.path, **weights, weights=holds)
-        template = self.template or trained_template(self.path) or CRITIC_TEMPLATE
+        trained = trained_template(self.path)
+        template = self.template or (CRITIC_TEMPLATE if trained is None or _solves(trained) else trained)
         own: dict[str, Any] = {"form": self.form, "sampling": self.sampling, "template": template}
         return GenerativeVerifier(policy, engine=self._built(policy), **own, **reading)
+
+
+def _solves(template: PromptTemplate) -> bool:
+    """Whether a template is a built-in one that asks for a solution, in words of its own."""
+    words = [(each.user, each.plain) for each in (template, PromptTemplate(), *TEMPLATES.values())]
+    return words[0] != words[1] and words[0] in words[2:]
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,14 @@ from hypothesis import strategies as st
 
 from stepkd.cli.parser import parse
 from stepkd.data.completion import Completion
-from stepkd.data.templates import PromptTemplate
+from stepkd.data.templates import PromptTemplate, get_template
 from stepkd.errors import ConfigError, DataError
 from stepkd.evaluation.config import EvaluatePRMConfig
 from stepkd.models.policy import Policy
 from stepkd.sampling.config import VLLM
 from stepkd.sampling.engine import Engine, SamplingConfig, Wanted
 from stepkd.scorers import load
-from stepkd.scorers.critic import GenerativeVerifier
+from stepkd.scorers.critic import CRITIC_TEMPLATE, GenerativeVerifier
 from stepkd.scorers.critiques import FORMS, CritiqueForm, get_form
 from stepkd.scorers.scorer import Judged, Solutions, reduce_scores, score_one
 from stepkd.tasks import check_row, critique_rows, make_rows
@@ -145,7 +145,7 @@ def test_scores_are_shares_of_votes_per_step(policy: Policy) -> None:
         (["-1", "1", "1", "2"], [1.0, 2 / 4, 1 / 2], 1),
         (["2", "0", "0", "2"], [1 / 2, 1.0, 0.0], 2),  # a tie: what was named first
         (["0", "0", "0", None], [0.0, 0.0, 0.0], 0),  # none comes as far as the second step
-        (["two", "two", "1", "-1"], [1.0, 1 / 2, 1.0], None),  # what is no index votes, as in the official code
+        (["two", "two", "1", "-1"], [1.0, 1 / 2, 1.0], None),  # counted, as in the official code
         (["3", "3", "1", "-2"], [1.0, 0.0, 0.0], None),  # nor is there a fourth step
         ([None, "-1", None, None], [1.0, 1.0, 1.0], -1),
     ],
@@ -190,6 +190,14 @@ def test_costs_are_counted(policy: Policy) -> None:
     assert [each["tokens"] for each in found[1].facts["critiques"]] == [15, 3]
 
 
+def test_a_request_that_solutions_share_is_made_once(policy: Policy) -> None:
+    scorer, engine = critic(policy, lambda _: boxed("correct"), 1, "step")
+    pair = scorer.score([Solutions({"id": "x", "prompt": "p"}, [["a", "b"], ["a", "c"]])])[0]
+    assert len(engine.requests) == len(set(engine.requests)) == 3
+    assert [len(each.facts["critiques"]) for each in pair] == [2, 2]
+    assert pair[0].facts["generated_tokens"] == pair[1].facts["generated_tokens"]
+
+
 def test_requests_that_leave_no_room_are_not_made(policy: Policy) -> None:
     lengths = [len(text) for _, text in FORMS["step"].questions({"prompt": "p"}, ["a", "b"])]
     scorer, engine = critic(policy, lambda _: boxed("correct"), 1, "step", max_length=lengths[0] + 5)
@@ -220,7 +228,7 @@ def test_a_score_depends_on_nothing_else_that_is_scored(make_policy: MakePolicy)
 # ---- settings --------------------------------------------------------------------------------------------------------
 
 
-def test_settings_name_the_form_and_the_votes(tmp_path: Path) -> None:
+def test_settings_name_the_form_and_the_votes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = "--scorer Critic --scorer.path m --scorer.form processbench --scorer.sampling.n 8 --out x"
     config = parse(EvaluatePRMConfig, [*words.split(), "--scorer.sampling.temperature", "1"], command="evaluate-prm")
     assert config.scorer == load.Critic("m", form="processbench", sampling=SamplingConfig(n=8, max_new_tokens=2048))
@@ -229,6 +237,10 @@ def test_settings_name_the_form_and_the_votes(tmp_path: Path) -> None:
     scorer = load.load_scorer(load.Critic("tiny-0.1m", template="task", form="task"), device="cpu", max_rows=3)
     assert isinstance(scorer, GenerativeVerifier)
     assert (scorer.template.style, scorer.max_rows, scorer.form) == ("plain", 3, FORMS["task"])
+    for trained, taken in (("gsm8k", CRITIC_TEMPLATE), ("task", get_template("task"))):
+        monkeypatch.setattr("stepkd.models.source.trained_template", lambda _, name=trained: get_template(name))
+        found = load.load_scorer(load.Critic("tiny-0.1m"), device="cpu")
+        assert found.template == taken, "a template that asks for a solution is not put around a request"  # type: ignore[attr-defined]
     own = tmp_path / "own.yaml"
     own.write_text("prompt: '{problem} {steps}'\nline: '{text}'\nverdict: '(.)'\nwords: [y, n]\n")
     assert get_form(str(own)) == CritiqueForm(
@@ -255,6 +267,7 @@ def test_a_fresh_process_knows_scorers_by_name() -> None:
         ({"verdict": "("}, "is not a regular expression"),
         ({"verdict": "a"}, "one group"),
         ({"words": ("a", "a")}, "two different words"),
+        ({"words": ("Y", "y")}, "two different words"),
     ],
 )
 def test_forms_that_cannot_be_read(change: dict[str, Any], message: str) -> None:
@@ -266,6 +279,8 @@ def test_forms_that_cannot_be_read(change: dict[str, Any], message: str) -> None
 def test_bad_input(policy: Policy) -> None:
     with pytest.raises(ConfigError, match="3 critiques at temperature 0 would all be the same"):
         load.Critic("m", sampling=SamplingConfig(n=3, temperature=0))
+    with pytest.raises(ConfigError, match="template 'gsm8k' asks for a solution, and a critic is asked for a critique"):
+        load.Critic("m", template="gsm8k")
     with pytest.raises(ConfigError, match=r"no form of critiques 'stop'.* Did you mean 'step'"):
         load.Critic("m", form="stop")
     scorer, _ = critic(policy, lambda _: boxed("-1"), 1, "processbench")
@@ -279,7 +294,7 @@ def test_bad_input(policy: Policy) -> None:
 
 
 def test_the_tiny_worlds_critiques_are_judged_as_the_exact_checker_does(policy: Policy) -> None:
-    """A verifier that has learnt them by heart, asked in the form `task`."""
+    """A verifier that repeats them, asked in the form `task`."""
     rows = [
         row
         for name in ("modular:terms=4", "cellular", "star_graph")

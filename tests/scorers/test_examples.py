@@ -177,8 +177,8 @@ def test_ideas_stand_before_the_solution(make_policy: Callable[..., Policy], sha
     """The first five samples of the same problem, told by prompt or id, and read once for all its solutions."""
     policy = make_policy()
     rows = [{"prompt": "apples", "completion": f"idea {k}\n"} for k in range(6)]
-    own = {"prompt": "?", "problem_id": "x", "completions": ["a", "b"]}
-    rows[3:3] = [{"prompt": "pears", "completion": "none"}, own]
+    own = {"prompt": [{"role": "user", "content": "apples"}], "completions": ["a", "b"]}
+    rows[3:3] = [{"prompt": "pears", "completion": "of another problem", "id": "x", "problem_id": "x"}, own]
     judge = PromptedJudge(policy, ideas=Ideas(rows), shared_prefix=shared, **SHORT)
     problem = Solutions({"problem_id": "x", "prompt": "Apples"}, [["add two", "add"], ["add one"]])
     ideas = "Here are some brainstormed ideas:\n\nidea 0\n\nidea 1\n\nidea 2\n\na\nb\n\nidea 3\n\n"
