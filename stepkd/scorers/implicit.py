@@ -4,14 +4,16 @@
 Where a reward of whole solutions is learnt as ``beta log pi(y | x) / ref(y | x)``, as KTO, DPO and the paper's
 cross-entropy do, the same sum over the tokens up to the end of step t is a value q_t of what has been written, and the
 step's reward is ``r_t = q_t - q_{t-1}``: the sum over the step's own tokens. The score is ``sigma(q_t)`` or
-``sigma(r_t)``, which keeps the order; after cross-entropy training ``sigma(q)`` of a whole solution is the chance that
-its answer is correct. An end token belongs to no step here: whether a solution goes on cannot be told of a part of one.
+``sigma(r_t)``, which keeps the order. Cross-entropy training makes ``sigma`` of the sum over a whole solution and its
+end token the chance that its answer is correct; here the end token belongs to no step, as whether a solution goes on
+cannot be told of a part of one, so that what the policy learnt at it alone is missing from the last score.
 
 Axes: T tokens of a solution, S its scored steps.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +36,8 @@ from stepkd.sampling.transformers_engine import TransformersEngine
 from stepkd.scorers.prm import NO_LIMIT, Item, SolutionScorer
 from stepkd.steps.format import StepFormat
 
+logger = logging.getLogger(__name__)
+
 
 class WrittenSteps(StepEncoder):
     """Steps as a policy writes them: no markers, and no separator behind the last one."""
@@ -44,6 +48,8 @@ class WrittenSteps(StepEncoder):
 class ImplicitPRM(SolutionScorer):
     """Scores steps by how much likelier the policy finds them than its reference.
 
+    Both models read 8,192 tokens a pass, whatever ``max_rows`` is, and the prompt again with every solution.
+
     Args:
         policy: the trained model, with its reference (:meth:`~stepkd.models.policy.Policy.set_reference`, or an adapter
             to switch off).
@@ -51,8 +57,7 @@ class ImplicitPRM(SolutionScorer):
         beta: factor of the log-ratios, > 0.
         cumulative: ``sigma(q_t)``, an estimate of future success (meaning ``value``); off, ``sigma(r_t)``, at least 0.5
             where the step is no less likely than under the reference (meaning ``correctness``).
-        **reading: settings of :class:`~stepkd.scorers.prm.PolicyScorer`; both models read every solution with its
-            prompt.
+        **reading: settings of :class:`~stepkd.scorers.prm.PolicyScorer`.
 
     Raises:
         ConfigError: a number out of range.
@@ -108,7 +113,8 @@ def load_implicit(
         The policy, which has its reference, and beta.
 
     Raises:
-        ConfigError: ``path`` is no run, or one of another method, and does not say what is not given.
+        ConfigError: ``path`` is no run, or one of another method, and does not say what is not given; or one that
+            learnt the mean of log-ratios, not their sum.
         ModelError: a model that cannot be loaded, or a reference that is not what the run was trained against.
     """
     found = find_checkpoint(Path(path).expanduser())
@@ -120,8 +126,20 @@ def load_implicit(
             f"{path} is no run of KTO, DPO or ImplicitPRM, which record beta and the reference that they were trained "
             "against: give scorer.beta and scorer.reference"
         )
+    if settings.get("length_normalised"):
+        raise ConfigError(
+            f"{path} was trained with length_normalised: true: it learnt the mean log-ratio of a solution, of which "
+            "sums over steps are no parts; train with length_normalised: false"
+        )
     start = spec_from_dict(run["policy"]) if run else PolicyConfig(path, dtype=None)
-    as_trained = not how.get("dtype") and reference in (None, settings.get("reference.path"))
+    same_dtype = how.get("dtype") in (None, start.dtype)
+    as_trained = same_dtype and reference in (None, settings.get("reference.path"))
+    if then is not None and reference is None and not same_dtype:
+        logger.warning(
+            "scorer.dtype=%s is not that of the training: whether the reference of %s is still the one that it was "
+            "trained against is not checked",
+            *(how["dtype"], path),
+        )
     how |= {"dtype": how.get("dtype") or start.dtype}
     policy, reference = load_trained(path, **how), reference or settings.get("reference.path")
     if reference is not None:

@@ -70,7 +70,7 @@ def test_scores_by_hand(policy: Policy) -> None:
     assert sum(logits) == pytest.approx(math.log(found[-1] / (1 - found[-1])), abs=1e-9)
 
 
-def test_a_policy_that_is_its_reference_knows_nothing(make_policy: Callable[..., Policy]) -> None:
+def test_a_policy_that_is_its_reference_scores_one_half(make_policy: Callable[..., Policy]) -> None:
     policy = make_policy()
     policy.freeze_copy()
     assert score_one(scorer(policy), "p", STEPS) == [0.5, 0.5, 0.5]
@@ -150,11 +150,19 @@ def test_a_run_says_beta_reference_and_template(tmp_path: Path) -> None:
     assert other.provenance()["reference"] != known
 
 
-def test_a_run_whose_reference_has_changed_or_of_another_method_is_refused(tmp_path: Path) -> None:
+def test_a_run_whose_reference_has_changed_or_of_another_method_is_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     start = PolicyConfig("tiny-0.1m")
     changed = run_of(tmp_path / "a", start, settings={"beta": 0.3}, frozen={"reference": "0123"})
     with pytest.raises(ModelError, match=r"another model now than when it was trained.*0123 then"):
         load_scorer(f"implicit:{changed}")
+    means = run_of(tmp_path / "c", start, settings={"beta": 0.3, "length_normalised": True}, frozen={"reference": "0"})
+    with pytest.raises(ConfigError, match="length_normalised: true: it learnt the mean"):
+        load_scorer(f"implicit:{means}")
+    load_scorer(Implicit(str(changed), dtype="bfloat16"))
+    assert "whether the reference of" in caplog.text
+    assert "scorer.dtype=bfloat16" in caplog.text
     other = run_of(tmp_path / "b", start, settings={}, frozen={"policy": ""})
     for model in (str(other), "tiny-0.1m"):
         with pytest.raises(ConfigError, match=r"no run of KTO, DPO or ImplicitPRM.* give scorer.beta and scorer.refer"):
