@@ -81,8 +81,9 @@ def _print_process(console: Any, summary: dict[str, Any]) -> None:
         table.add_section()
     if (mean := summary["mean"]) is not None and mean["sets"] > 1:
         shares = (percent(mean[key], "\n") for key in ("f1", "acc_error", "acc_correct"))
-        rule = "the critic's own" if any("predicted" in section for section in summary["sets"].values()) else None
-        table.add_row(f"mean of\n{mean['sets']} subsets", rule or f"below {summary['threshold']:.2f}", *shares)
+        own = any("predicted" in section for section in summary["sets"].values())
+        rule = "the critic's own" if own else f"below {summary['threshold']:.2f}"
+        table.add_row(f"mean of\n{mean['sets']} subsets", rule, *shares)
     console.print(table)
     for name, section in summary["sets"].items():
         if section["prm_score"] is not None:
