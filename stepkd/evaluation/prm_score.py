@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Unpack
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from stepkd.evaluation.step_metrics import LabelledSteps, labelled_steps
 from stepkd.statistics import (
@@ -52,6 +53,20 @@ class PRMScore(Result):
     baselines: Mapping[str, float]
     """PRMScore of calling every step correct (``always positive``), and of uniformly random scores (``random``: of its
     expected counts)."""
+
+
+def harmonic_mean(a: ArrayLike, b: ArrayLike) -> FloatArray:
+    """``2ab / (a + b)``, as in F1.
+
+    Args:
+        a, b: numbers >= 0, of shapes that broadcast.
+
+    Returns:
+        float64 of the broadcast shape; 0 where both are 0, NaN where one of them is.
+    """
+    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    total = a + b
+    return np.divide(2 * a * b, total, out=np.zeros(np.shape(total)), where=total != 0)
 
 
 def prm_score(steps: LabelledSteps, *, threshold: float = 0.5, **settings: Unpack[Resampling]) -> PRMScore:

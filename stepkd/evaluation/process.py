@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from stepkd.data.sources.problems import SUBSETS
 from stepkd.errors import ConfigError, DataError
 from stepkd.evaluation.diagnostics import argmin_positions, order_swap_test, score_bias
-from stepkd.evaluation.prm_score import mean_over_sets, prm_scores
+from stepkd.evaluation.prm_score import harmonic_mean, mean_over_sets, prm_scores
 from stepkd.evaluation.step_metrics import calibration_report, labelled_steps, step_metrics
 from stepkd.runs.job import read_results
+from stepkd.scorers.critiques import critique_costs
 from stepkd.scorers.scorer import Meaning
 from stepkd.statistics import FloatArray, Interval, Resampling, Result, cluster_bootstrap, wilson_interval
 from stepkd.steps.labels import passes
@@ -72,20 +73,6 @@ def predicted_first_error(scores: Sequence[float], threshold: float = 0.5) -> in
             "off or comes from an outcome scorer; leave the solution out and count it"
         )
     return next((index for index, score in enumerate(scores) if not passes(score, threshold)), NO_ERROR)
-
-
-def harmonic_mean(a: ArrayLike, b: ArrayLike) -> FloatArray:
-    """``2ab / (a + b)``, as in F1.
-
-    Args:
-        a, b: numbers >= 0, of shapes that broadcast.
-
-    Returns:
-        float64 of the broadcast shape; 0 where both are 0, NaN where one of them is.
-    """
-    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    total = a + b
-    return np.divide(2 * a * b, total, out=np.zeros(np.shape(total)), where=total != 0)
 
 
 def processbench_f1(predictions: Sequence[int], labels: Sequence[int], **settings: Unpack[Resampling]) -> F1Result:
@@ -335,14 +322,6 @@ def _counts(row: Row) -> bool:
     return None not in row["scores"] or "critiques" in row.get("score_facts", {})
 
 
-def critique_costs(rows: Sequence[Row]) -> dict[str, int]:
-    """What critiques cost, over scored rows: how many there are, without a verdict, and tokens; empty without any."""
-    facts = [row["score_facts"] for row in rows if "critiques" in row.get("score_facts", {})]
-    names = ("without_verdict", "generated_tokens", "prefill_tokens")
-    written = {"critiques": sum(len(each["critiques"]) for each in facts)}
-    return written | {name: sum(each[name] for each in facts) for name in names} if facts else {}
-
-
 def _section(
     rows: Sequence[Row], counted: Sequence[Row], threshold: float, meaning: Meaning, seed: int
 ) -> dict[str, Any]:
@@ -397,11 +376,9 @@ def _f1(rows: Sequence[Row], threshold: float, seed: int) -> dict[str, Any]:
 
 
 def _predicted(row: Row, threshold: float) -> int:
-    """The first step below the threshold, by the same rule as a critic's prediction: a step without a score before it
-    leaves it open, which is a miss."""
-    scores = row["scores"]
-    first = next((step for step, score in enumerate(scores) if not passes(score, threshold)), NO_ERROR)
-    return _or_miss(None if first != NO_ERROR and scores[first] is None else first, row)
+    """The first step below the threshold; a miss where a step without a score comes before it."""
+    first = next((step for step, score in enumerate(row["scores"]) if not passes(score, threshold)), NO_ERROR)
+    return _or_miss(None if first != NO_ERROR and row["scores"][first] is None else first, row)
 
 
 def compare_process(a: str | Path, b: str | Path, summaries: tuple[Row, Row], *, seed: int = 0) -> dict[str, Interval]:

@@ -24,7 +24,7 @@ from stepkd.data.rows import passed_on
 from stepkd.errors import ConfigError, DataError
 from stepkd.evaluation.config import EvaluatePRMConfig, ScoreConfig
 from stepkd.evaluation.diagnostics import task_swaps
-from stepkd.evaluation.process import critique_costs, summarise_process
+from stepkd.evaluation.process import summarise_process
 from stepkd.models.policy import Policy
 from stepkd.runs.job import (
     ALONE,
@@ -38,7 +38,7 @@ from stepkd.runs.job import (
     package_versions,
 )
 from stepkd.scorers.calibration import fit_temperature, scaled
-from stepkd.scorers.critiques import Tags
+from stepkd.scorers.critiques import Tags, critique_costs
 from stepkd.scorers.load import load_scorer
 from stepkd.scorers.prm import packed
 from stepkd.scorers.scorer import (

@@ -138,6 +138,14 @@ def get_form(form: str) -> CritiqueForm:
     return build_settings(CritiqueForm, mapping(read_yaml(Path(form), "form of critiques"), form), form)
 
 
+def critique_costs(rows: Sequence[Row]) -> dict[str, int]:
+    """What critiques cost, over scored rows: how many there are, without a verdict, and tokens; empty without any."""
+    facts = [row["score_facts"] for row in rows if "critiques" in row.get("score_facts", {})]
+    names = ("without_verdict", "generated_tokens", "prefill_tokens")
+    written = {"critiques": sum(len(each["critiques"]) for each in facts)}
+    return written | {name: sum(each[name] for each in facts) for name in names} if facts else {}
+
+
 @dataclass(frozen=True)
 class Tags(RuleScorer):
     """Scores a step by the tag that the model itself wrote in it (what it learns that from: ``stepkd convert --to

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from stepkd.errors import DataError
+from stepkd.evaluation.prm_score import harmonic_mean
 from stepkd.evaluation.process import (
     f1_difference,
-    harmonic_mean,
     predicted_first_error,
     processbench_f1,
     random_baseline,
