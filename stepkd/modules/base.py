@@ -144,8 +144,12 @@ class StepModule(PolicyModule):
     def begin(self) -> None:
         """Called once the model and the training data are loaded: count and load what the first step needs."""
 
-    def after_step(self) -> None:
-        """Called after every optimiser step, before anything is logged."""
+    def after_step(self, metrics: dict[str, float]) -> None:
+        """Called after every optimiser step, before anything is logged.
+
+        Args:
+            metrics: mean of each metric of the components over the step, and over all ranks.
+        """
 
     def next_commands(self, run: str) -> list[str]:
         """What to do with a finished run, one line each, for the end of ``stepkd fit``."""
@@ -365,7 +369,6 @@ class StepModule(PolicyModule):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         cast(Any, self.lr_schedulers()).step()
-        self.after_step()
         tokens = sum(example.size for micro in micro_batches for example in micro.examples)
         self._log_step(counts, sums, terms, {"grad_norm": norm, "lr": lr, "tokens": float(tokens)})
 
@@ -390,6 +393,7 @@ class StepModule(PolicyModule):
         totals |= {f"count/{name}": count for name, count in counts.items()}
         losses, metrics = means(totals, self.loss_names, self.loss_weights)
         facts["tokens"] = totals["tokens"]
+        self.after_step(metrics)
         found = dict.fromkeys(self.loss_names, 0.0) | losses | self.derived_metrics(metrics) | facts
         values = {f"train/{name}": value for name, value in found.items()}
         if self._throughput is not None:

@@ -227,9 +227,11 @@ class GKDModule(DistillationModule):
         now = (self.global_step, self.planned_steps()) if self.training else (None, None)
         return self.cross_entropy.term_weights(*now)
 
-    def after_step(self) -> None:
-        """A teacher that is the student itself keeps up with it."""
+    def after_step(self, metrics: dict[str, float]) -> None:
+        """A teacher that is the student itself keeps up with it; a temperature that is learnt takes its step."""
         self.teacher.after_step(self.global_step)
+        if (soften := self.distillation.soften) is not None:
+            self.distillation.log_temperature -= soften.lr * metrics.get(SLOPE, 0.0)
 
     def reads(self, split: str) -> dict[tuple[str, ...], str]:
         """Solutions where batches are the data's own, answers where they are graded."""
@@ -315,11 +317,9 @@ class GKDModule(DistillationModule):
             return self._fidelity(batch.examples, batch.indices)
 
     def derived_metrics(self, values: dict[str, float]) -> dict[str, float]:
-        """With fidelity's calibration errors; a learnt temperature takes its step here, behind the student's."""
-        loss, slope = self.distillation, values.pop(SLOPE, 0.0)
-        if loss.soften is not None:
-            loss.log_temperature -= loss.soften.lr * slope * self.training
-            values["teacher_temperature"] = math.exp(loss.log_temperature)
+        """With fidelity's calibration errors, and a learnt temperature in place of its slope."""
+        if values.pop(SLOPE, None) is not None:
+            values["teacher_temperature"] = math.exp(self.distillation.log_temperature)
         return with_calibration(values)
 
     def method_state(self) -> dict[str, Any]:

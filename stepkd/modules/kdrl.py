@@ -297,7 +297,7 @@ class KDRLModule(DistillationModule):
         rollout = Rollout.of(batch.dummy, advantages=zeros, logprobs=zeros)
         return self._collate([rollout], is_dummy=True)
 
-    def after_step(self) -> None:
+    def after_step(self, metrics: dict[str, float]) -> None:
         """Say when the sampler's probabilities are not the trainer's."""
         most = self.objective.largest_mismatch(self.global_step - 1, self.device)
         self.log("train/sampler_mismatch_max", most, batch_size=1)

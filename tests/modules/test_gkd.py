@@ -154,7 +154,11 @@ def test_settings(
     assert ("train/ce" in logged) == ("cross_entropy" in settings)
 
 
-@pytest.mark.parametrize("layout", [{}, {"micro_batch_tokens": 150, "chunk_size": 11}], ids=["whole", "split"])
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param({}, marks=pytest.mark.slow), {"micro_batch_tokens": 150, "chunk_size": 11}],
+    ids=["whole", "split"],
+)
 def test_a_learnt_temperature(
     layout: dict[str, Any],
     views: Any,

@@ -48,7 +48,7 @@ def module_of(head: Any, losses: list[Any], **settings: Any) -> PRMModule:
     return PRMModule(policy, head, losses, optimizer=STEADY, **{"loss_weights": weights, **settings})
 
 
-@pytest.mark.parametrize("subclasses", [1, 3])
+@pytest.mark.parametrize("subclasses", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_students_loss_is_cross_entropy_with_the_teachers_probabilities(
     subclasses: int, folder: str, encoded: Any, fresh: Any, plain_logits: Any
 ) -> None:

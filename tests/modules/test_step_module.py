@@ -106,7 +106,7 @@ def test_the_model_is_gathered_once_for_all_steps_of_a_batch(examples: Any, trai
             yield
             self.events.append("sharded")
 
-        def after_step(self) -> None:
+        def after_step(self, metrics: dict[str, float]) -> None:
             self.events.append("step")
 
     for prepares, expected in ((False, ["prepared"]), (True, ["gathered", "prepared", "sharded"])):
