@@ -248,6 +248,7 @@ def test_settings_name_the_form_and_the_votes(tmp_path: Path, monkeypatch: pytes
     )
 
 
+@pytest.mark.slow
 def test_a_fresh_process_knows_scorers_by_name() -> None:
     """A command reads its settings before anything has loaded a scorer."""
     code = (
