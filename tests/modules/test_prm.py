@@ -406,8 +406,10 @@ def test_an_outcome_model_of_the_last_token_reads_the_last_step_only(
 def test_an_outcome_model_learns_at_every_token_and_is_validated_at_the_last(
     name: str, prm_step: Any, distance: Any, encoded: Any, brute_force_steps: Any
 ) -> None:
-    """Cobbe et al. 2021: the same label at each token of the solution, the prompt left out."""
-    head = OUTCOME[name]
+    """Cobbe et al. 2021: the same label at each token of the solution, the prompt left out. Of two classes binary
+    cross-entropy is the same."""
+    head, losses = OUTCOME[name], [StepRegression(form="bce")] if name == "classifier" else [StepCrossEntropy()]
+    (summed,) = losses[0].names
     examples = encoded(head, 8, rule=LabelRule(scope="outcome"))
     everywhere = [
         replace(
@@ -419,15 +421,15 @@ def test_an_outcome_model_learns_at_every_token_and_is_validated_at_the_last(
         for each in examples
     ]
     loss, gradients = brute_force_steps(head, everywhere)
-    module = prm_step(examples, head, micro_batch_tokens=300, chunk_size=7)
+    module = prm_step(examples, head, losses=losses, micro_batch_tokens=300, chunk_size=7)
     assert distance(module.gradients, gradients) < TOLERANCE
-    assert float(module.trainer.callback_metrics["train/prm"]) == pytest.approx(loss, rel=1e-6)
+    assert float(module.trainer.callback_metrics[f"train/{summed}"]) == pytest.approx(loss, rel=1e-6)
     module.train()
     (batch,) = module.prepare_examples(examples[:1])
-    assert module.count(batch) == {"prm": float(len(examples[0].token_ids))}
+    assert module.count(batch) == {summed: float(len(examples[0].token_ids))}
     module.eval()
     (batch,) = module.prepare_examples(examples[:1])
-    assert module.count(batch) == {"prm": 1.0}
+    assert module.count(batch) == {summed: 1.0}
 
 
 def test_a_process_model_does_not_learn_at_every_token(encoded: Any) -> None:
