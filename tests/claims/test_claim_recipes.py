@@ -66,6 +66,18 @@ def test_claims_of_one_run_share_jobs() -> None:
             assert any(own & each for each in others), name
 
 
+@pytest.mark.parametrize("path", CLAIMS, ids=lambda path: path.stem)
+def test_the_two_arms_of_a_statement_have_different_numbers(path: Path) -> None:
+    """Another job, or another column of it: else the difference is 0 on every seed."""
+    claim = claim_of(path)
+    for variant in claim.variants:
+        source = {arm: Arm(claim, variant, arm, 0, lambda *job: json.dumps(job)).source for arm in claim.arms}
+        for statement in claim.statements_of(variant):
+            sources = [source[arm](statement.metric) for arm in statement.arms]
+            assert None not in sources, str(statement)
+            assert len(set(sources)) == len(statement.arms), str(statement)
+
+
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
 def test_committed_verdicts_follow_from_the_committed_numbers(path: Path) -> None:
     assert results_path(claim_of(ROOT / f"{path.stem}.yaml")) == path
