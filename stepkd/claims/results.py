@@ -23,6 +23,7 @@ from stepkd.statistics import RESAMPLES, Estimate, estimate_mean, shown
 RESULTS_FORMAT = 1
 RESULTS_FOLDER = "results"
 LEVEL = 0.95
+NOT_RUN = "not run in this form"
 MOST_COLUMNS = 5
 """With more arms, every arm is a row."""
 STYLES = {"reproduced": "bold green", "not reproduced": "bold red", "inconclusive": "bold yellow"}
@@ -140,7 +141,8 @@ def read_results(claim: Claim) -> dict[str, Any] | None:
 
 
 def committed_verdict(claim: Claim) -> str:
-    """One phrase for the list: the committed verdict, ``no results yet``, or that it belongs to an older claim file.
+    """One phrase for the list: the committed verdict, ``no results yet``, or :data:`NOT_RUN` where it belongs to an
+    older claim file: the verdict on another sentence would be read as one on this.
 
     A results file may carry a key ``stale`` with the reason, written by hand by whoever changed the code below it.
     """
@@ -148,7 +150,7 @@ def committed_verdict(claim: Claim) -> str:
     if results is None:
         return "no results yet"
     if results.get("stale") or results["fingerprint"] != claim.fingerprint():
-        return f"stale ({results['verdict']} before the last change)"
+        return NOT_RUN
     return str(results["verdict"])
 
 

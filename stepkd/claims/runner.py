@@ -47,7 +47,7 @@ def run_claim(claim: Claim, out: str | Path, *, report: Report, overwrite: bool 
         claim: the claim.
         out: its folder; begun, or resumed.
         report: called with one line about progress.
-        overwrite: delete an earlier run in the folder first; jobs that it shares with other claims stay.
+        overwrite: delete an earlier run in the folder first; jobs of a ``run``, shared with other claims, stay.
 
     Returns:
         The settings of the run: ``packages`` (versions), ``recipes`` and what :meth:`Claim.identity` says. The rows are
@@ -59,9 +59,12 @@ def run_claim(claim: Claim, out: str | Path, *, report: Report, overwrite: bool 
         DataError: a job's numbers do not fit the claim.
     """
     job = _job(Path(out), overwrite=overwrite)
-    if overwrite and not claim.run:
+    if overwrite and claim.run:
+        units = units_folder(claim, job.out)
+        report(f"{claim.name}: jobs of {units} may be those of other claims, and stay: delete it to do them again")
+    elif overwrite:
         job.check()
-        delete_jobs(job.out / UNITS_NAME)
+        _delete_jobs(job.out / UNITS_NAME)
     missing = [(v, s) for v in claim.variants for s in claim.seeds if overwrite or job.missing(v, [_key(s)])]
     settings = {"packages": package_versions(), "recipes": _recipes(claim), **claim.identity()}
     found = job.begin(settings, free=() if missing else ("packages", "recipes"))  # a finished run may be looked at
@@ -134,7 +137,7 @@ def _check_free(mark: Path) -> None:
         check_unused(mark.parent, json.loads(mark.read_bytes()))
 
 
-def delete_jobs(folder: Path) -> None:
+def _delete_jobs(folder: Path) -> None:
     """Delete a folder of jobs (:func:`units_folder`).
 
     Raises:

@@ -38,7 +38,8 @@ class QuickConfig:
     out: str = "runs/claims"
     """Folder that holds one folder per claim."""
     overwrite: bool = False
-    """Delete an earlier run of these claims in ``out`` and start again."""
+    """Delete an earlier run of these claims in ``out`` and start again; jobs that a claim shares by its ``run`` stay
+    and are used again, for they may be those of other claims: delete their folder, RUN/units, to do them again."""
 
     def __post_init__(self) -> None:
         if not self.names:
@@ -70,13 +71,11 @@ def run(config: ListClaimsConfig | QuickConfig) -> int:
     check_alone("stepkd claims")
 
     from stepkd.claims.results import keep_summary, print_results, save_results, summarise_claim
-    from stepkd.claims.runner import UNITS_NAME, delete_jobs, run_claim
+    from stepkd.claims.runner import run_claim
     from stepkd.runs.process import quiet_libraries
 
     quiet_libraries()
     console = Console()
-    for run in {claim.run for claim in claims if config.overwrite and claim.run}:
-        delete_jobs(Path(config.out) / run / UNITS_NAME)
     for claim in claims:
         out = Path(config.out) / claim.folder
         with _quiet_trainings():

@@ -111,16 +111,15 @@ def test_the_committed_file_is_the_same_to_the_byte(write_claim: Write, tmp_path
     assert read_results(claim) == json.loads(text)
 
 
-def test_the_list_says_what_is_stale(write_claim: Write, tmp_path: Path) -> None:
+def test_the_list_shows_no_verdict_on_an_earlier_form(write_claim: Write, tmp_path: Path) -> None:
     path = write_claim()
     claim = load_claim(path)
     assert committed_verdict(claim) == "no results yet"
     saved = save_results(claim, summary_of(path, tmp_path / "out"))
     assert committed_verdict(claim) == "reproduced"
-    stale = "stale (reproduced before the last change)"
-    assert committed_verdict(load_claim(write_claim(seeds=[0, 1]))) == stale
+    assert committed_verdict(load_claim(write_claim(seeds=[0, 1]))) == "not run in this form"
     saved.write_text(json.dumps({**json.loads(saved.read_text()), "stale": "the loss changed"}))
-    assert committed_verdict(claim) == stale
+    assert committed_verdict(claim) == "not run in this form"
     saved.write_text("{}")
     with pytest.raises(DataError, match="not claim results of format 1"):
         committed_verdict(claim)
@@ -182,10 +181,11 @@ def test_claims_share_a_run(write_claim: Write, tmp_path: Path, capsys: pytest.C
     other["statements"] = [{"metric": "rate", "better": "best", "worse": "better", "bound": -0.5}]
     second = write_claim(run="both", **other).rename(tmp_path / "second.yaml")
     command = ["claims", "run", str(first), str(second), "--out", str(tmp_path / "runs")]
-    for arguments in (command, [*command, "--overwrite"]):
+    for arguments, jobs in ((command, 15), ([*command, "--overwrite"], 0)):
         assert main(arguments) == 0
         text = capsys.readouterr().out
-        assert text.count("drawn (call)") == 15  # gains of 0, 0.3 and 0.5 in every seed, once each
+        assert text.count("drawn (call)") == jobs  # gains of 0, 0.3 and 0.5 in every seed, once each; and they stay
+        assert ("may be those of other claims, and stay" in " ".join(text.split())) == (not jobs)
         assert "first: reproduced" in text
         assert "second: reproduced" in text
     assert sorted(folder.name for folder in (tmp_path / "runs").iterdir()) == ["both", "first", "second"]
