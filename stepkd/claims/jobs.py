@@ -24,6 +24,7 @@ from stepkd.errors import ConfigError, DataError, StepkdError, nearest
 from stepkd.evaluation.config import EvaluateConfig, EvaluatePRMConfig, ScoreConfig, SearchJobConfig
 from stepkd.iteration.spec import IterateConfig
 from stepkd.labels.convert import ConverterConfig, convert_rows
+from stepkd.labels.labellers import outcome_of
 from stepkd.labels.settings import PAIR_JOBS, LabelConfig, PairJobConfig
 from stepkd.runs.job import JobConfig, flat
 from stepkd.safe import check_import
@@ -269,14 +270,14 @@ def _convert(out: Path, config: ConvertJob) -> Measured:
     return Measured(converted.counts | {"rows": config.to.write(converted.rows, out / ROWS_NAME)})
 
 
-def _draw(out: Path, *, rows: str, count: int, seed: int, key: str) -> Measured:
-    """``count`` of a file's ``rows``, without replacement; ``key`` tells draws of one ``seed`` apart. Columns:
-    ``rows``, and ``available``."""
+def _draw(out: Path, *, rows: str, count: int, seed: int, key: str, correct: bool | None = None) -> Measured:
+    """``count`` of a file's ``rows``, without replacement, or of those whose answers are ``correct`` (true) or are not
+    (false); ``key`` tells draws of one ``seed`` apart. Columns: ``rows``, and ``available``."""
     from stepkd.data.io import read_rows
     from stepkd.randomness import generator
     from stepkd.runs.files import write_jsonl
 
-    found = [row for row, _ in read_rows(Path(rows))]
+    found = [row for row, _ in read_rows(Path(rows)) if correct is None or outcome_of(row) is correct]
     if len(found) < count:
         raise DataError(f"{count} rows are wanted, and there are {len(found)}: lower count", path=rows)
     picked = sorted(generator(seed, "step pairs", key).permutation(len(found))[:count])
@@ -366,11 +367,10 @@ def _score(out: Path, config: ScoreConfig) -> Measured:
 
 
 def _evaluate_prm(out: Path, config: EvaluatePRMConfig) -> Measured:
-    """As ``stepkd evaluate-prm`` on one set. Columns: the set's numbers, ``steps.auroc.value`` for instance."""
+    """As ``stepkd evaluate-prm``. Columns: the numbers of the first of its sets, ``steps.auroc.value`` for instance."""
     from stepkd.evaluation.score_rows import evaluate_process
 
-    (section,) = evaluate_process(config)["sets"].values()
-    return Measured(_numbers(section))
+    return Measured(_numbers(evaluate_process(config)["sets"][config.sets[0]]))
 
 
 def _best_of_n(

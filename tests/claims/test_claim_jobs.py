@@ -80,7 +80,7 @@ def test_rows_are_converted_as_the_command_does(tmp_path: Path) -> None:
 
 
 def test_rows_are_drawn_by_seed_and_key(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "all.jsonl", [{"n": n} for n in range(20)])
+    write_jsonl(tmp_path / "all.jsonl", [{"n": n, "correct": n % 4 == 0} for n in range(20)])
     settings = {"rows": str(tmp_path / "all.jsonl"), "count": 5, "seed": 0}
 
     def drawn(place: str, **changes: object) -> str:
@@ -92,3 +92,6 @@ def test_rows_are_drawn_by_seed_and_key(tmp_path: Path) -> None:
     assert len({drawn("one"), drawn("three", key="b"), drawn("four", seed=1)}) == 3
     with pytest.raises(DataError, match="21 rows are wanted, and there are 20"):
         run_job("draw", settings | {"key": "a", "count": 21}, tmp_path / "five")
+    wrong = run_job("draw", settings | {"key": "a", "count": 15, "correct": False}, tmp_path / "six")
+    assert wrong.columns == {"rows": 15, "available": 15}
+    assert "true" not in (tmp_path / "six" / "rows.jsonl").read_text()
