@@ -40,7 +40,7 @@ def run(config: CompareConfig) -> int:
     summaries = [json.loads(path.read_text(encoding="utf-8")) for path in folders if path.is_file()]
     if len(summaries) == 2 and all(summary.get("kind") == "process" for summary in summaries):
         differences = compare_process(config.a, config.b, (summaries[0], summaries[1]), seed=config.seed)
-        print(f"F1 and accuracies of {config.b} minus {config.a}, paired by solution, 95% intervals:")
+        print(f"F1 and accuracies, or PRMScore, of {config.b} minus {config.a}, paired by solution, 95% intervals:")
         for name, interval in differences.items():
             print(f"  {name:<36} {percent(interval.to_dict())}")
         found = {name: interval.to_dict() for name, interval in differences.items()}

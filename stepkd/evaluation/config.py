@@ -297,9 +297,10 @@ class EvaluatePRMConfig(_ScorerJobConfig, ParityConfig):
                 f"processbench={self.processbench} is the folder of ProcessBench's files, and none of its subsets is "
                 f"among the sets ({', '.join(self.sets)}): name one ({', '.join(SUBSETS)}), or drop it"
             )
-        if self.reference is not None and not {*self.sets} & {*SUBSETS}:
+        if self.reference is not None and (lacking := [name for name in SUBSETS if name not in self.sets]):
             raise ConfigError(
-                f"reference is a mean F1 of ProcessBench's subsets: name one in sets ({', '.join(SUBSETS)})"
+                f"reference is the mean F1 of ProcessBench's four subsets, and sets lacks {', '.join(lacking)}: name "
+                "all four, or drop it"
             )
         check_bounds("", self, limit="[1, inf)", max_rows="[1, inf)", seed="[0, inf)")
 
@@ -314,6 +315,8 @@ class EvaluatePRMConfig(_ScorerJobConfig, ParityConfig):
         names = dict.fromkeys((*self.sets, *([] if tune_on is None else [tune_on])))
         sets = {name: self._set(name) for name in names}
         if self.limit is not None:
+            if own := [name for name, each in sets.items() if each.limit is not None]:
+                raise ConfigError(f"limit={self.limit} is of every set, and {own[0]} has a limit of its own: drop one")
             # Drawn, not the first ones: ProcessBench's files begin with the solutions that have an error. PRMBench's
             # classes are limited when its rows are read.
             limits = {name: None if each.source == "prmbench" else self.limit for name, each in sets.items()}

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from stepkd.evaluation.step_metrics import LabelledSteps, labelled_steps
+from stepkd.scorers.scorer import problem_key
 from stepkd.statistics import (
     FloatArray,
     Interval,
@@ -30,6 +31,8 @@ from stepkd.statistics import (
     ratio_interval,
 )
 from stepkd.steps.labels import passes
+
+Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -80,14 +83,8 @@ def prm_score(steps: LabelledSteps, *, threshold: float = 0.5, **settings: Unpac
     Returns:
         The values; an F1 without a step that is so labelled or so called is NaN.
     """
-    called, correct = np.array([passes(score, threshold) is True for score in steps.scores]), steps.labels
-    columns = [called & correct, ~called & correct, called & ~correct, ~called & ~correct]
-    counts = cluster_sums(np.stack(columns, axis=1), steps.problems)
-    n_correct, n_incorrect = int(correct.sum()), int((~correct).sum())
-
-    def score(counts_R4: FloatArray) -> FloatArray:
-        f1, negative = _both_f1(counts_R4)
-        return (f1 + negative) / 2 if n_incorrect else f1
+    counts = _counts(steps, threshold)
+    n_correct, n_incorrect = int(steps.labels.sum()), int((~steps.labels).sum())
 
     def interval(which: Any) -> Interval:
         return proper_width(cluster_bootstrap(counts, lambda drawn: which(drawn.sum(axis=1)), **settings))
@@ -98,15 +95,63 @@ def prm_score(steps: LabelledSteps, *, threshold: float = 0.5, **settings: Unpac
     always = np.array([n_correct, 0, n_incorrect, 0])
     chance = np.array([1 - threshold, threshold, 1 - threshold, threshold]) * np.repeat([n_correct, n_incorrect], 2)
     return PRMScore(
-        score=interval(score),
+        score=interval(lambda drawn: _score(drawn, n_incorrect > 0)),
         f1=interval(lambda drawn: _both_f1(drawn)[0]),
         negative_f1=interval(lambda drawn: _both_f1(drawn)[1]) if n_incorrect else None,
         acc_correct=share(0, 1) if n_correct else None,
         acc_incorrect=share(3, 2) if n_incorrect else None,
         n_correct=n_correct,
         n_incorrect=n_incorrect,
-        baselines={"always positive": float(score(always)), "random": float(score(chance))},
+        baselines={
+            "always positive": float(_score(always, n_incorrect > 0)),
+            "random": float(_score(chance, n_incorrect > 0)),
+        },
     )
+
+
+def prm_score_difference(
+    a: Sequence[Row], b: Sequence[Row], thresholds: tuple[float, float], **settings: Unpack[Resampling]
+) -> Interval:
+    """PRMScore of B minus that of A on the same solutions.
+
+    Args:
+        a, b: rows of the two scorers, in one order, with a score of every step.
+        thresholds: A's and B's.
+        **settings: see :class:`~stepkd.statistics.Resampling`; problems are resampled, for both together.
+
+    Returns:
+        The difference; no bounds where all problems have the same.
+
+    Raises:
+        DataError: no labelled step.
+    """
+    steps = [_steps(rows) for rows in (a, b)]
+    both = np.concatenate([_counts(*each) for each in zip(steps, thresholds, strict=True)], axis=1)
+    errors = not steps[0].labels.all()
+
+    def difference(drawn: FloatArray) -> FloatArray:
+        sums = drawn.sum(axis=1)
+        return _score(sums[..., 4:], errors) - _score(sums[..., :4], errors)
+
+    return proper_width(cluster_bootstrap(both, difference, **settings))
+
+
+def _steps(rows: Sequence[Row]) -> LabelledSteps:
+    scores, labels = ([row[key] for row in rows] for key in ("scores", "labels"))
+    return labelled_steps(scores, labels, problems=[problem_key(row) for row in rows])
+
+
+def _counts(steps: LabelledSteps, threshold: float) -> FloatArray:
+    """(problems, 4): correct steps called correct and incorrect, incorrect ones called correct and incorrect."""
+    called, correct = np.array([passes(score, threshold) is True for score in steps.scores]), steps.labels
+    columns = [called & correct, ~called & correct, called & ~correct, ~called & ~correct]
+    return cluster_sums(np.stack(columns, axis=1), steps.problems)
+
+
+def _score(counts_R4: FloatArray, errors: bool) -> FloatArray:
+    """PRMScore of (..., 4) counts: half of each F1, or the F1 alone where the set has no incorrect step."""
+    f1, negative = _both_f1(counts_R4)
+    return (f1 + negative) / 2 if errors else f1
 
 
 def _both_f1(counts_R4: FloatArray) -> tuple[FloatArray, FloatArray]:
@@ -117,7 +162,7 @@ def _both_f1(counts_R4: FloatArray) -> tuple[FloatArray, FloatArray]:
     return f1, negative
 
 
-def prm_scores(rows: Sequence[Mapping[str, Any]], *, threshold: float = 0.5, seed: int = 0) -> dict[str, Any] | None:
+def prm_scores(rows: Sequence[Row], *, threshold: float = 0.5, seed: int = 0) -> dict[str, Any] | None:
     """PRMScore of all rows, and of every class of error.
 
     Args:
@@ -127,19 +172,20 @@ def prm_scores(rows: Sequence[Mapping[str, Any]], *, threshold: float = 0.5, see
 
     Returns:
         JSON values: :class:`PRMScore` of ``all`` and of each class by its name, each with its ``solutions``, and with
-        the ``ignored_errors`` that its rows name behind their last step; None where no row has a class.
+        the ``ignored_errors`` that its rows name behind their last step. A class without a labelled step is left out;
+        None where no row has a class.
     """
-    groups: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    groups: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         if row.get("error_type") is not None:
             groups["all"].append(row)
             groups[row["error_type"]].append(row)
     found = {}
     for name, group in groups.items():
-        columns = ([row[key] for row in group] for key in ("scores", "labels"))
-        steps = labelled_steps(*columns, problems=[row.get("problem_id", row["prompt"]) for row in group])
+        if all(label is None for row in group for label in row["labels"]):
+            continue
         counts = {"solutions": len(group), "ignored_errors": sum(row.get("ignored_errors", 0) for row in group)}
-        found[name] = prm_score(steps, threshold=threshold, seed=seed).to_dict() | counts
+        found[name] = prm_score(_steps(group), threshold=threshold, seed=seed).to_dict() | counts
     return found or None
 
 

@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from stepkd.data.sources.problems import SUBSETS
 from stepkd.errors import ConfigError, DataError
 from stepkd.evaluation.diagnostics import argmin_positions, order_swap_test, score_bias
-from stepkd.evaluation.prm_score import harmonic_mean, mean_over_sets, prm_scores
+from stepkd.evaluation.prm_score import harmonic_mean, mean_over_sets, prm_score_difference, prm_scores
 from stepkd.evaluation.step_metrics import calibration_report, labelled_steps, step_metrics
 from stepkd.runs.job import read_results
 from stepkd.scorers.critiques import critique_costs
-from stepkd.scorers.scorer import Meaning
+from stepkd.scorers.scorer import Meaning, problem_key
 from stepkd.statistics import FloatArray, Interval, Resampling, Result, cluster_bootstrap, wilson_interval
 from stepkd.steps.labels import passes
 
@@ -239,6 +239,7 @@ def summarise_process(
     *,
     threshold: float = 0.5,
     tune_on: str | None = None,
+    meaned: Sequence[str] = SUBSETS,
     meaning: Meaning = "correctness",
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -249,6 +250,7 @@ def summarise_process(
         threshold: the fixed threshold.
         tune_on: name of the set whose F1 decides the tuned threshold; None for none. On that set itself the tuned F1
             is optimistic, and marked so.
+        meaned: sets that enter the mean, where they are ProcessBench's subsets; not one that is there for tuning alone.
         meaning: what the scores estimate; decides how they are reduced in the order-swap test.
         seed: seed of the intervals.
 
@@ -288,7 +290,7 @@ def summarise_process(
         if tuned is not None:
             section["tuned"] = _f1(counted, tuned, seed) | {"optimistic": name == tune_on}
             section["baselines"]["random, tuned"] = _random(counted, random_threshold)
-    judged = [sections[name] for name in SUBSETS if name in sections]
+    judged = [sections[name] for name in SUBSETS if name in sections and name in meaned]
     return {
         "kind": "process",
         "threshold": threshold,
@@ -326,7 +328,7 @@ def _section(
     rows: Sequence[Row], counted: Sequence[Row], threshold: float, meaning: Meaning, seed: int
 ) -> dict[str, Any]:
     """The numbers of a set, of ``rows`` that have all scores; F1 and its baselines of those that count in it."""
-    scores, problems = [row["scores"] for row in rows], [str(row["prompt"]) for row in rows]
+    scores, problems = [row["scores"] for row in rows], [problem_key(row) for row in rows]
     labels = _located(counted)[1]
     first_errors = [(row["first_error"], predicted_first_error(row["scores"], threshold)) for row in rows]
     texts = [row.get("completions", row.get("steps")) for row in rows]
@@ -351,7 +353,7 @@ def _section(
 
 
 def _swaps(rows: Sequence[Row], key: str, meaning: Meaning, seed: int) -> dict[str, Any] | None:
-    pairs = [(pair, row["prompt"]) for row in rows for pair in row.get(key, ())]
+    pairs = [(pair, problem_key(row)) for row in rows for pair in row.get(key, ())]
     scores, problems = [pair for pair, _ in pairs], [problem for _, problem in pairs]
     return order_swap_test(scores, problems, meaning=meaning, dependent=key == "swaps", seed=seed)
 
@@ -383,7 +385,8 @@ def _predicted(row: Row, threshold: float) -> int:
 
 def compare_process(a: str | Path, b: str | Path, summaries: tuple[Row, Row], *, seed: int = 0) -> dict[str, Interval]:
     """F1 and both accuracies of B minus those of A on the solutions both scored, per set and threshold rule; what a
-    critic leaves without a score is a miss.
+    critic leaves without a score is a miss. Of sets whose rows name classes of errors PRMScore at the fixed threshold,
+    of solutions with all scores, with intervals over problems.
 
     Args:
         a, b: two folders of :func:`~stepkd.evaluation.score_rows.evaluate_process`.
@@ -392,7 +395,7 @@ def compare_process(a: str | Path, b: str | Path, summaries: tuple[Row, Row], *,
 
     Returns:
         ``"<set>, fixed"`` and ``"<set>, tuned"`` -> difference of F1, and behind each those of both accuracies:
-        ``"<set>, fixed, with an error"``, ``"<set>, fixed, all correct"``.
+        ``"<set>, fixed, with an error"``, ``"<set>, fixed, all correct"``. PRMScore: ``"<set>, PRMScore"``.
 
     Raises:
         ConfigError: no set in common.
@@ -406,6 +409,13 @@ def compare_process(a: str | Path, b: str | Path, summaries: tuple[Row, Row], *,
         raise ConfigError(f"{a} and {b} have no scored solution in common: evaluate both on the same data")
     differences: dict[str, Interval] = {}
     for name, ids in shared.items():
+        if any(sides[0][i].get("error_type") is not None for i in ids):
+            named = [i for i in ids if sides[0][i].get("error_type") is not None]
+            whole = [i for i in named if not any(None in side[i]["scores"] for side in sides)]
+            a_rows, b_rows = ([side[i] for i in whole] for side in sides)
+            thresholds = (summaries[0]["threshold"], summaries[1]["threshold"])
+            differences[f"{name}, PRMScore"] = prm_score_difference(a_rows, b_rows, thresholds, seed=seed)
+            continue
         labels = [sides[0][i]["first_error"] for i in ids]
         for rule, key in (("fixed", "threshold"), ("tuned", "tuned_threshold")):
             thresholds = [summary[key] for summary in summaries]

@@ -312,7 +312,12 @@ def evaluate_process(
     if results is None:
         return {}
     summary = summarise_process(
-        results, threshold=config.threshold, tune_on=tune_on, meaning=loaded.meaning, seed=config.seed
+        results,
+        threshold=config.threshold,
+        tune_on=tune_on,
+        meaned=config.sets,
+        meaning=loaded.meaning,
+        seed=config.seed,
     )
     summary |= {"benchmark": config.benchmark, "model": str(config.scorer), "scorer": loaded.provenance()}
     job.finish(RESULTS_NAME, results, summary)

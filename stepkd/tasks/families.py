@@ -203,7 +203,7 @@ class IndependentLines(ModularChain):
 
     def check_solution(self, problem: TaskProblem, steps: Sequence[str], *, given: Given = "truth") -> list[bool]:
         """As in `Task`, save that a line is not asked for at one place: it is correct wherever an expression that has
-        no line yet may stand."""
+        no line yet may stand, among as many lines as there are expressions: behind a line too many none is correct."""
         found, left = super().check_solution(problem, steps, given=given), self._lines(problem)
         for i, step in enumerate(steps[: len(left)]):
             line = _same_operands(left, step)

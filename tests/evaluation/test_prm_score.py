@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepkd.evaluation.prm_score import prm_score, prm_scores
+from stepkd.evaluation.prm_score import prm_score, prm_score_difference, prm_scores
 from stepkd.evaluation.step_metrics import labelled_steps
 
 FAST: dict[str, Any] = {"n_resamples": 300}
@@ -102,6 +102,24 @@ def test_perfect_and_constant_scorers() -> None:
 
 def test_rows_without_a_class_have_no_score() -> None:
     assert prm_scores([{"scores": [0.5], "labels": [True], "prompt": "p"}]) is None
+
+
+def test_a_class_without_a_labelled_step_is_left_out() -> None:
+    found = prm_scores([*rows(), {"error_type": "empty", "scores": [0.5], "labels": [None], "prompt": "s"}])
+    assert found is not None
+    assert list(found) == ["all", "circular", "deception", "multi_solutions"]
+
+
+def test_difference_is_that_of_the_scores_with_problems_drawn_for_both() -> None:
+    other = [{**row, "scores": [1 - score for score in row["scores"]]} for row in rows()]
+    found = prm_score_difference(rows(), other, (0.5, 0.4), **FAST)
+    a, b = prm_scores(rows()), prm_scores(other, threshold=0.4)
+    assert a is not None
+    assert b is not None
+    assert found.value == pytest.approx(b["all"]["score"]["value"] - a["all"]["score"]["value"])
+    same = prm_score_difference(rows(), rows(), (0.5, 0.5), **FAST)
+    assert same.value == 0.0
+    assert math.isnan(same.high), "every resample is the same"
 
 
 def test_error_numbers_behind_the_last_step_are_counted() -> None:

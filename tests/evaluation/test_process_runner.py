@@ -14,7 +14,7 @@ import pytest
 
 from stepkd.errors import ConfigError, DataError
 from stepkd.evaluation.config import EvaluatePRMConfig, ReferenceConfig, ScoreConfig
-from stepkd.evaluation.process import compare_process
+from stepkd.evaluation.process import compare_process, summarise_process
 from stepkd.evaluation.score_rows import _judged, evaluate_process, score_file
 from stepkd.labels.labellers import ScorerLabeller, Solution
 from stepkd.runs.job import JobOptions, read_results
@@ -141,6 +141,33 @@ def test_comparison_is_paired(data: str, tmp_path: Path) -> None:
     assert [each.value for each in differences.values()] == pytest.approx([2 / 3, -0.5, 1.0])
 
 
+def test_classes_of_errors_are_compared_by_prm_score(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({**row, "error_type": "own"}) + "\n" for row in ROWS))
+    data = f"rows:path={path}"
+    scorers = {"a": Scripted(GOOD), "b": Scripted({**GOOD, "2": 0.6})}
+    a, b = (evaluate_process(spec(data, tmp_path / name), scorer) for name, scorer in scorers.items())
+    (difference,) = (found := compare_process(tmp_path / "a", tmp_path / "b", (a, b))).values()
+    assert list(found) == [f"{data}, PRMScore"]
+    scores = [each["sets"][data]["prm_score"]["all"]["score"]["value"] for each in (a, b)]
+    assert difference.value == pytest.approx(scores[1] - scores[0])
+
+
+def test_intervals_resample_problems_under_several_questions() -> None:
+    rng = np.random.default_rng(0)
+    rows = [
+        {"set": "s", "prompt": f"p{i}", "problem_id": str(i), "completions": ["x"] * 3, "labels": [True, True, i > 9]}
+        | {"scores": rng.random(3).tolist(), "first_error": -1 if i > 9 else 2}
+        for i in range(20)
+    ]
+    once, twice = (
+        summarise_process(each)["sets"]["s"]
+        for each in (rows, [*rows, *({**row, "prompt": f"as {row['prompt']}"} for row in rows)])
+    )
+    assert twice["steps"]["auroc"] == once["steps"]["auroc"], "a problem that is there twice is one problem"
+    assert twice["calibration"]["ece"] == once["calibration"]["ece"]
+
+
 def test_completions_with_step_labels_are_read(tmp_path: Path) -> None:
     data = 'task:task="modular:terms=3",n=6,noise.rate=0.5,split=test'
     from stepkd.scorers.rules import Checker
@@ -179,7 +206,11 @@ def test_no_order_swaps_without_a_checker(data: str, tmp_path: Path) -> None:
         ({"tune_on": "mth"}, "no set 'mth'. Did you mean 'math'?"),
         ({"limit": 0}, "limit=0: must be at least 1"),
         ({"check_parity": True}, "check_parity compares with a reference, and there is none"),
-        ({"sets": ("prm800k:path=x",), "reference": REFERENCE}, "reference is a mean F1 of ProcessBench's subsets"),
+        ({"sets": ("gsm8k", "math"), "reference": REFERENCE}, "four subsets, and sets lacks olympiadbench, omnimath: "),
+        (
+            {"sets": ("prmbench:path=x,limit=9",), "limit": 3},
+            "limit=3 is of every set, and prmbench:path=x,",
+        ),
         ({"max_rows": 0}, "max_rows=0: must be at least 1"),
     ],
 )
@@ -249,6 +280,22 @@ def test_processbench_subsets(data_dir: Path, tmp_path: Path) -> None:
     assert (summary["mean"]["sets"], mean["value"]) == (2, pytest.approx((f1[0]["value"] + f1[1]["value"]) / 2))
     above = [each["high"] - each["value"] for each in f1]
     assert mean["high"] - mean["value"] == pytest.approx(math.hypot(*above) / 2)
+
+
+def test_a_set_for_tuning_alone_does_not_enter_the_mean(data_dir: Path, tmp_path: Path) -> None:
+    folder = str(data_dir / "processbench")
+    settings = EvaluatePRMConfig(
+        scorer="m", sets=("math",), tune_on="gsm8k", processbench=folder, out=str(tmp_path / "out"), limit=20
+    )
+
+    class Length(Scripted):
+        def score(self, problems: Sequence[Solutions]) -> list[list[list[float]]]:
+            return [[[1 / (1 + i) for i, _ in enumerate(steps)] for steps in p.solutions] for p in problems]
+
+    summary = evaluate_process(settings, Length(GOOD))
+    assert list(summary["sets"]) == ["math", "gsm8k"]
+    assert summary["mean"]["sets"] == 1
+    assert summary["mean"]["f1"]["value"] == summary["sets"]["math"]["fixed"]["f1"]["value"]
 
 
 def test_so_many_of_every_class_of_prmbench(tmp_path: Path) -> None:
