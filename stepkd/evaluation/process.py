@@ -413,8 +413,8 @@ def compare_process(a: str | Path, b: str | Path, summaries: tuple[Row, Row], *,
             named = [i for i in ids if sides[0][i].get("error_type") is not None]
             whole = [i for i in named if not any(None in side[i]["scores"] for side in sides)]
             a_rows, b_rows = ([side[i] for i in whole] for side in sides)
-            thresholds = (summaries[0]["threshold"], summaries[1]["threshold"])
-            differences[f"{name}, PRMScore"] = prm_score_difference(a_rows, b_rows, thresholds, seed=seed)
+            fixed = (summaries[0]["threshold"], summaries[1]["threshold"])
+            differences[f"{name}, PRMScore"] = prm_score_difference(a_rows, b_rows, fixed, seed=seed)
             continue
         labels = [sides[0][i]["first_error"] for i in ids]
         for rule, key in (("fixed", "threshold"), ("tuned", "tuned_threshold")):
