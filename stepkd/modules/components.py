@@ -158,20 +158,18 @@ class CrossEntropy(Component):
 
     def count(self, batch: Batch) -> dict[str, float]:
         """Targets, by weight."""
-        return {"ce": float(self._weights(batch.targets_N).sum())}
+        weights_N = self._weights(batch.targets_N)
+        return {"ce": float(batch.targets_N.numel() if weights_N is None else weights_N.sum())}
 
     def terms(self, forward: ForwardPass) -> LossTerms:
         """``ce``: summed negative log-likelihood of the targets (nats), by weight."""
-        weights_N = self._weights(forward.batch.targets_N) if self.weights else None
-        return cross_entropy(
-            forward.head,
-            forward.hidden_NH,
-            forward.batch.targets_N,
-            weights_N=weights_N,
-            chunk_size=forward.chunk_size,
-        )
+        targets_N = forward.batch.targets_N
+        weights_N, size = self._weights(targets_N), forward.chunk_size
+        return cross_entropy(forward.head, forward.hidden_NH, targets_N, weights_N=weights_N, chunk_size=size)
 
-    def _weights(self, targets_N: Tensor) -> Tensor:
+    def _weights(self, targets_N: Tensor) -> Tensor | None:
+        if not self.weights:
+            return None
         weights_N = torch.ones_like(targets_N, dtype=torch.float64)
         for token, weight in self.weights.items():
             weights_N[targets_N == token] = weight
