@@ -48,13 +48,17 @@ def test_mean_f1_is_compared_with_a_published_one(tmp_path: Path, capsys: pytest
     """Sums that are not written out are never faulted: all solutions count as correct, F1 0."""
     folder = tmp_path / "processbench"
     folder.mkdir()
-    for name in ("gsm8k", "math"):
+    names = ("gsm8k", "math", "olympiadbench", "omnimath")
+    for name in names:
         rows = [{"id": f"{name}-{i}", "problem": "p", "steps": ["a", "b"], "label": i % 2 - 1} for i in range(6)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = tmp_path / "parity.yaml"
     recipe.write_text("reference: {value: 90, low: 85, high: 95, source: a table, settings: none, ran: not run here}\n")
     words = ["evaluate-prm", "--scorer", "arithmetic", "--processbench", str(folder), "--config", str(recipe)]
     words += ["--out", str(tmp_path / "out"), "--figures", "false"]
+    assert main([*words, "--check_parity"]) == 2
+    assert "sets lacks olympiadbench, omnimath" in capsys.readouterr().err
+    words += ["--sets", *names]
     assert main([*words, "--check_parity"]) == 1
     shown = " ".join(capsys.readouterr().out.split())
     assert "mean of" in shown
