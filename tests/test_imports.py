@@ -131,7 +131,6 @@ LONG_FILES = {
     "runs/rundir.py": 430,  # the run folder, and how a run resumes
     "quickstart.py": 460,
     "settings.py": 500,  # names and types of every setting, in lists of classes too, and what to say of a mistake
-    "evaluation/process.py": 430,  # every benchmark of step scorers: rows, summary, comparison
     "evaluation/metrics.py": 460,  # every metric of an evaluation, with interval and paired difference
     "modules/base.py": 520,  # the optimiser step that every method shares, and what a method may define
 }

@@ -193,7 +193,7 @@ def mean_over_sets(results: Sequence[Mapping[str, Any]]) -> dict[str, Any] | Non
     """Means of F1 and of both accuracies of ProcessBench over its subsets.
 
     Args:
-        results: of every subset :class:`~stepkd.evaluation.process.F1Result` as JSON values.
+        results: of every subset :class:`~stepkd.evaluation.first_error.F1Result` as JSON values.
 
     Returns:
         JSON values: ``f1``, ``acc_error`` and ``acc_correct``, undefined where that of a subset is, and the number of

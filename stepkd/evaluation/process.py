@@ -1,237 +1,36 @@
-"""Does a process reward model find the first incorrect step? ProcessBench F1, its threshold, and a set's summary.
-
-Source: ProcessBench (Zheng et al. 2024, arXiv 2412.06559). A label is the 0-based index of the first incorrect step, or
--1 when every step is correct; a prediction has the same form. Every problem has one solution here, so problems are the
-rows. All values are shares in [0, 1], not percent.
-"""
+"""What a step scorer is worth on sets of labelled solutions: the summary of each, and the comparison of two scorers."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from stepkd.data.sources.problems import SUBSETS
 from stepkd.errors import ConfigError, DataError
 from stepkd.evaluation.diagnostics import argmin_positions, order_swap_test, score_bias
-from stepkd.evaluation.prm_score import harmonic_mean, mean_over_sets, prm_score_difference, prm_scores
+from stepkd.evaluation.first_error import (
+    NO_ERROR,
+    f1_difference,
+    predicted_first_error,
+    processbench_f1,
+    random_baseline,
+    tune_threshold,
+)
+from stepkd.evaluation.prm_score import mean_over_sets, prm_score_difference, prm_scores
 from stepkd.evaluation.step_metrics import calibration_report, labelled_steps, step_metrics
 from stepkd.runs.job import read_results
 from stepkd.scorers.critiques import critique_costs
 from stepkd.scorers.scorer import Meaning, problem_key
-from stepkd.statistics import FloatArray, Interval, Resampling, Result, cluster_bootstrap, wilson_interval
+from stepkd.statistics import Interval
 from stepkd.steps.labels import passes
 
-NO_ERROR = -1
-"""Label and prediction of a solution without an incorrect step."""
 _RANDOM_GRID = np.round(np.arange(0.02, 1.0, 0.02), 2)
 """Thresholds that the tuned random baseline chooses from."""
 
 Row = Mapping[str, Any]
-
-
-# --- F1 ---------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class F1Result(Result):
-    """ProcessBench F1 of one set; a part that has no rows is None, and then so is the F1."""
-
-    acc_error: Interval | None
-    """Share of solutions with an error whose first error is predicted exactly."""
-    acc_correct: Interval | None
-    """Share of solutions without an error that are predicted to have none."""
-    f1: Interval | None
-    """Harmonic mean of the two; 0 when both are 0."""
-    n_error: int
-    """Solutions with an error."""
-    n_correct: int
-    """Solutions without an error."""
-
-
-def predicted_first_error(scores: Sequence[float], threshold: float = 0.5) -> int:
-    """The first step with a score below the threshold.
-
-    Args:
-        scores: (steps,) scores, at least one, none missing.
-        threshold: a step is incorrect when its score is strictly below it.
-
-    Returns:
-        The step's 0-based index, or -1.
-
-    Raises:
-        DataError: no scores, or a step without a score (NaN).
-    """
-    if len(scores) == 0 or any(map(math.isnan, scores)):
-        raise DataError(
-            f"a first error cannot be told from the step scores {list(scores)}: a step without a score (NaN) was cut "
-            "off or comes from an outcome scorer; leave the solution out and count it"
-        )
-    return next((index for index, score in enumerate(scores) if not passes(score, threshold)), NO_ERROR)
-
-
-def processbench_f1(predictions: Sequence[int], labels: Sequence[int], **settings: Unpack[Resampling]) -> F1Result:
-    """Harmonic mean of the accuracies on solutions with and without an error.
-
-    Args:
-        predictions: (n,) predicted index of the first incorrect step, or -1.
-        labels: (n,) true ones.
-        **settings: see :class:`~stepkd.statistics.Resampling`.
-
-    Returns:
-        The accuracies with Wilson intervals; the F1 with the bootstrap over problems. Where every resample gives the
-        same F1 (an accuracy of 0, or both 1), its bounds are the F1 of the accuracies' lower and of their upper bounds:
-        F1 rises with both, so this is wider.
-
-    Raises:
-        DataError: different lengths, or an index below -1.
-    """
-    hit_error, errors, hit_correct, corrects = counts = _hits(predictions, labels)
-    n_error, n_correct = int(errors.sum()), int(corrects.sum())
-    acc_error = wilson_interval(hit_error.sum(), n_error) if n_error else None
-    acc_correct = wilson_interval(hit_correct.sum(), n_correct) if n_correct else None
-    f1 = None
-    if acc_error and acc_correct:
-        f1 = cluster_bootstrap(counts.T, lambda drawn: _parts(drawn)[0], **settings)
-        if f1.low == f1.high or math.isnan(f1.low):
-            low, high = harmonic_mean([acc_error.low, acc_error.high], [acc_correct.low, acc_correct.high])
-            f1 = Interval(f1.value, float(low), float(high), "wilson")
-    return F1Result(acc_error, acc_correct, f1, n_error, n_correct)
-
-
-def f1_difference(
-    predictions_a: Sequence[int],
-    predictions_b: Sequence[int],
-    labels: Sequence[int],
-    **settings: Unpack[Resampling],
-) -> dict[str, Interval] | None:
-    """F1 and accuracies of B minus those of A on the same problems, which the intervals resample for both together.
-
-    Args:
-        predictions_a, predictions_b: (n,) predictions of the two scorers, same order.
-        labels: (n,) true indices of the first incorrect step, or -1.
-        **settings: see :class:`~stepkd.statistics.Resampling`.
-
-    Returns:
-        The differences of ``f1``, ``acc_error`` and ``acc_correct``; None when the set has no solution with an error,
-        or none without.
-
-    Raises:
-        DataError: as in :func:`processbench_f1`.
-    """
-    a, b = _hits(predictions_a, labels), _hits(predictions_b, labels)
-    if not (a[1].any() and a[3].any()):
-        return None
-
-    columns = np.concatenate([a, b]).T
-
-    def difference(part: int) -> Interval:
-        return cluster_bootstrap(
-            columns, lambda drawn: _parts(drawn[..., 4:])[part] - _parts(drawn[..., :4])[part], **settings
-        )
-
-    return {name: difference(part) for part, name in enumerate(("f1", "acc_error", "acc_correct"))}
-
-
-def _parts(resampled: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """(resamples, problems, 4 columns of `_hits`) -> (resamples,) F1, both accuracies; NaN without such solutions."""
-    sums = resampled.sum(axis=1)
-    with np.errstate(invalid="ignore"):
-        error, correct = sums[:, 0] / sums[:, 1], sums[:, 2] / sums[:, 3]
-    return harmonic_mean(error, correct), error, correct
-
-
-def _hits(predictions: Sequence[int], labels: Sequence[int]) -> FloatArray:
-    """(4, n): hit on a solution with an error, has an error, hit on one without, has none; each 0 or 1."""
-    predicted, truth = np.asarray(predictions), np.asarray(labels)
-    if predicted.shape != truth.shape or np.minimum(predicted, truth).min(initial=NO_ERROR) < NO_ERROR:
-        raise DataError(
-            f"{len(predictions)} predictions for {len(labels)} labels: give one for each, the index of the first "
-            "incorrect step or -1 for none"
-        )
-    hit, error = predicted == truth, truth != NO_ERROR
-    return np.stack([hit & error, error, hit & ~error, ~error]).astype(np.float64)
-
-
-# --- the threshold, and F1 without a model ----------------------------------------------------------------------------
-
-
-def tune_threshold(scores: Sequence[Sequence[float]], labels: Sequence[int]) -> float:
-    """The threshold of highest F1 on a split; use it on other splits: on this one its F1 is optimistic.
-
-    Compared are all thresholds that can matter: the mid-points between neighbouring distinct scores, 0 (nothing is
-    incorrect), one above the highest score, and 0.5. Of equal ones the nearest to 0.5 is taken.
-
-    Args:
-        scores: per solution its step scores in [0, 1], none missing.
-        labels: (n,) true indices of the first incorrect step, or -1.
-
-    Returns:
-        The threshold: a step with a lower score is predicted incorrect.
-
-    Raises:
-        DataError: a missing score, or a split without one of the two kinds of solutions.
-    """
-    error = np.asarray(labels) != NO_ERROR
-    if error.all() or not error.any():
-        raise DataError(
-            f"F1 is undefined on {error.sum()} solutions with an error and {(~error).sum()} without: tune the "
-            "threshold on a split that has both"
-        )
-    candidates = _candidates(np.concatenate([np.asarray(row, dtype=np.float64) for row in scores]))
-    if np.isnan(candidates).any():
-        raise DataError("a step has no score (NaN): leave its solution out and count it")
-    # A solution is predicted correctly for the thresholds t in (low, high]: every step before the error >= t, it < t.
-    ends = [None if label == NO_ERROR else label for label in labels]
-    low_N = np.array([-math.inf if end is None else row[end] for row, end in zip(scores, ends, strict=True)])
-    high_N = np.array([min(row[:end], default=math.inf) for row, end in zip(scores, ends, strict=True)])
-
-    def accuracy(kind_N: NDArray[np.bool_]) -> FloatArray:
-        usable = kind_N & (low_N < high_N)
-        opened, closed = (np.searchsorted(np.sort(bound_N[usable]), candidates) for bound_N in (low_N, high_N))
-        return np.asarray((opened - closed) / kind_N.sum(), dtype=np.float64)
-
-    f1 = harmonic_mean(accuracy(error), accuracy(~error))
-    best = candidates[f1 >= f1.max() - 1e-12]
-    return float(min(best, key=lambda threshold: (abs(threshold - 0.5), threshold)))
-
-
-def _candidates(scores: FloatArray) -> FloatArray:
-    distinct = np.unique(scores)
-    middle = (distinct[:-1] + distinct[1:]) / 2
-    # Between neighbouring floats the mid-point may round down onto the lower score, which it must exceed.
-    middle = np.where(middle > distinct[:-1], middle, distinct[1:])
-    top = [(distinct[-1] + 1) / 2] if distinct[-1] < 1 else []
-    return np.unique(np.concatenate([[0.0, 0.5], middle, top]))
-
-
-def random_baseline(labels: Sequence[int], n_steps: Sequence[int], threshold: float = 0.5) -> dict[str, float]:
-    """What uniformly random step scores are expected to give under the same rule.
-
-    With scores uniform on [0, 1] the first error falls on step l with probability ``(1-t)^l t``, and nowhere in H
-    steps with ``(1-t)^H``.
-
-    Args:
-        labels: (n,) true indices of the first incorrect step, or -1; both kinds of solutions among them.
-        n_steps: (n,) steps of every solution.
-        threshold: t in [0, 1].
-
-    Returns:
-        ``acc_error`` and ``acc_correct``, the expected accuracies, and ``f1``, their harmonic mean.
-    """
-    truth, lengths = np.asarray(labels), np.asarray(n_steps)
-    error = truth != NO_ERROR
-    acc_error = float(((1 - threshold) ** truth[error] * threshold).mean())
-    acc_correct = float(((1 - threshold) ** lengths[~error]).mean())
-    return {"acc_error": acc_error, "acc_correct": acc_correct, "f1": float(harmonic_mean(acc_error, acc_correct))}
-
-
-# --- the summary of a set ---------------------------------------------------------------------------------------------
 
 
 def summarise_process(
@@ -288,7 +87,7 @@ def summarise_process(
         section["unscored_solutions"] = len(sets[name]) - len(rows)
         section |= _critic(sets[name], seed)
         if tuned is not None:
-            section["tuned"] = _f1(counted, tuned, seed) | {"optimistic": name == tune_on}
+            section["tuned"] = _at(counted, tuned, seed) | {"optimistic": name == tune_on}
             section["baselines"]["random, tuned"] = _random(counted, random_threshold)
     judged = [sections[name] for name in SUBSETS if name in sections and name in meaned]
     return {
@@ -307,10 +106,8 @@ def _critic(rows: Sequence[Row], seed: int) -> dict[str, Any]:
     ProcessBench's code. Empty for other scorers."""
     if not (costs := critique_costs(rows)):
         return {}
-    known = [row for row in rows if row["first_error"] is not None]
-    predictions = [_or_miss(row["prediction"], row) for row in known]
-    f1 = processbench_f1(predictions, [row["first_error"] for row in known], seed=seed).to_dict()
-    without = sum(row["prediction"] is None for row in known)
+    f1 = _f1(rows, lambda row: _or_miss(row["prediction"], row), seed)
+    without = sum(row["prediction"] is None for row in rows if row["first_error"] is not None)
     return {"critiques": costs, "predicted": f1 | {"without_prediction": without}}
 
 
@@ -337,9 +134,9 @@ def _section(
     return {
         "solutions": len(rows),
         "unknown_first_error": len(counted) - len(labels),
-        "fixed": _f1(counted, threshold, seed),
+        "fixed": _at(counted, threshold, seed),
         "baselines": {
-            "always positive": processbench_f1([NO_ERROR] * len(labels), labels, seed=seed).to_dict(),
+            "always positive": _f1(counted, lambda row: NO_ERROR, seed),
             "random": _random(counted, threshold),
         },
         "argmin": argmin_positions(scores, problems=problems, seed=seed) if several_steps else None,
@@ -371,10 +168,15 @@ def _random(rows: Sequence[Row], threshold: float) -> dict[str, float] | None:
     return random_baseline(labels, list(map(len, scores)), threshold) if both_kinds else None
 
 
-def _f1(rows: Sequence[Row], threshold: float, seed: int) -> dict[str, Any]:
+def _f1(rows: Sequence[Row], predict: Callable[[Row], int], seed: int) -> dict[str, Any]:
+    """F1 of predictions on the rows whose first error is known, with intervals over problems."""
     known = [row for row in rows if row["first_error"] is not None]
-    predictions, labels = [_predicted(row, threshold) for row in known], [row["first_error"] for row in known]
-    return processbench_f1(predictions, labels, seed=seed).to_dict() | {"threshold": threshold}
+    labels, problems = [row["first_error"] for row in known], [problem_key(row) for row in known]
+    return processbench_f1([predict(row) for row in known], labels, problems=problems, seed=seed).to_dict()
+
+
+def _at(rows: Sequence[Row], threshold: float, seed: int) -> dict[str, Any]:
+    return _f1(rows, lambda row: _predicted(row, threshold), seed) | {"threshold": threshold}
 
 
 def _predicted(row: Row, threshold: float) -> int:
@@ -417,6 +219,7 @@ def compare_process(a: str | Path, b: str | Path, summaries: tuple[Row, Row], *,
             differences[f"{name}, PRMScore"] = prm_score_difference(a_rows, b_rows, fixed, seed=seed)
             continue
         labels = [sides[0][i]["first_error"] for i in ids]
+        problems = [problem_key(sides[0][i]) for i in ids]
         for rule, key in (("fixed", "threshold"), ("tuned", "tuned_threshold")):
             thresholds = [summary[key] for summary in summaries]
             if None in thresholds:
@@ -424,7 +227,7 @@ def compare_process(a: str | Path, b: str | Path, summaries: tuple[Row, Row], *,
             a_found, b_found = (
                 [_predicted(side[i], value) for i in ids] for side, value in zip(sides, thresholds, strict=True)
             )
-            if (found := f1_difference(a_found, b_found, labels, seed=seed)) is not None:
+            if (found := f1_difference(a_found, b_found, labels, problems=problems, seed=seed)) is not None:
                 words = {"f1": "", "acc_error": ", with an error", "acc_correct": ", all correct"}
                 differences |= {f"{name}, {rule}{words[part]}": each for part, each in found.items()}
     return differences

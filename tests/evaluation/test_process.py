@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 
 from stepkd.errors import DataError
-from stepkd.evaluation.prm_score import harmonic_mean
-from stepkd.evaluation.process import (
+from stepkd.evaluation.first_error import (
     f1_difference,
     predicted_first_error,
     processbench_f1,
     random_baseline,
-    summarise_process,
     tune_threshold,
 )
+from stepkd.evaluation.prm_score import harmonic_mean
+from stepkd.evaluation.process import summarise_process
 
 FAST: dict[str, Any] = {"n_resamples": 500}
 NAN = math.nan
@@ -35,6 +35,30 @@ def brute_f1(predictions: list[int], labels: list[int]) -> Fraction | None:
     if a == 0 and b == 0:
         return Fraction(0)
     return 2 * a * b / (a + b)
+
+
+def test_solutions_of_one_problem_are_resampled_together() -> None:
+    """Four equal solutions of each problem tell no more than one of each."""
+    labels, found = [0, 1, -1, -1, 2, -1], [0, 0, -1, 1, 2, -1]
+    one, four = processbench_f1(found, labels, **FAST), (found * 4, labels * 4)
+    same = processbench_f1(*four, problems=list(range(6)) * 4, **FAST)
+    assert same.f1 == one.f1
+    assert same.n_error == 12
+    apart = processbench_f1(*four, **FAST)
+    assert same.acc_error
+    assert apart.acc_error
+    assert same.f1
+    assert apart.f1
+    assert same.f1.value == pytest.approx(apart.f1.value)
+    for each, wrong in ((same.f1, apart.f1), (same.acc_error, apart.acc_error)):
+        assert each.high - each.low > 1.3 * (wrong.high - wrong.low)
+    once, wide = (
+        f1_difference(found, [-1] * 6, labels, **FAST),
+        f1_difference(found * 4, [-1] * 24, labels * 4, problems=list(range(6)) * 4, **FAST),
+    )
+    assert once
+    assert wide
+    assert once["f1"] == wide["f1"]
 
 
 def test_sixty_and_ninety_give_seventy_two() -> None:

@@ -19,8 +19,8 @@ from stepkd.data.feedback import feedback_counts
 from stepkd.data.sources.contract_rows import trl_row
 from stepkd.errors import DataError
 from stepkd.evaluation.config import EvaluatePRMConfig
+from stepkd.evaluation.first_error import predicted_first_error
 from stepkd.evaluation.metrics import paired_differences, summarise
-from stepkd.evaluation.process import predicted_first_error
 from stepkd.evaluation.score_rows import evaluate_process
 from stepkd.evaluation.step_metrics import labelled_steps, step_metrics
 from stepkd.labels.convert import Preference, TRLStepwise, consensus_filter, convert_rows
