@@ -11,7 +11,7 @@ import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -57,6 +57,7 @@ class Context:
     """Factor on every stage's optimiser steps and held-out problems."""
     stage: StageName | None = None
     """The stage that runs: the only one whose model may be trained."""
+    _measured: dict[str, Measured] = field(default_factory=dict, repr=False)  # folder and settings of a job that has run
 
     @cached_property
     def named(self) -> dict[str, Any]:
@@ -85,7 +86,10 @@ class Context:
         def do(job: str, kind: str, settings: Mapping[str, Any]) -> str:
             out = self.out / (folder if folder and job == name else job)
             if kind != "fit":
-                found[job] = run_job(kind, settings, out)
+                key = f"{out} {settings}"
+                if key not in self._measured:  # a job in several stages is not read and summed up again
+                    self._measured[key] = run_job(kind, settings, out)
+                found[job] = self._measured[key]
                 return str(out)
             if not (out / "model").is_dir():
                 if job != self.stage:
