@@ -57,7 +57,7 @@ class Context:
     """Factor on every stage's optimiser steps and held-out problems."""
     stage: StageName | None = None
     """The stage that runs: the only one whose model may be trained."""
-    _measured: dict[str, Measured] = field(default_factory=dict, repr=False)  # folder and settings of a job that has run
+    _measured: dict[str, Measured] = field(default_factory=dict, init=False, repr=False)  # by folder and settings
 
     @cached_property
     def named(self) -> dict[str, Any]:

@@ -88,9 +88,10 @@ def processbench_f1(
         **settings: see :class:`~stepkd.statistics.Resampling`.
 
     Returns:
-        The accuracies with Wilson intervals, or where a problem has several solutions with the bootstrap over problems,
-        as the F1 has. Where every resample gives the same F1 (an accuracy of 0, or both 1), its bounds are the F1 of
-        the accuracies' lower and of their upper bounds: F1 rises with both, so this is wider.
+        The accuracies with Wilson intervals, or, where some problem has several solutions of that kind, with the
+        bootstrap over problems, as the F1 has. Where every resample gives the same F1 (an accuracy of 0, both 1, or
+        one problem), its bounds are the F1 of the accuracies' lower and of their upper bounds: F1 rises with both, so
+        this is wider.
 
     Raises:
         DataError: different lengths, or an index below -1.
@@ -105,7 +106,7 @@ def processbench_f1(
         f1 = cluster_bootstrap(counts, lambda drawn: _parts(drawn)[0], **settings)
         if f1.low == f1.high or math.isnan(f1.low):
             low, high = harmonic_mean([acc_error.low, acc_error.high], [acc_correct.low, acc_correct.high])
-            f1 = Interval(f1.value, float(low), float(high), "wilson")
+            f1 = Interval(f1.value, float(low), float(high), max(acc_error.method, acc_correct.method))
     return F1Result(acc_error, acc_correct, f1, n_error, n_correct)
 
 
@@ -162,6 +163,8 @@ def _hits(predictions: Sequence[int], labels: Sequence[int], problems: Sequence[
             f"{len(predictions)} predictions for {len(labels)} labels: give one for each, the index of the first "
             "incorrect step or -1 for none"
         )
+    if problems is not None and len(problems) != len(labels):
+        raise DataError(f"{len(problems)} problems for {len(labels)} labels: give the problem of each solution")
     hit, error = predicted == truth, truth != NO_ERROR
     hits = np.stack([hit & error, error, hit & ~error, ~error], axis=1).astype(np.float64)
     return hits if problems is None or not len(hits) else cluster_sums(hits, problems)

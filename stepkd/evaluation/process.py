@@ -176,6 +176,7 @@ def _f1(rows: Sequence[Row], predict: Callable[[Row], int], seed: int) -> dict[s
 
 
 def _at(rows: Sequence[Row], threshold: float, seed: int) -> dict[str, Any]:
+    """F1 of the first step below a threshold."""
     return _f1(rows, lambda row: _predicted(row, threshold), seed) | {"threshold": threshold}
 
 

@@ -50,7 +50,7 @@ def test_mean_f1_is_compared_with_a_published_one(tmp_path: Path, capsys: pytest
     folder.mkdir()
     names = ("gsm8k", "math", "olympiadbench", "omnimath")
     for name in names:
-        rows = [{"id": f"{name}-{i}", "problem": "p", "steps": ["a", "b"], "label": i % 2 - 1} for i in range(6)]
+        rows = [{"id": f"{name}-{i}", "problem": f"p{i}", "steps": ["a", "b"], "label": i % 2 - 1} for i in range(6)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = tmp_path / "parity.yaml"
     recipe.write_text("reference: {value: 90, low: 85, high: 95, source: a table, settings: none, ran: not run here}\n")

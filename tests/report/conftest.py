@@ -74,7 +74,7 @@ def judgement(tmp_path: Path) -> Path:
             "id": f"gsm8k/{number}",
             "index": number,
             "set": "gsm8k",
-            "prompt": "2+3",
+            "prompt": f"2+{number}",
             "completions": ["a", f"b{number}"],
             "scores": [0.9, 0.3 + number / 10],
             "labels": [True, number > 2],
