@@ -59,6 +59,11 @@ def test_solutions_of_one_problem_are_resampled_together() -> None:
     assert once
     assert wide
     assert once["f1"] == wide["f1"]
+    never = processbench_f1([-1] * 24, labels * 4, problems=list(range(6)) * 4, **FAST)
+    assert never.f1 is not None
+    assert never.f1.high > never.f1.value == 0.0, "no resample says anything: the bounds of the accuracies do"
+    with pytest.raises(DataError, match="5 problems for 6 labels"):
+        processbench_f1(found, labels, problems=list(range(5)))
 
 
 def test_sixty_and_ninety_give_seventy_two() -> None:
