@@ -176,7 +176,7 @@ def training_settings(recipes: Sequence[str] = (), **settings: Any) -> tuple[lis
 
 def _fit(out: Path, **settings: Any) -> Measured:
     """``recipes``, and training settings on top. Columns: the mean of every ``train/NAME`` over the run's log as
-    ``NAME``, ``steps``, and ``completions``, those trained on."""
+    ``NAME``, over its last 20 steps as ``last.NAME``, ``steps``, and ``completions``, those trained on."""
     from stepkd.runs.logger import read_metrics
     from stepkd.training.fit import fit
 
@@ -192,6 +192,7 @@ def _fit(out: Path, **settings: Any) -> Measured:
     group = (used["model"]["init_args"].get("rollout") or {"sampling": {"n": 1}})["sampling"]["n"]
     completions = result.steps * used["data"]["init_args"]["global_batch_size"] * group
     means = {name: math.fsum(values) / len(values) for name, values in logged.items()}
+    means |= {f"last.{name}": math.fsum(values[-20:]) / len(values[-20:]) for name, values in logged.items()}
     return Measured(means | {"steps": result.steps, "completions": completions})
 
 

@@ -63,6 +63,7 @@ def test_a_claim_measures_what_its_evaluations_say(tmp_path: Path) -> None:
     assert list(claim.metrics) == list(rows["student"]["metrics"])
     teachers = [json.loads(each.read_text())["columns"] for each in unit.glob("teacher-*.json")]
     assert [(each["steps"], each["completions"]) for each in teachers] == [(2, 128)]
+    assert teachers[0]["last.loss"] == teachers[0]["loss"], "of a run of no more steps than the last 20"
 
 
 def test_rows_are_converted_as_the_command_does(tmp_path: Path) -> None:
