@@ -15,9 +15,11 @@ from typing import Any
 
 import forked
 import pytest
+from rich.console import Console
 
+from stepkd.claims.jobs import Measured
 from stepkd.cli import main
-from stepkd.quickstart import FILE, STAGES, next_commands, paragraph
+from stepkd.quickstart import FILE, STAGES, Context, next_commands, paragraph
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +177,25 @@ def test_time_left_is_that_of_the_stages_to_come(
     said = capsys.readouterr().out
     assert "at --scale 1 on two CPU cores this takes about 0:25" in said
     assert re.findall(r"about (\d:\d\d) left", said) == ["0:05"]
+
+
+def test_a_job_of_several_stages_is_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+
+    def run(kind: str, settings: dict[str, Any], out: Path) -> Measured:
+        ran.append(f"{out.name} {settings.get('model', settings)}")
+        return Measured({"count": len(ran)})
+
+    monkeypatch.setattr("stepkd.quickstart.run_job", run)
+    for name in ("teacher", "student", "gkd"):
+        (tmp_path / name / "model").mkdir(parents=True)
+    context = Context(tmp_path, Console())
+    first = context.run("sampled", "evaluations/student", evaluated="$student")
+    assert context.run("sampled", "evaluations/student", evaluated="$student") == first
+    assert first == (tmp_path / "evaluations" / "student", Measured({"count": 1}))
+    alike = [context.run("alike", evaluated=f"${name}")[1].columns["count"] for name in ("student", "gkd", "student")]
+    assert alike == [2, 3, 2], "of another model, in the same folder"
+    assert len(ran) == 3
 
 
 def test_next_commands_parse_and_name_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
