@@ -180,10 +180,10 @@ def test_time_left_is_that_of_the_stages_to_come(
 
 
 def test_a_job_of_several_stages_is_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ran: list[str] = []
+    ran: list[Path] = []
 
     def run(kind: str, settings: dict[str, Any], out: Path) -> Measured:
-        ran.append(f"{out.name} {settings.get('model', settings)}")
+        ran.append(out)
         return Measured({"count": len(ran)})
 
     monkeypatch.setattr("stepkd.quickstart.run_job", run)

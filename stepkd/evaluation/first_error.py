@@ -106,7 +106,8 @@ def processbench_f1(
         f1 = cluster_bootstrap(counts, lambda drawn: _parts(drawn)[0], **settings)
         if f1.low == f1.high or math.isnan(f1.low):
             low, high = harmonic_mean([acc_error.low, acc_error.high], [acc_correct.low, acc_correct.high])
-            f1 = Interval(f1.value, float(low), float(high), max(acc_error.method, acc_correct.method))
+            method = acc_error.method if acc_error.method == acc_correct.method else "bootstrap"
+            f1 = Interval(f1.value, float(low), float(high), method)
     return F1Result(acc_error, acc_correct, f1, n_error, n_correct)
 
 
