@@ -61,7 +61,8 @@ class Selected(ConverterConfig):
     80% of the rows, and a high score for the rest, problems taking turns (convincing, Let's Verify)."""
     members: tuple[str, ...] = ()
     """Files of the same rows as scored by other runs, which make an ensemble with the first: their scores are averaged,
-    and uncertainty also reads how they differ; none by default, which leaves the confidence of the one."""
+    and uncertainty also reads how they differ; none by default, which leaves the confidence of the one, or of a reward
+    model with ``head.members`` above 1 its members."""
     labelled: str | None = None
     """Rows that have labels already, scored as the pool was, a file: none of them is selected, and k_center keeps away
     from them, too; null where nothing is labelled yet."""
@@ -135,7 +136,7 @@ def _candidate(versions: Sequence[Row]) -> Candidate:
     name = str(versions[0].get("id", "?"))
     if any(row.get("step_scores") is None for row in versions):
         raise DataError("no step scores: score the pool first (stepkd score)", path=name, column="step_scores")
-    scores = [list(row["step_scores"]) for row in versions]
+    scores = [list(own) for row in versions for own in row.get("score_facts", {}).get("members", [row["step_scores"]])]
     if len(lengths := sorted({*map(len, scores)})) > 1:
         raise DataError(f"members score {lengths} steps: cut alike", path=name, column="step_scores")
     if any(value is not None and not 0 <= value <= 1 for each in scores for value in each):

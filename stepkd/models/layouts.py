@@ -51,6 +51,8 @@ def check_layout(layout: Layout, spec: StepHeadConfig | None, config: Any, templ
         )
     if spec.subclasses > 1:
         raise ConfigError(f"{say}its classes are sums of {spec.subclasses} sub-classes. Take layout stepkd")
+    if spec.members > 1:
+        raise ConfigError(f"{say}its scores are means of {spec.members} heads. Take layout stepkd")
     plain = {"final_logit_softcapping": None, "logit_scale": 1, "logits_scaling": 1}
     bent = [name for name, value in plain.items() if getattr(text, name, None) not in (None, value)]
     if isinstance(spec, LabelTokens) and bent:

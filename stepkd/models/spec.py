@@ -121,6 +121,7 @@ class StepHeadConfig(ABC):
     neutral: Literal["correct", "incorrect", "half"]
     meaning: Meaning
     subclasses: int = 1
+    members: int = 1
 
     @property
     @abstractmethod
@@ -187,12 +188,20 @@ class Classifier(_Head):
     subclasses: int = 1
     """Sub-classes of each class, >= 1: as many outputs a class, whose probabilities add up to the class's; above 1 for
     ``StepDistillation`` (LELP, arXiv 2409.20449)."""
+    members: int = 1
+    """Heads of different first weights on the one model, >= 1, whose scores are averaged; ``stepkd score`` keeps each
+    member's, for how they differ says where labels are wanted (ActPRM, arXiv 2504.10559)."""
 
     kind = "classifier"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_bounds("head.", self, classes="[2, 3]", layers="[1, 2]", subclasses="[1, inf)")
+        check_bounds("head.", self, classes="[2, 3]", layers="[1, 2]", subclasses="[1, inf)", members="[1, inf)")
+        if self.members > 1 and self.subclasses > 1:
+            raise ConfigError(
+                f"head.members={self.members}, head.subclasses={self.subclasses}: sub-classes are those of one head; "
+                "set one of both to 1"
+            )
 
     @property
     def num_classes(self) -> int:

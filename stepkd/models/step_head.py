@@ -4,7 +4,8 @@ Both read one hidden state per step. ``label_tokens`` asks the vocabulary head f
 token *at the marker's own position* (Math-Shepherd, arXiv 2312.08935; ASPRM, arXiv 2502.13943); ``classifier`` is a
 two-layer head in place of the vocabulary (Qwen2.5-Math-PRM, arXiv 2501.07301).
 
-Axes: S steps, H hidden size, C classes from worst to best, K their sub-classes, class by class.
+Axes: M members of an ensemble, S steps, H hidden size, C classes from worst to best, K their sub-classes, class by
+class.
 """
 
 from __future__ import annotations
@@ -88,14 +89,14 @@ class StepHead(nn.Module):
         if isinstance(spec, Classifier):
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(seed)  # torch.manual_seed would reset the GPUs' too
-                below = [nn.Linear(hidden_size, hidden_size), nn.ReLU()] if spec.layers == 2 else []
-                output = nn.Linear(hidden_size, spec.classes * spec.subclasses)
-                self.score = nn.Sequential(*below, output) if below else output
+                members = [_classifier(spec, hidden_size) for _ in range(spec.members)]
+                self.score = members[0] if spec.members == 1 else nn.ModuleList(members)
 
     def logps(self, hidden_SH: Tensor, vocab_head: VocabHead, *, chunk_size: int = DEFAULT_CHUNK) -> Tensor:
         """Log-probability of every class: (S, C), nats, at least float32.
 
-        With ``restricted=False`` these are log-probabilities over the whole vocabulary and do not sum to one.
+        With ``restricted=False`` these are log-probabilities over the whole vocabulary and do not sum to one; nor do
+        those of an ensemble, which are the members' mean, so that cross-entropy is the mean of theirs.
         """
         logps_SK = self.subclass_logps(hidden_SH, vocab_head, chunk_size=chunk_size)
         return logps_SK.unflatten(-1, (self.spec.num_classes, -1)).logsumexp(-1)
@@ -107,9 +108,15 @@ class StepHead(nn.Module):
             return label_token_logps(
                 vocab_head, hidden_SH, self.ids.labels, restricted=self.spec.restricted, chunk_size=chunk_size
             )
-        weight = next(self.score.parameters())
-        logits_SK = self.score(hidden_SH.to(weight.dtype))
-        return torch.log_softmax(logits_SK if logits_SK.dtype == torch.float64 else logits_SK.float(), dim=-1)
+        return self._member_logps(hidden_SH).mean(0)
+
+    def _member_logps(self, hidden_SH: Tensor) -> Tensor:
+        """Log-probability of every class or sub-class by every member of a classifier: (M, S, K)."""
+        assert self.score is not None
+        hidden_SH = hidden_SH.to(next(self.score.parameters()).dtype)
+        members = self.score if isinstance(self.score, nn.ModuleList) else [self.score]
+        logits_MSK = torch.stack([member(hidden_SH) for member in members])
+        return torch.log_softmax(logits_MSK if logits_MSK.dtype == torch.float64 else logits_MSK.float(), dim=-1)
 
     def features(self, hidden_SH: Tensor) -> Tensor:
         """What the last layer reads of every step: (S, H), of the head's dtype."""
@@ -122,15 +129,37 @@ class StepHead(nn.Module):
         """Weights of the last layer, (K, H): for label tokens their rows of the model's output layer ``vocab``."""
         if self.score is None:
             return cast(Tensor, vocab.weight)[list(self.ids.labels)]
+        if self.spec.members > 1:
+            raise ConfigError(
+                f"the teacher's head has {self.spec.members} members, and sub-classes are found by the one output "
+                "layer of a head: set head.subclasses to 1, or take a teacher with head.members: 1"
+            )
         return list(self.score.parameters())[-2]
 
     def scores(self, hidden_SH: Tensor, vocab_head: VocabHead, *, chunk_size: int = DEFAULT_CHUNK) -> Tensor:
-        """Chance that each step is correct: (S,), in [0, 1]."""
-        probs_SC = torch.softmax(self.logps(hidden_SH, vocab_head, chunk_size=chunk_size), dim=-1)
-        correct_S = probs_SC[:, -1]
+        """Chance that each step is correct: (S,), in [0, 1]; of an ensemble the members' mean."""
+        if self.spec.members > 1:
+            return self.member_scores(hidden_SH).mean(0)
+        return self._correct(self.logps(hidden_SH, vocab_head, chunk_size=chunk_size))
+
+    def member_scores(self, hidden_SH: Tensor) -> Tensor:
+        """Chance that each step is correct by every member of an ensemble: (M, S), in [0, 1]."""
+        return self._correct(self._member_logps(hidden_SH))
+
+    def _correct(self, logps_SC: Tensor) -> Tensor:
+        probs_SC = torch.softmax(logps_SC, dim=-1)
+        correct_S = probs_SC[..., -1]
         if probs_SC.shape[-1] == 3:
-            correct_S = correct_S + probs_SC[:, 1] * {"correct": 1.0, "incorrect": 0.0, "half": 0.5}[self.spec.neutral]
+            neutral = {"correct": 1.0, "incorrect": 0.0, "half": 0.5}[self.spec.neutral]
+            correct_S = correct_S + probs_SC[..., 1] * neutral
         return correct_S
+
+
+def _classifier(spec: Classifier, hidden_size: int) -> nn.Module:
+    """One member, of the global generator's weights."""
+    below = [nn.Linear(hidden_size, hidden_size), nn.ReLU()] if spec.layers == 2 else []
+    output = nn.Linear(hidden_size, spec.classes * spec.subclasses)
+    return nn.Sequential(*below, output) if below else output
 
 
 def save_step_head(head: StepHead, folder: Path) -> None:

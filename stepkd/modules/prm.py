@@ -46,7 +46,7 @@ from stepkd.models.step_head import StepHeadIds, resolve_ids
 from stepkd.modules.base import StepModule
 from stepkd.modules.components import ForwardPass, StepLoss
 from stepkd.modules.policy_module import telling
-from stepkd.modules.prm_teachers import FittedLoss
+from stepkd.modules.prm_teachers import FittedLoss, StepDistillation
 
 logger = logging.getLogger(__name__)
 
@@ -311,6 +311,12 @@ class PRMModule(StepModule):
             raise ConfigError(
                 "losses: MCMI with weight 1 pushes steps that are not sure away from their labels: set a small "
                 "one, loss_weights: {mcmi: 0.1}"
+            )
+        linear = (StepCrossEntropy, StepDistillation, LanguageModelling)
+        if head.members > 1 and (others := [type(loss).__name__ for loss in losses if not isinstance(loss, linear)]):
+            raise ConfigError(
+                f"losses: {others[0]} would train the mean of head.members={head.members} and leave them no reason to "
+                "differ: take StepCrossEntropy or StepDistillation, which train each by itself, or head.members: 1"
             )
         self.components = self.losses = losses
         if self.validation_spec.sampling is not None:

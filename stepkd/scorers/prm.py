@@ -26,7 +26,7 @@ from stepkd.sampling.branches import selected_rows
 from stepkd.sampling.cache import Reading, padded
 from stepkd.sampling.decode import Decoder
 from stepkd.scorers.calibration import scaled
-from stepkd.scorers.scorer import Meaning, Row, Solutions, row_steps
+from stepkd.scorers.scorer import Judged, Meaning, Row, Solutions, facts_of, row_steps
 
 NO_LIMIT = 10**9
 
@@ -207,7 +207,7 @@ class SolutionScorer(PolicyScorer):
 
 
 class PRMScorer(SolutionScorer):
-    """Scores steps with a model that has a step head.
+    """Scores steps with a model that has a step head; an ensemble's have the fact ``members``, the scores of each.
 
     Args:
         policy: the model, with :meth:`~stepkd.models.policy.Policy.attach_step_head` done; in evaluation mode while it
@@ -275,10 +275,24 @@ class PRMScorer(SolutionScorer):
         """Score at the reading positions, ``offsets`` tokens behind the start of each row."""
         places = [(row, step, offsets[row] + at) for row, item in enumerate(items) for step, at in item.places]
         rows_S, _, columns_S = torch.tensor(places, device=hidden_BTH.device).unbind(-1)
-        values_S = self.policy.step_scores(hidden_BTH[rows_S, columns_S])
-        scores = self._scores(values_S, [items[row].name for row, _, _ in places])
+        hidden_SH, head = hidden_BTH[rows_S, columns_S], self.policy.require_step_head()
+        names = [items[row].name for row, _, _ in places]
+        scores = self._scores(self.policy.step_scores(hidden_SH), names)
         for (row, step, _), score in zip(places, scores, strict=True):
             items[row].scores[step] = score
+        if head.spec.members > 1:
+            self._read_members(items, head.member_scores(hidden_SH), places, names)
+
+    def _read_members(
+        self, items: Sequence[Item], scores_MS: Tensor, places: Sequence[tuple[int, int, int]], names: Sequence[str]
+    ) -> None:
+        """Keep every member's scores beside their mean; None where a step has none."""
+        for item in items:
+            members: list[list[float | None]] = [[None] * len(item.scores) for _ in scores_MS]
+            item.scores = Judged(item.scores, facts={"members": members}, prediction=None)
+        for m, scores_S in enumerate(scores_MS):
+            for (row, step, _), score in zip(places, self._scores(scores_S, names), strict=True):
+                facts_of(items[row].scores)["members"][m][step] = score
 
 
 def _unread(steps: int) -> Layout:

@@ -114,6 +114,16 @@ def test_an_ensemble_of_runs_selects_where_they_differ(tmp_path: Path) -> None:
     assert found.rows[0] == pool[1], "as the first member scored it"
 
 
+def test_members_of_one_reward_model_select_where_they_differ() -> None:
+    """As ``stepkd score`` keeps them of a head with ``members``; a step that none scored is passed over."""
+    differ = {"score_facts": {"members": [[0.995, None], [0.985, None], [0.99, None]]}, "prediction": None}
+    agree = {"score_facts": {"members": [[0.98, 0.97]] * 3}, "prediction": None}
+    pool = [scored("a/0", [0.99, None]) | differ, scored("b/0", [0.98, 0.97]) | agree]
+    found = convert_rows(pool, Selected(count=1, by="uncertainty"))
+    assert [row["id"] for row in found.rows] == ["a/0"], "0.005 over 0.01, against 0.03 over 0.1"
+    assert "uncertain" not in found.counts, "nothing is beyond a threshold"
+
+
 def test_convincing_rows_by_hand() -> None:
     """Four in five have incorrect answers, problems take turns, and what is left convinces most."""
     pool = [

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stepkd.errors import ConfigError, ModelError
+from stepkd.losses import step_cross_entropy
 from stepkd.models.checkpoint import export_model, load_trained, save_policy
 from stepkd.models.layouts import check_layout
 from stepkd.models.policy import Policy
@@ -122,6 +123,34 @@ def test_classes_are_the_sums_of_their_sub_classes(layers: int, tmp_path: Path) 
     assert torch.equal(scores(load_trained(tmp_path)), scores(model))
     with pytest.raises(ConfigError, match="its classes are sums of 3 sub-classes"):
         check_layout("token_classification", replace(TRL, subclasses=3), model.causal_lm.config, None)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_an_ensemble_has_heads_of_its_own_on_one_model(layers: int, tmp_path: Path) -> None:
+    """Scores are the members' mean, cross-entropy is the mean of theirs; also once exported."""
+    spec = replace(CLASSIFIER, layers=layers, members=3, classes=3, neutral="half")
+    model = shaken(policy(spec, dtype="float64"))
+    hidden, head = model.hidden(IDS, torch.ones_like(IDS))[0], model.require_step_head()
+    probs = [member(hidden).softmax(-1) for member in head.score]  # type: ignore[union-attr]
+    members = torch.stack([each[:, 2] + 0.5 * each[:, 1] for each in probs])
+    assert members.std(0).min() > 1e-3, "each has first weights of its own"
+    assert torch.allclose(head.member_scores(hidden), members, rtol=1e-12)
+    assert torch.allclose(scores(model), members.mean(0), rtol=1e-12)
+    targets = torch.full((6, 3), 1 / 3, dtype=torch.float64)
+    targets[:4] = torch.eye(3, dtype=torch.float64)[[0, 1, 2, 0]]
+    found = step_cross_entropy(head.logps(hidden, model.head), targets).sums["prm"]
+    expected = sum(step_cross_entropy(each.log(), targets).sums["prm"] for each in probs).detach() / 3
+    assert found.item() == pytest.approx(float(expected), rel=1e-12)
+    save_policy(model, tmp_path)
+    assert torch.equal(scores(load_trained(tmp_path)), scores(model))
+    with pytest.raises(ConfigError, match="its scores are means of 3 heads"):
+        check_layout("token_classification", replace(TRL, members=3), model.causal_lm.config, None)
+    with pytest.raises(ConfigError, match=r"head\.members=3, head\.subclasses=2.*set one of both to 1"):
+        replace(CLASSIFIER, members=3, subclasses=2)
+    with pytest.raises(ConfigError, match="members=0: must be at least 1"):
+        replace(CLASSIFIER, members=0)
+    with pytest.raises(ConfigError, match="the teacher's head has 3 members"):
+        head.output_weights(model.causal_lm.get_output_embeddings())
 
 
 @pytest.mark.parametrize("spec", [TOKENS, CLASSIFIER, TRL])

@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -115,7 +116,7 @@ METHODS: dict[str, Method] = {
     "sft": Method(SFTModule, solutions),
     "sft by weight": Method(SFTModule, solutions, {"token_weights": {"=": 2.5, "####": 0.0, "1": 0.5}}),
     "prm": Method(PRMModule, lambda: labelled(TOKENS), {"losses": [StepCrossEntropy([2.0, 1.0])]}),
-    "prm classifier": Method(PRMModule, lambda: labelled(CLASSIFIER), {"head": CLASSIFIER}),
+    "prm classifier": Method(PRMModule, lambda: labelled(CLASSIFIER), {"head": replace(CLASSIFIER, members=2)}),
     "prm language": Method(PRMModule, lambda: labelled(TOKENS), {"losses": [StepCrossEntropy(), LanguageModelling()]}),
     "prm pqm": Method(PRMModule, lambda: labelled(TOKENS), {"losses": [StepCrossEntropy(), PQM()]}),
     "prm mcmi": Method(

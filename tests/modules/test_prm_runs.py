@@ -70,6 +70,10 @@ HEADS = {"label_tokens": TOKENS, "classifier": CLASSIFIER}
             {"losses": lambda: [PQM()], "head": Classifier(classes=3, neutral="incorrect")},
             r"PQM trains whether .* and head\.neutral='incorrect' reads",
         ),
+        (
+            {"losses": lambda: [StepCrossEntropy(), PQM()], "head": Classifier(members=2)},
+            r"PQM would train the mean of head\.members=2 .* take StepCrossEntropy or StepDistillation",
+        ),
         ({"losses": lambda: [StepCrossEntropy([1.0])]}, r"class_weights=\[1.0\]: 2 positive numbers"),
         ({"losses": lambda: [StepCrossEntropy([1.0, -1.0])]}, "positive numbers"),
         # a batch of that class alone would weigh nothing

@@ -13,7 +13,7 @@ from stepkd.errors import ConfigError, DataError, ModelError
 from stepkd.models.policy import Policy
 from stepkd.models.spec import Classifier, LabelTokens, tiny_tokenizer
 from stepkd.scorers.prm import PRMScorer
-from stepkd.scorers.scorer import Solutions, score_one
+from stepkd.scorers.scorer import Solutions, facts_of, score_one
 from stepkd.steps.format import StepFormat
 
 MakePolicy = Callable[..., Policy]
@@ -60,6 +60,30 @@ def test_equals_one_plain_call_per_solution(
         scores = PRMScorer(policy, template="task", max_rows=max_rows, shared_prefix=shared).score(problems)
         assert [[len(s) for s in p] for p in scores] == [[len(s) for s in p] for p in expected]
         assert flat(scores) == pytest.approx(flat(expected), rel=0, abs=1e-10)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_an_ensemble_keeps_what_each_member_says(
+    make_policy: MakePolicy, problems: list[Solutions], shared: bool
+) -> None:
+    """Beside the mean; in steps that were cut off nobody says anything."""
+    policy = make_policy(Classifier(members=3))
+    room = max(len(p.row["prompt"]) + sum(len(step) + 2 for step in s) for p in problems for s in p.solutions) - 5
+    scored = PRMScorer(policy, template="task", max_rows=4, shared_prefix=shared, max_length=room).score(problems)
+    assert any(math.isnan(value) for value in flat(scored)), "a step of the longest is cut off"
+    heads = list(policy.require_step_head().score)  # type: ignore[arg-type]
+    for m, member in enumerate(heads):
+        alone = make_policy(Classifier())
+        alone.require_step_head().score.load_state_dict(member.state_dict())  # type: ignore[union-attr]
+        expected = PRMScorer(alone, template="task", max_length=room).score(problems)
+        own = [[[math.nan if x is None else x for x in facts_of(s)["members"][m]] for s in each] for each in scored]
+        assert flat(own) == pytest.approx(flat(expected), abs=1e-10, nan_ok=True)
+        assert flat(own) != pytest.approx(flat(scored), abs=1e-3, nan_ok=True)
+    for solution in (solution for each in scored for solution in each):
+        means = [
+            math.nan if None in each else sum(each) / 3 for each in zip(*facts_of(solution)["members"], strict=True)
+        ]
+        assert solution == pytest.approx(means, abs=1e-12, nan_ok=True)
 
 
 @pytest.mark.parametrize("window", [4, 9, 30])
