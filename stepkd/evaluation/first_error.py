@@ -91,7 +91,7 @@ def processbench_f1(
         The accuracies with Wilson intervals, or, where some problem has several solutions of that kind, with the
         bootstrap over problems, as the F1 has. Where every resample gives the same F1 (an accuracy of 0, both 1, or
         one problem), its bounds are the F1 of the accuracies' lower and of their upper bounds: F1 rises with both, so
-        this is wider.
+        this is wider; its method is ``bootstrap`` where one of theirs is.
 
     Raises:
         DataError: different lengths, or an index below -1.

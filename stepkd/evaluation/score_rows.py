@@ -49,6 +49,7 @@ from stepkd.scorers.scorer import (
     by_problem,
     declared_steps,
     default_reduction,
+    facts_of,
     reduce_scores,
     score_rows,
     step_scores,
@@ -57,6 +58,8 @@ from stepkd.steps.labels import first_incorrect, verdicts
 from stepkd.tasks.rows import is_task_row
 
 SOLUTIONS, TEMPERATURE = "solutions", "temperature"
+_SCORED = ("score_facts", "prediction", "score_error")
+"""Columns that only some scorers write: what an earlier one wrote does not stay."""
 """The phases of a scoring job; judging a scorer has the first one only."""
 
 
@@ -129,14 +132,20 @@ def score_file(config: ScoreConfig, *, scorer: StepScorer | None = None, options
         values = [math.nan if value is None else value for value in result["scores"]]
         if fit is not None:
             values = scaled(values, fit["temperature"]).tolist()
+        facts = result.get("score_facts")
+        if facts is not None and "members" in facts:
+            members = [[math.nan if value is None else value for value in each] for each in facts["members"]]
+            if fit is not None:
+                members = [scaled(each, fit["temperature"]).tolist() for each in members]
+            facts = facts | {"members": [step_scores(row, each) for each in members]}
         scored.append(
             {
-                **row,
+                **{name: value for name, value in row.items() if name not in _SCORED},
                 "step_scores": step_scores(row, values),
                 "score": reduce_scores(values, reduction, meaning=loaded.meaning),
                 "scorer": provenance,
                 **({} if result["error"] is None else {"score_error": result["error"]}),
-                **passed_on(result, "score_facts", "prediction"),
+                **({} if facts is None else {"score_facts": facts} | passed_on(result, "prediction")),
             }
         )
     summary = _summarise_scores(scored) | {"temperature_fit": fit}
@@ -366,7 +375,8 @@ def _judged(scorer: StepScorer, name: str, row: Row, index: int, scores: Sequenc
         "first_error": first_incorrect(row["labels"]),
         **{key: row[key] for key in ("error_type", "problem_id", "ignored_errors") if row.get(key) is not None},
     } | _facts(scores)
-    swappable = is_task_row(row) and not isinstance(scores, Judged) and not isinstance(scorer, Tags)
+    written = "critiques" in facts_of(scores) or isinstance(scorer, Tags)
+    swappable = is_task_row(row) and not written
     for key, dependent in (("swaps", True), ("independent_swaps", False)) if swappable else ():
         if swaps := task_swaps(row, dependent=dependent):
             swapped = scorer.score([Solutions(row, pair) for pair in swaps])

@@ -43,10 +43,12 @@ class Candidate(NamedTuple):
     """A solution of the pool."""
 
     row: Row
-    scores_MS: FloatArray
-    """Step scores of every member, in [0, 1]; steps that one of them did not score are left out."""
+    means_S: FloatArray
+    """Step scores, in [0, 1], mean over the files; steps that a member did not score are left out."""
+    deviations_S: FloatArray
+    """Standard deviation among all members, over n - 1; 0 for one alone."""
     score: float
-    """Of the whole solution, mean over the members; NaN: a member did not score it."""
+    """Of the whole solution, mean over the files; NaN: one did not score it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +63,8 @@ class Selected(ConverterConfig):
     80% of the rows, and a high score for the rest, problems taking turns (convincing, Let's Verify)."""
     members: tuple[str, ...] = ()
     """Files of the same rows as scored by other runs, which make an ensemble with the first: their scores are averaged,
-    and uncertainty also reads how they differ; none by default, which leaves the confidence of the one, or of a reward
-    model with ``head.members`` above 1 its members."""
+    and uncertainty also reads how they differ; none by default. Of a reward model with ``head.members`` above 1 every
+    head is a member: one file of its scores is enough."""
     labelled: str | None = None
     """Rows that have labels already, scored as the pool was, a file: none of them is selected, and k_center keeps away
     from them, too; null where nothing is labelled yet."""
@@ -75,7 +77,7 @@ class Selected(ConverterConfig):
         counts = Counter[str]()
         others = [{str(row["id"]): row for row in load_rows(parse_spec(word))} for word in self.members]
         known = [] if self.labelled is None else load_rows(parse_spec(self.labelled))
-        centres = [each for row in known if (each := _candidate([row])).scores_MS.size]
+        centres = [each for row in known if (each := _candidate([row])).means_S.size]
         if known and len(scorers := {_scorer(row) for row in (*rows, *known)} - {None}) > 1:
             raise DataError(
                 f"pool and labelled rows have {len(scorers)} scorers: score all with one", path=self.labelled
@@ -89,7 +91,7 @@ class Selected(ConverterConfig):
             )
             if str(row["id"]) in done:
                 counts["labelled_already"] += 1
-            elif not each.scores_MS.size or (self.by == "convincing" and np.isnan(each.score)):
+            elif not each.means_S.size or (self.by == "convincing" and np.isnan(each.score)):
                 counts["unscored"] += 1
             elif self.by == "convincing" and outcome_of(row) is None:
                 counts["ungraded"] += 1
@@ -99,7 +101,7 @@ class Selected(ConverterConfig):
             profiles_NP = [_profile(each) for each in candidates]
             order = k_centres(profiles_NP, [_profile(each) for each in centres], self.count)
         elif self.by == "uncertainty":
-            doubts = [uncertainty(each.scores_MS) for each in candidates]
+            doubts = [uncertainty(each.means_S, each.deviations_S) for each in candidates]
             counts["uncertain"] = sum(doubt > 1 for doubt in doubts)
             order = sorted(range(len(doubts)), key=lambda i: -doubts[i])
         else:
@@ -136,19 +138,24 @@ def _candidate(versions: Sequence[Row]) -> Candidate:
     name = str(versions[0].get("id", "?"))
     if any(row.get("step_scores") is None for row in versions):
         raise DataError("no step scores: score the pool first (stepkd score)", path=name, column="step_scores")
-    scores = [list(own) for row in versions for own in row.get("score_facts", {}).get("members", [row["step_scores"]])]
+    files = [list(row["step_scores"]) for row in versions]
+    heads = [each for row in versions for each in row.get("score_facts", {}).get("members", [row["step_scores"]])]
+    scores = files + heads
     if len(lengths := sorted({*map(len, scores)})) > 1:
         raise DataError(f"members score {lengths} steps: cut alike", path=name, column="step_scores")
     if any(value is not None and not 0 <= value <= 1 for each in scores for value in each):
         raise DataError(f"step scores are numbers in [0, 1] or null, found {scores}", path=name, column="step_scores")
-    scores_MS = np.array([[np.nan if value is None else value for value in each] for each in scores], dtype=np.float64)
+    scores_XS = np.array([[np.nan if value is None else value for value in each] for each in scores], dtype=np.float64)
+    scores_XS = scores_XS[:, ~np.isnan(scores_XS).any(0)]
+    means_S, members_MS = scores_XS[: len(files)].mean(0), scores_XS[len(files) :]
+    deviations_S = members_MS.std(0, ddof=1) if len(heads) > 1 else np.zeros_like(means_S)
     wholes = [np.nan if row.get("score") is None else float(row["score"]) for row in versions]
-    return Candidate(versions[0], scores_MS[:, ~np.isnan(scores_MS).any(0)], float(np.mean(wholes)))
+    return Candidate(versions[0], means_S, deviations_S, float(np.mean(wholes)))
 
 
 def _profile(candidate: Candidate) -> FloatArray:
     """(P,) mean step scores at even distances from the first step to the last, by linear interpolation."""
-    means_S = candidate.scores_MS.mean(0)
+    means_S = candidate.means_S
     profile: FloatArray = np.interp(np.linspace(0, 1, POINTS), np.linspace(0, 1, len(means_S)), means_S)
     return profile
 
@@ -182,23 +189,22 @@ def k_centres(points_NP: Sequence[FloatArray], centres_KP: Sequence[FloatArray],
     return chosen
 
 
-def uncertainty(scores_MS: FloatArray) -> float:
+def uncertainty(means_S: FloatArray, deviations_S: FloatArray) -> float:
     """How far a solution's step scores are beyond ActPRM's thresholds; it labels those above 1.
 
     Args:
-        scores_MS: probabilities of every member that a step is correct, in [0, 1]; at least one of each.
+        means_S: probabilities that a step is correct, in [0, 1], mean over the members; at least one.
+        deviations_S: their standard deviations among the members, at least 0.
 
     Returns:
-        The greatest, over the steps up to the first whose mean score calls it incorrect, of the members' standard
-        deviation over 0.01 and of 1 - max(mean, 1 - mean) over 0.1. One member has no deviation.
+        The greatest, over the steps up to the first whose mean calls it incorrect, of the deviation over 0.01 and of
+        1 - max(mean, 1 - mean) over 0.1.
 
     Source: ActPRM (arXiv 2504.10559); the quotients, in place of two comparisons, are ours.
     """
-    means_S = scores_MS.mean(0)
     incorrect = [not passes(float(mean)) for mean in means_S]
     judged = [*incorrect, True].index(True) + 1
-    spread_S = scores_MS.std(0, ddof=1) if len(scores_MS) > 1 else np.zeros_like(means_S)
-    return float(np.maximum(spread_S / SPREAD, np.minimum(means_S, 1 - means_S) / DOUBT)[:judged].max())
+    return float(np.maximum(deviations_S / SPREAD, np.minimum(means_S, 1 - means_S) / DOUBT)[:judged].max())
 
 
 def _convincing(candidates: Sequence[Candidate], count: int) -> list[int]:

@@ -189,8 +189,9 @@ class Classifier(_Head):
     """Sub-classes of each class, >= 1: as many outputs a class, whose probabilities add up to the class's; above 1 for
     ``StepDistillation`` (LELP, arXiv 2409.20449)."""
     members: int = 1
-    """Heads of different first weights on the one model, >= 1, whose scores are averaged; ``stepkd score`` keeps each
-    member's, for how they differ says where labels are wanted (ActPRM, arXiv 2504.10559)."""
+    """Heads of different first weights on the one model, >= 1, each trained by itself (``StepCrossEntropy``,
+    ``StepDistillation``), whose scores are averaged; ``stepkd score`` keeps each one's, for how they differ says where
+    labels are wanted (ActPRM, arXiv 2504.10559)."""
 
     kind = "classifier"
 

@@ -11,6 +11,7 @@ class.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -96,10 +97,17 @@ class StepHead(nn.Module):
         """Log-probability of every class: (S, C), nats, at least float32.
 
         With ``restricted=False`` these are log-probabilities over the whole vocabulary and do not sum to one; nor do
-        those of an ensemble, which are the members' mean, so that cross-entropy is the mean of theirs.
+        those of an ensemble, which are the members' mean, so that cross-entropy is the mean of theirs; accuracies in
+        training are by them, too. Its scores, and :meth:`mean_logps`, are by the members' mean probability.
         """
         logps_SK = self.subclass_logps(hidden_SH, vocab_head, chunk_size=chunk_size)
         return logps_SK.unflatten(-1, (self.spec.num_classes, -1)).logsumexp(-1)
+
+    def mean_logps(self, hidden_SH: Tensor, vocab_head: VocabHead, *, chunk_size: int = DEFAULT_CHUNK) -> Tensor:
+        """Logarithm of an ensemble's mean probability of every class: (S, C); else as :meth:`logps`."""
+        if self.spec.members == 1:
+            return self.logps(hidden_SH, vocab_head, chunk_size=chunk_size)
+        return self._member_logps(hidden_SH).logsumexp(0) - math.log(self.spec.members)
 
     def subclass_logps(self, hidden_SH: Tensor, vocab_head: VocabHead, *, chunk_size: int = DEFAULT_CHUNK) -> Tensor:
         """Log-probability of every sub-class: (S, K), as :meth:`logps`; of the classes where each has but one."""
@@ -119,7 +127,7 @@ class StepHead(nn.Module):
         return torch.log_softmax(logits_MSK if logits_MSK.dtype == torch.float64 else logits_MSK.float(), dim=-1)
 
     def features(self, hidden_SH: Tensor) -> Tensor:
-        """What the last layer reads of every step: (S, H), of the head's dtype."""
+        """What the last layer reads of every step: (S, H), of the head's dtype, or the members."""
         if self.score is None:
             return hidden_SH
         below = self.score[:-1] if isinstance(self.score, nn.Sequential) else nn.Identity()
@@ -129,11 +137,6 @@ class StepHead(nn.Module):
         """Weights of the last layer, (K, H): for label tokens their rows of the model's output layer ``vocab``."""
         if self.score is None:
             return cast(Tensor, vocab.weight)[list(self.ids.labels)]
-        if self.spec.members > 1:
-            raise ConfigError(
-                f"the teacher's head has {self.spec.members} members, and sub-classes are found by the one output "
-                "layer of a head: set head.subclasses to 1, or take a teacher with head.members: 1"
-            )
         return list(self.score.parameters())[-2]
 
     def scores(self, hidden_SH: Tensor, vocab_head: VocabHead, *, chunk_size: int = DEFAULT_CHUNK) -> Tensor:

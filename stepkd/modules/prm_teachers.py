@@ -142,6 +142,11 @@ class StepDistillation(FittedLoss):
         if has != wanted:
             what = f"give a reward model of the student's, {wanted}"
             raise ModelError(f"losses.teacher={self.teacher} has {has}: {what}")
+        if ours.subclasses > 1 and teacher.require_step_head().spec.members > 1:
+            raise ConfigError(
+                f"losses.teacher={self.teacher} has head.members above 1, and sub-classes are found by the one output "
+                "layer of a head: set head.subclasses to 1, or take another teacher"
+            )
         own._teachers.append(teacher.requires_grad_(False).eval())
         own.frozen["losses.teacher"] = weights_fingerprint(teacher)
         return own
@@ -167,7 +172,7 @@ class StepDistillation(FittedLoss):
         with torch.no_grad():
             hidden_BTH = teacher.hidden(batch.input_ids_BT, batch.attention_mask_BT, batch.shared_BT)
             hidden_LH, head = hidden_BTH.flatten(0, 1)[batch.read_L], teacher.require_step_head()
-            logps_LC = head.logps(hidden_LH, teacher.head, chunk_size=forward.chunk_size)
+            logps_LC = head.mean_logps(hidden_LH, teacher.head, chunk_size=forward.chunk_size)
             return logps_LC, head.features(hidden_LH)
 
     def fit(self, policy: Policy, *tensors: Tensor) -> Mapping[str, Tensor]:

@@ -286,7 +286,7 @@ class PRMScorer(SolutionScorer):
     def _read_members(
         self, items: Sequence[Item], scores_MS: Tensor, places: Sequence[tuple[int, int, int]], names: Sequence[str]
     ) -> None:
-        """Keep every member's scores beside their mean; None where a step has none."""
+        """Keep every member's own scores beside the step's, scaled likewise; None where a step has none."""
         for item in items:
             members: list[list[float | None]] = [[None] * len(item.scores) for _ in scores_MS]
             item.scores = Judged(item.scores, facts={"members": members}, prediction=None)

@@ -109,6 +109,20 @@ def test_interval_without_spread_is_not_a_point() -> None:
     assert never.high > 0.3
 
 
+def test_an_f1_of_bounds_of_two_kinds_is_named_after_the_bootstrap() -> None:
+    """Each error of a problem of its own and missed (Wilson); correct solutions several to a problem (bootstrap)."""
+    labels, predictions = [0, 1, 2, -1, -1, -1, -1], [1, 2, 3, -1, -1, -1, 0]
+    found = processbench_f1(predictions, labels, problems=["a", "b", "c", "d", "d", "e", "e"])
+    assert found.f1
+    assert found.acc_error
+    assert found.acc_correct
+    assert (found.acc_error.method, found.acc_correct.method, found.f1.method) == ("wilson", "bootstrap", "bootstrap")
+    assert found.f1.low == 0 < found.f1.high < 1
+    alone = processbench_f1(predictions, labels)
+    assert alone.f1 is not None
+    assert alone.f1.method == "wilson"
+
+
 def test_result_as_json_values() -> None:
     assert processbench_f1([-1], [-1]).to_dict() == {
         "acc_error": None,

@@ -371,3 +371,5 @@ def test_a_scorer_that_reads_no_texts_is_not_asked_about_swapped_steps() -> None
     scores = [1.0] * len(row["steps"])
     assert "swaps" in _judged(Checker(), "s", row, 0, scores)
     assert "swaps" not in _judged(Tags("m", correct="Y", incorrect="N"), "s", row, 0, scores)
+    for facts, asked in (({"critiques": []}, False), ({"members": [scores, scores]}, True)):
+        assert ("swaps" in _judged(Checker(), "s", row, 0, Judged(scores, facts=facts, prediction=None))) is asked

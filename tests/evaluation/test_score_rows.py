@@ -19,7 +19,7 @@ from stepkd.runs.files import write_jsonl
 from stepkd.runs.job import JobOptions
 from stepkd.scorers.calibration import fit_temperature, scaled
 from stepkd.scorers.load import PRM
-from stepkd.scorers.scorer import Solutions
+from stepkd.scorers.scorer import Judged, Solutions
 
 
 class Toy:
@@ -315,3 +315,40 @@ def test_mistakes(job: ScoreConfig, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="column 'completions'"):
         score_file(replace(job, completions=str(tmp_path / "bad.jsonl")), scorer=Toy())
     assert not results(job).exists()
+
+
+class Three(Toy):
+    """Says beside its scores what three members say, of which the first says the half."""
+
+    def score(self, problems: Sequence[Solutions]) -> list[list[list[float]]]:
+        def judged(each: list[float]) -> Judged:
+            own = [None if math.isnan(value) else value for value in each]
+            half = [None if value is None else value / 2 for value in own]
+            return Judged(each, facts={"members": [half, own, own]}, prediction=None)
+
+        return [[judged(each) for each in found] for found in super().score(problems)]
+
+
+def test_members_are_kept_as_steps_are_and_leave_with_their_scorer(job: ScoreConfig, tmp_path: Path) -> None:
+    """Scaled by a fitted temperature as the score is, with a null for a last step of nothing but the end token."""
+    ended = {"id": "g", "problem_id": "g", "prompt": "t", "completion": "80 percent", "step_ends": [1, 2], "seed": 0}
+    ended |= {"token_ids": [1, 2], "logprobs": [0, 0], "correct": None, "model": "m", "sampling": {}, "finish": "stop"}
+    ended |= {"steps": ["80 percent"]}
+    write_jsonl(tmp_path / "sampled.jsonl", [ended])
+    sampled = replace(job, completions=str(tmp_path / "sampled.jsonl"), out=str(tmp_path / "sampled"))
+    score_file(sampled, scorer=Three())
+    assert read(sampled)[0]["step_scores"] == [0.8, None]
+    assert read(sampled)[0]["score_facts"] == {"members": [[0.4, None], [0.8, None], [0.8, None]]}
+    score_file(job, scorer=Three())
+    assert read(job)[3]["score_facts"]["members"] == [[0.5, None], [1.0, None], [1.0, None]]
+    assert "prediction" not in read(job)[3]
+    fitted = replace(job, out=str(tmp_path / "scaled"), fit_temperature=str(tmp_path / "held_out.jsonl"))
+    write_jsonl(tmp_path / "held_out.jsonl", ROWS[:3])
+    score_file(fitted, scorer=Three())
+    temperature = read(fitted)[0]["scorer"]["temperature"]
+    assert abs(math.log(temperature)) > 0.1
+    assert read(fitted)[0]["score_facts"]["members"][1] == read(fitted)[0]["step_scores"]
+    assert read(fitted)[0]["score_facts"]["members"][0] == pytest.approx(scaled([0.45, 0.4], temperature))
+    again = ScoreConfig(scorer="toy", completions=str(results(job)), out=str(tmp_path / "again"))
+    score_file(again, scorer=Toy())
+    assert not any("score_facts" in each for each in read(again)), "another scorer's facts do not stay"

@@ -15,7 +15,7 @@ from stepkd.claims.jobs import run_job
 from stepkd.cli import main
 from stepkd.errors import ConfigError, DataError
 from stepkd.labels.convert import convert_rows
-from stepkd.labels.selection import Selected, WithinBudget, k_centres, uncertainty
+from stepkd.labels.selection import Selected, WithinBudget, _candidate, k_centres, uncertainty
 
 Row = dict[str, Any]
 
@@ -79,10 +79,14 @@ def test_profiles_compare_solutions_of_different_lengths() -> None:
 
 
 def test_uncertainty_by_hand() -> None:
-    assert uncertainty(np.array([[0.98, 0.7]])) == pytest.approx(3.0), "1 - 0.7 over 0.1; one member does not differ"
-    assert uncertainty(np.array([[0.98, 0.2, 0.5]])) == pytest.approx(2.0), "nothing behind the first incorrect step"
-    spread = np.array([[0.99, 0.95], [0.97, 0.95]])
-    assert uncertainty(spread) == pytest.approx(np.sqrt(2) * 0.01 / 0.01), "deviation over n - 1"
+    none = np.zeros(3)
+    assert uncertainty(np.array([0.98, 0.7]), none[:2]) == pytest.approx(3.0), "1 - 0.7 over 0.1"
+    assert uncertainty(np.array([0.98, 0.2, 0.5]), none) == pytest.approx(2.0), (
+        "nothing behind the first incorrect step"
+    )
+    assert uncertainty(np.array([0.98, 0.95]), np.array([0.014, 0.0])) == pytest.approx(1.4), "0.014 over 0.01"
+    spread = _candidate([scored("a/0", [0.99, 0.95]), scored("a/0", [0.97, 0.95])])
+    assert spread.deviations_S == pytest.approx([np.sqrt(2) * 0.01, 0.0]), "over n - 1"
 
 
 SCORES = st.lists(
@@ -101,7 +105,8 @@ def test_uncertain_is_what_the_released_rule_does_not_trust(scores: list[list[fl
         trusted &= deviation <= 0.01 and (mean >= 0.9 or mean <= 1 - 0.9)
         if mean < 0.5:
             break
-    assert (uncertainty(np.array(scores)) > 1 + 1e-9) is not trusted
+    found = _candidate([scored("a/0", list(each)) for each in scores])
+    assert (uncertainty(found.means_S, found.deviations_S) > 1 + 1e-9) is not trusted
 
 
 def test_an_ensemble_of_runs_selects_where_they_differ(tmp_path: Path) -> None:
@@ -116,12 +121,15 @@ def test_an_ensemble_of_runs_selects_where_they_differ(tmp_path: Path) -> None:
 
 def test_members_of_one_reward_model_select_where_they_differ() -> None:
     """As ``stepkd score`` keeps them of a head with ``members``; a step that none scored is passed over."""
-    differ = {"score_facts": {"members": [[0.995, None], [0.985, None], [0.99, None]]}, "prediction": None}
-    agree = {"score_facts": {"members": [[0.98, 0.97]] * 3}, "prediction": None}
+    differ = {"score_facts": {"members": [[0.995, None], [0.985, None], [0.99, None]]}}
+    agree = {"score_facts": {"members": [[0.98, 0.97]] * 3}}
     pool = [scored("a/0", [0.99, None]) | differ, scored("b/0", [0.98, 0.97]) | agree]
     found = convert_rows(pool, Selected(count=1, by="uncertainty"))
     assert [row["id"] for row in found.rows] == ["a/0"], "0.005 over 0.01, against 0.03 over 0.1"
     assert "uncertain" not in found.counts, "nothing is beyond a threshold"
+    both = _candidate([pool[0], scored("a/0", [0.95, 0.5])])
+    assert both.means_S == pytest.approx([0.97]), "files count alike"
+    assert both.deviations_S == pytest.approx([np.std([0.995, 0.985, 0.99, 0.95], ddof=1)]), "and so do members"
 
 
 def test_convincing_rows_by_hand() -> None:

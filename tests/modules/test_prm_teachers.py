@@ -96,6 +96,39 @@ def test_a_students_loss_is_cross_entropy_with_the_teachers_probabilities(
         assert one is None or torch.allclose(one, other, rtol=1e-7, atol=1e-10)
 
 
+def test_an_ensemble_teaches_its_mean_and_each_of_a_students_members_learns_it(
+    tmp_path: Path, encoded: Any, plain_logits: Any
+) -> None:
+    teacher = Policy.load(PolicyConfig(path="tiny-0.1m", dtype="float64", init_seed=3))
+    several = Classifier(members=3, layers=1)
+    with torch.no_grad():
+        for weight in teacher.attach_step_head(several, seed=1).parameters():
+            weight.mul_(4)
+    save_policy(teacher, tmp_path)
+    examples = encoded(several, 6)
+    module = module_of(Classifier(members=2), [StepDistillation(str(tmp_path))])
+    module.configure_model()
+    module.components[0].begin(_Run(module, examples))
+    batch = collate(examples, 0)
+    found = module.loss_terms(batch).sums["step_kd"]
+
+    def by_member(policy: Policy) -> torch.Tensor:
+        score, own = policy.require_step_head().score, []
+        for member in list(score):  # type: ignore[arg-type]
+            policy.step_head.score = member  # type: ignore[union-attr]
+            own.append(torch.cat([plain_logits(policy, example) for example in examples]).log_softmax(-1))
+        policy.step_head.score = score  # type: ignore[union-attr]
+        return torch.stack(own)
+
+    with torch.no_grad():
+        targets = by_member(teacher).exp().mean(0)
+        each = [-(targets * own).sum() for own in by_member(module.model)]
+    assert float(found.detach()) == pytest.approx(float(sum(each)) / 2, rel=1e-9)
+    refused = module_of(Classifier(subclasses=2), [StepDistillation(str(tmp_path))])
+    with pytest.raises(ConfigError, match=r"has head\.members above 1, and sub-classes are found by the one output"):
+        refused.configure_model()
+
+
 class _Run:
     """What a loss asks of the module that is about to train, with its training data."""
 
