@@ -59,6 +59,10 @@ class BestOfN(Search):
         check_bounds("", self, n="[1, inf)", temperature="(0, inf)")
         if self.vote == "majority" and self.reduction is not None:
             raise ConfigError(f"reduction={self.reduction}: a majority vote has no scores to reduce; drop it")
+        if self.vote != "soft" and self.temperature != BestOfN.temperature:
+            raise ConfigError(
+                f"temperature={self.temperature}: only vote soft draws by it, and vote is {self.vote}; drop it"
+            )
 
     @property
     def needs_scorer(self) -> bool:
