@@ -127,7 +127,7 @@ def test_impossible_settings_are_refused_and_names_tell_methods_apart() -> None:
         BestOfN(n=0)
     with pytest.raises(ConfigError, match="temperature=0"):
         BestOfN(vote="soft", temperature=0)
-    with pytest.raises(ConfigError, match=r"temperature=0\.5: a max vote draws nothing; drop it"):
+    with pytest.raises(ConfigError, match=r"temperature=0\.5: only vote soft draws by it, and vote is max; drop it"):
         BestOfN(vote="max", temperature=0.5)
     with pytest.raises(ConfigError, match="a majority vote has no scores to reduce"):
         BestOfN(vote="majority", reduction="min")
