@@ -58,9 +58,9 @@ from stepkd.steps.labels import first_incorrect, verdicts
 from stepkd.tasks.rows import is_task_row
 
 SOLUTIONS, TEMPERATURE = "solutions", "temperature"
-_SCORED = ("score_facts", "prediction", "score_error")
-"""Columns that only some scorers write: what an earlier one wrote does not stay."""
 """The phases of a scoring job; judging a scorer has the first one only."""
+_SCORED = ("score_facts", "prediction", "score_error")
+"""Columns that only some scorers write: in scored rows what the earlier one wrote does not stay."""
 
 
 def machine_settings(policy: Policy | None) -> dict[str, Any]:
@@ -129,23 +129,20 @@ def score_file(config: ScoreConfig, *, scorer: StepScorer | None = None, options
     provenance |= {"reduction": reduction, "temperature": temperature}
     scored = []
     for row, result in zip(rows, found, strict=True):
-        values = [math.nan if value is None else value for value in result["scores"]]
+        values, told = _numbers(result["scores"]), passed_on(result, "score_facts", "prediction")
         if fit is not None:
             values = scaled(values, fit["temperature"]).tolist()
-        facts = result.get("score_facts")
-        if facts is not None and "members" in facts:
-            members = [[math.nan if value is None else value for value in each] for each in facts["members"]]
-            if fit is not None:
-                members = [scaled(each, fit["temperature"]).tolist() for each in members]
-            facts = facts | {"members": [step_scores(row, each) for each in members]}
+            if members := told.get("score_facts", {}).get("members"):
+                members = [step_scores(row, scaled(_numbers(each), fit["temperature"])) for each in members]
+                told["score_facts"] = {**told["score_facts"], "members": members}
         scored.append(
             {
-                **{name: value for name, value in row.items() if name not in _SCORED},
+                **{name: value for name, value in row.items() if name not in _SCORED or not row.get("scorer")},
                 "step_scores": step_scores(row, values),
                 "score": reduce_scores(values, reduction, meaning=loaded.meaning),
                 "scorer": provenance,
                 **({} if result["error"] is None else {"score_error": result["error"]}),
-                **({} if facts is None else {"score_facts": facts} | passed_on(result, "prediction")),
+                **told,
             }
         )
     summary = _summarise_scores(scored) | {"temperature_fit": fit}
@@ -195,12 +192,22 @@ def _row_scores(scorer: StepScorer, row: Row, number: int, scores: Sequence[floa
     reason = getattr(scorer, "unreadable", None)
     error = None if reason is None or not all(map(math.isnan, scores)) else reason(row)
     found = {"index": number, "scores": [None if math.isnan(value) else value for value in scores], "error": error}
-    return found | _facts(scores)
+    return found | _facts(row, scores)
 
 
-def _facts(scores: Sequence[float]) -> dict[str, Any]:
-    """What a scorer says beside its scores, as columns."""
-    return {"score_facts": dict(scores.facts), "prediction": scores.prediction} if isinstance(scores, Judged) else {}
+def _facts(row: Row, scores: Sequence[float]) -> dict[str, Any]:
+    """What a scorer says beside its scores, as columns; the members of an ensemble step by step, as the scores are."""
+    if not isinstance(scores, Judged):
+        return {}
+    facts = dict(scores.facts)
+    if "members" in facts:
+        facts["members"] = [step_scores(row, _numbers(each)) for each in facts["members"]]
+    return {"score_facts": facts, "prediction": scores.prediction}
+
+
+def _numbers(scores: Sequence[float | None]) -> list[float]:
+    """Scores with NaN for None."""
+    return [math.nan if value is None else value for value in scores]
 
 
 def _summarise_scores(scored: Sequence[Row]) -> dict[str, Any]:
@@ -374,7 +381,7 @@ def _judged(scorer: StepScorer, name: str, row: Row, index: int, scores: Sequenc
         "labels": verdicts(row["labels"]),
         "first_error": first_incorrect(row["labels"]),
         **{key: row[key] for key in ("error_type", "problem_id", "ignored_errors") if row.get(key) is not None},
-    } | _facts(scores)
+    } | _facts(row, scores)
     written = "critiques" in facts_of(scores) or isinstance(scorer, Tags)
     swappable = is_task_row(row) and not written
     for key, dependent in (("swaps", True), ("independent_swaps", False)) if swappable else ():

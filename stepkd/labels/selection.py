@@ -193,7 +193,7 @@ def uncertainty(means_S: FloatArray, deviations_S: FloatArray) -> float:
     """How far a solution's step scores are beyond ActPRM's thresholds; it labels those above 1.
 
     Args:
-        means_S: probabilities that a step is correct, in [0, 1], mean over the members; at least one.
+        means_S: probabilities that a step is correct, in [0, 1], mean over the files; at least one.
         deviations_S: their standard deviations among the members, at least 0.
 
     Returns:

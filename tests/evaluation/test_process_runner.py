@@ -372,4 +372,6 @@ def test_a_scorer_that_reads_no_texts_is_not_asked_about_swapped_steps() -> None
     assert "swaps" in _judged(Checker(), "s", row, 0, scores)
     assert "swaps" not in _judged(Tags("m", correct="Y", incorrect="N"), "s", row, 0, scores)
     for facts, asked in (({"critiques": []}, False), ({"members": [scores, scores]}, True)):
-        assert ("swaps" in _judged(Checker(), "s", row, 0, Judged(scores, facts=facts, prediction=None))) is asked
+        found = _judged(Checker(), "s", row, 0, Judged(scores, facts=facts, prediction=None))
+        assert ("swaps" in found) is asked
+        assert found["score_facts"] == facts

@@ -349,6 +349,9 @@ def test_members_are_kept_as_steps_are_and_leave_with_their_scorer(job: ScoreCon
     assert abs(math.log(temperature)) > 0.1
     assert read(fitted)[0]["score_facts"]["members"][1] == read(fitted)[0]["step_scores"]
     assert read(fitted)[0]["score_facts"]["members"][0] == pytest.approx(scaled([0.45, 0.4], temperature))
-    again = ScoreConfig(scorer="toy", completions=str(results(job)), out=str(tmp_path / "again"))
+    told = {"prediction": 1, "score_error": "too long"}
+    write_jsonl(tmp_path / "told.jsonl", [*(each | told for each in read(job)), row("h", "u", [90], prediction="mine")])
+    again = ScoreConfig(scorer="toy", completions=str(tmp_path / "told.jsonl"), out=str(tmp_path / "again"))
     score_file(again, scorer=Toy())
-    assert not any("score_facts" in each for each in read(again)), "another scorer's facts do not stay"
+    assert not any({"score_facts", *told} & set(each) for each in read(again)[:-1]), "what another scorer said"
+    assert read(again)[-1]["prediction"] == "mine", "a column of one's own"
