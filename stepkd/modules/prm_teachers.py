@@ -131,6 +131,7 @@ class StepDistillation(FittedLoss):
 
         Raises:
             ModelError: no reward model, or one that reads other tokens or steps.
+            ConfigError: sub-classes are to be found in a head of several members.
         """
         own, teacher = replace(self), load_trained(self.teacher)
         check_same_vocabulary(policy.tokenizer, teacher.tokenizer)
