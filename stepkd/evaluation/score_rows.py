@@ -133,7 +133,7 @@ def score_file(config: ScoreConfig, *, scorer: StepScorer | None = None, options
         if fit is not None:
             values = scaled(values, fit["temperature"]).tolist()
             if members := told.get("score_facts", {}).get("members"):
-                members = [step_scores(row, scaled(_numbers(each), fit["temperature"])) for each in members]
+                members = [step_scores(row, scaled(_numbers(each), fit["temperature"]).tolist()) for each in members]
                 told["score_facts"] = {**told["score_facts"], "members": members}
         scored.append(
             {
