@@ -263,7 +263,7 @@ def test_every_recipe_runs_with_a_tiny_model(recipe: Path, policy: Policy, tmp_p
         re.sub(r"\b(runs|models|HuggingFaceTB)/[\w./-]+", "tiny-0.1m", recipe.read_text("utf-8"))
     )
     own = "--scorer checker --engine Transformers --dtype float64 --device cpu "
-    own += f"--model tiny-0.1m --benchmark task --data {TASK} --limit 1"
+    own += f"--model tiny-0.1m --benchmark task --data {TASK} --limit 1 --few_shot null"
     short = f"--sampling.max_new_tokens 8 --max_step_tokens 4 --difficulty_samples 0 --out {tmp_path / 'out'}"
     words = ["--config", str(tmp_path / "recipe.yaml"), *own.split(), *short.split()]
     config = parse(SearchJobConfig, words, command="search")
