@@ -6,7 +6,8 @@ al. 2025, arXiv 2504.10559); convincing solutions with incorrect answers of Let'
 scores of a solution's steps; ActPRM labels whatever is beyond one of its thresholds, here what is farthest beyond one
 comes first.
 
-Axes: M members of an ensemble, S steps of a solution, N solutions, K centres, P points of a profile.
+Axes: M members of an ensemble, X files and members, S steps of a solution, N solutions, K centres, P points of a
+profile.
 """
 
 from __future__ import annotations
