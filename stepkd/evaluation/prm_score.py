@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Unpack
 
@@ -29,6 +29,7 @@ from stepkd.statistics import (
     cluster_sums,
     proper_width,
     ratio_interval,
+    ratio_of_sums,
 )
 from stepkd.steps.labels import passes
 
@@ -90,7 +91,7 @@ def prm_score(steps: LabelledSteps, *, threshold: float = 0.5, **settings: Unpac
         return proper_width(cluster_bootstrap(counts, lambda drawn: which(drawn.sum(axis=1)), **settings))
 
     def share(hits: int, misses: int) -> Interval:
-        return ratio_interval(counts[:, hits], counts[:, [hits, misses]].sum(axis=1), **settings)
+        return ratio_interval(*_of_all(counts, hits, misses).T, **settings)
 
     always = np.array([n_correct, 0, n_incorrect, 0])
     chance = np.array([1 - threshold, threshold, 1 - threshold, threshold]) * np.repeat([n_correct, n_incorrect], 2)
@@ -111,8 +112,8 @@ def prm_score(steps: LabelledSteps, *, threshold: float = 0.5, **settings: Unpac
 
 def prm_score_difference(
     a: Sequence[Row], b: Sequence[Row], thresholds: tuple[float, float], **settings: Unpack[Resampling]
-) -> Interval:
-    """PRMScore of B minus that of A on the same solutions.
+) -> dict[str, Interval]:
+    """PRMScore and both accuracies of B minus those of A on the same solutions.
 
     Args:
         a, b: rows of the two scorers, in one order, with a score of every step.
@@ -120,7 +121,8 @@ def prm_score_difference(
         **settings: see :class:`~stepkd.statistics.Resampling`; problems are resampled, for both together.
 
     Returns:
-        The difference; no bounds where all problems have the same.
+        The differences of ``score``, and of ``acc_correct`` and ``acc_incorrect`` where there are such steps; one has
+        no bounds where all problems have the same.
 
     Raises:
         DataError: no labelled step.
@@ -129,11 +131,22 @@ def prm_score_difference(
     both = np.concatenate([_counts(*each) for each in zip(steps, thresholds, strict=True)], axis=1)
     errors = not steps[0].labels.all()
 
-    def difference(drawn: FloatArray) -> FloatArray:
-        sums = drawn.sum(axis=1)
-        return _score(sums[..., 4:], errors) - _score(sums[..., :4], errors)
+    def difference(measure: Callable[[FloatArray], FloatArray]) -> Interval:
+        return proper_width(
+            cluster_bootstrap(both, lambda drawn: measure(drawn[..., 4:]) - measure(drawn[..., :4]), **settings)
+        )
 
-    return proper_width(cluster_bootstrap(both, difference, **settings))
+    def share(hits: int, misses: int) -> Interval:
+        return difference(lambda counts: ratio_of_sums(_of_all(counts, hits, misses)))
+
+    found = {"score": difference(lambda counts: _score(counts.sum(axis=1), errors))}
+    found |= {"acc_correct": share(0, 1)} if steps[0].labels.any() else {}
+    return found | ({"acc_incorrect": share(3, 2)} if errors else {})
+
+
+def _of_all(counts: FloatArray, hits: int, misses: int) -> FloatArray:
+    """(..., 2): one of the columns of :func:`_counts`, and its sum with another."""
+    return np.stack([counts[..., hits], counts[..., hits] + counts[..., misses]], axis=-1)
 
 
 def _steps(rows: Sequence[Row]) -> LabelledSteps:

@@ -187,9 +187,9 @@ def _predicted(row: Row, threshold: float) -> int:
 
 
 def compare_process(a: str | Path, b: str | Path, summaries: tuple[Row, Row], *, seed: int = 0) -> dict[str, Interval]:
-    """F1 and both accuracies of B minus those of A on the solutions both scored, per set and threshold rule; what a
-    critic leaves without a score is a miss. Of sets whose rows name classes of errors PRMScore at the fixed threshold,
-    of solutions with all scores, with intervals over problems.
+    """F1 and both accuracies of B minus those of A on the solutions both scored, per set and rule; what a critic leaves
+    without a score is a miss. Of sets whose rows name classes of errors PRMScore and its accuracies at the fixed
+    threshold, of solutions with all scores, with intervals over problems; a set without one is left out.
 
     Args:
         a, b: two folders of :func:`~stepkd.evaluation.score_rows.evaluate_process`.
@@ -197,8 +197,10 @@ def compare_process(a: str | Path, b: str | Path, summaries: tuple[Row, Row], *,
         seed: seed of the intervals.
 
     Returns:
-        ``"<set>, fixed"`` and ``"<set>, tuned"`` -> difference of F1, and behind each those of both accuracies:
-        ``"<set>, fixed, with an error"``, ``"<set>, fixed, all correct"``. PRMScore: ``"<set>, PRMScore"``.
+        ``"<set>, fixed"`` and ``"<set>, tuned"``, and where one of both is a critic ``"<set>, own"`` (a critic's own
+        predictions, of other scorers those of the fixed threshold) -> difference of F1, and behind each those of both
+        accuracies: ``"<set>, fixed, with an error"``, ``"<set>, fixed, all correct"``. PRMScore: ``"<set>, PRMScore"``,
+        then ``"<set>, PRMScore, correct steps"`` and ``"<set>, PRMScore, incorrect steps"``.
 
     Raises:
         ConfigError: no set in common.
@@ -217,18 +219,25 @@ def compare_process(a: str | Path, b: str | Path, summaries: tuple[Row, Row], *,
             whole = [i for i in named if not any(None in side[i]["scores"] for side in sides)]
             a_rows, b_rows = ([side[i] for i in whole] for side in sides)
             fixed = (summaries[0]["threshold"], summaries[1]["threshold"])
-            differences[f"{name}, PRMScore"] = prm_score_difference(a_rows, b_rows, fixed, seed=seed)
+            found = prm_score_difference(a_rows, b_rows, fixed, seed=seed) if whole else {}
+            words = {"score": "", "acc_correct": ", correct steps", "acc_incorrect": ", incorrect steps"}
+            differences |= {f"{name}, PRMScore{words[part]}": each for part, each in found.items()}
             continue
         labels = [sides[0][i]["first_error"] for i in ids]
         problems = [problem_key(sides[0][i]) for i in ids]
-        for rule, key in (("fixed", "threshold"), ("tuned", "tuned_threshold")):
+        critics = ["predicted" in summary["sets"].get(name, ()) for summary in summaries]
+        for rule, key in (("fixed", "threshold"), ("own", "threshold"), ("tuned", "tuned_threshold")):
             thresholds = [summary[key] for summary in summaries]
-            if None in thresholds:
+            if None in thresholds or (rule == "own" and not any(critics)):
                 continue
             a_found, b_found = (
-                [_predicted(side[i], value) for i in ids] for side, value in zip(sides, thresholds, strict=True)
+                [
+                    _or_miss(side[i]["prediction"], side[i]) if rule == "own" and critic else _predicted(side[i], value)
+                    for i in ids
+                ]
+                for side, value, critic in zip(sides, thresholds, critics, strict=True)
             )
-            if (found := f1_difference(a_found, b_found, labels, problems=problems, seed=seed)) is not None:
-                words = {"f1": "", "acc_error": ", with an error", "acc_correct": ", all correct"}
-                differences |= {f"{name}, {rule}{words[part]}": each for part, each in found.items()}
+            found = f1_difference(a_found, b_found, labels, problems=problems, seed=seed) or {}
+            words = {"f1": "", "acc_error": ", with an error", "acc_correct": ", all correct"}
+            differences |= {f"{name}, {rule}{words[part]}": each for part, each in found.items()}
     return differences

@@ -18,7 +18,7 @@ from stepkd.errors import ConfigError, DataError
 from stepkd.labels.convert import Converted, ConverterConfig, balance_by_prefix_length
 from stepkd.labels.labellers import Row
 from stepkd.labels.quality import label_column, row_labels
-from stepkd.scorers.critiques import get_form
+from stepkd.scorers.critiques import CritiqueForm, get_form
 from stepkd.scorers.scorer import row_steps
 from stepkd.steps.format import written_steps
 from stepkd.steps.labels import verdicts
@@ -61,7 +61,7 @@ class Critiques(ConverterConfig):
             left = balance_by_prefix_length([list(map(form.meaning, each)) for each in golds], self.balance_seed)
         for row, questions, gold_S, left_S in zip(rows, asked, golds, left, strict=True):
             name = row["id"]
-            written = (row.get("score_facts") or {}).get("critiques")
+            written = _written(row, form)
             for (step, prompt), gold, kept in zip(questions, gold_S, left_S, strict=True):
                 if gold is None or kept is None:
                     counts["without_a_label" if gold is None else "in_surplus"] += 1
@@ -116,6 +116,21 @@ class Tagged(ConverterConfig):
             kept = passed_on(row, "id", "answer", "problem_id", "task", "meta", "labelling")
             done.append({"prompt": row["prompt"], "solution": text} | kept)
         return Converted(done, {"rows": len(done)} | dict(sorted(counts.items())))
+
+
+def _written(row: Row, form: CritiqueForm) -> list[dict[str, Any]] | None:
+    """The critiques of a row that a Critic has scored, else None.
+
+    Raises:
+        DataError: they were asked for in another form.
+    """
+    critiques: list[dict[str, Any]] | None = (row.get("score_facts") or {}).get("critiques")
+    for each in critiques or ():
+        per_step, verdict = each["step"] is not None, each["verdict"]
+        if per_step != (form.words is not None) or verdict not in (None, form.read(each["text"])):
+            wanted = "its critiques are of another form than the one named here: give the Critic's own (--to.form)"
+            raise DataError(wanted, path=str(row.get("id", "?")), column="score_facts")
+    return critiques
 
 
 def _marked(row: Row) -> tuple[list[str], list[bool | None]]:

@@ -43,6 +43,7 @@ from stepkd.models.policy import Policy
 from stepkd.runs.files import write_json
 from stepkd.runs.job import ALONE, SUMMARY_NAME, Job, JobOptions, finished_rows, numbered
 from stepkd.sampling.engine import Engine
+from stepkd.scorers.scorer import problem_key
 from stepkd.steps.confidence import SegmentThreshold, fit_threshold
 from stepkd.steps.labels import verdicts
 from stepkd.steps.segment import Segmenter, get_segmenter, segmenter_settings
@@ -161,7 +162,7 @@ class Labelling:
         }
         labeller = self.config.labeller
         size = max(1, self.config.engine.at_once // (labeller.sampling.n if isinstance(labeller, MonteCarlo) else 1))
-        units = numbered([kept[start : start + size] for start in range(0, len(kept), size)])
+        units = numbered(_batches(kept, size, whole_problems=getattr(labeller, "share", False)))
         job.work(LABELS, units, lambda group: self._label_group(group, segmenter, provenance), _correct_steps)
         records = job.rows(LABELS, units)
         if records is None:
@@ -213,6 +214,17 @@ class Labelling:
                 record["row"] = labelled_row(steps, labels, {**provenance, **({"segmenter": earlier} if own else {})})
             records.append(record)
         return records
+
+
+def _batches(solutions: Sequence[Solution], size: int, *, whole_problems: bool) -> list[list[Solution]]:
+    """The solutions in batches of ``size``, larger ones where neighbours of one problem are to stay together."""
+    batches: list[list[Solution]] = []
+    for each in solutions:
+        inside = whole_problems and batches and problem_key(batches[-1][-1].row) == problem_key(each.row)
+        if not batches or (len(batches[-1]) >= size and not inside):
+            batches.append([])
+        batches[-1].append(each)
+    return batches
 
 
 def _correct_answers(rows: Sequence[Row]) -> dict[str, tuple[float, float]]:

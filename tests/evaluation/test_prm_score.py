@@ -116,10 +116,13 @@ def test_difference_is_that_of_the_scores_with_problems_drawn_for_both() -> None
     a, b = prm_scores(rows()), prm_scores(other, threshold=0.4)
     assert a is not None
     assert b is not None
-    assert found.value == pytest.approx(b["all"]["score"]["value"] - a["all"]["score"]["value"])
-    same = prm_score_difference(rows(), rows(), (0.5, 0.5), **FAST)
+    assert list(found) == ["score", "acc_correct", "acc_incorrect"]
+    for part, each in found.items():
+        assert each.value == pytest.approx(b["all"][part]["value"] - a["all"][part]["value"])
+    same = prm_score_difference(rows(), rows(), (0.5, 0.5), **FAST)["score"]
     assert same.value == 0.0
     assert math.isnan(same.high), "every resample is the same"
+    assert list(prm_score_difference(rows()[2:], rows()[2:], (0.5, 0.5), **FAST)) == ["score", "acc_correct"]
 
 
 def test_error_numbers_behind_the_last_step_are_counted() -> None:

@@ -147,10 +147,11 @@ def test_classes_of_errors_are_compared_by_prm_score(tmp_path: Path) -> None:
     data = f"rows:path={path}"
     scorers = {"a": Scripted(GOOD), "b": Scripted({**GOOD, "2": 0.6})}
     a, b = (evaluate_process(spec(data, tmp_path / name), scorer) for name, scorer in scorers.items())
-    (difference,) = (found := compare_process(tmp_path / "a", tmp_path / "b", (a, b))).values()
-    assert list(found) == [f"{data}, PRMScore"]
-    scores = [each["sets"][data]["prm_score"]["all"]["score"]["value"] for each in (a, b)]
-    assert difference.value == pytest.approx(scores[1] - scores[0])
+    found = compare_process(tmp_path / "a", tmp_path / "b", (a, b))
+    assert [name.removeprefix(f"{data}, PRMScore") for name in found] == ["", ", correct steps", ", incorrect steps"]
+    for part, difference in zip(("score", "acc_correct", "acc_incorrect"), found.values(), strict=True):
+        scores = [each["sets"][data]["prm_score"]["all"][part]["value"] for each in (a, b)]
+        assert difference.value == pytest.approx(scores[1] - scores[0])
 
 
 def test_intervals_resample_problems_under_several_questions() -> None:
@@ -220,8 +221,15 @@ def test_bad_settings(settings: dict[str, Any], message: str) -> None:
 
 
 def test_bad_rows_and_scorers(data: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="needs a step-labelled row"):
-        evaluate_process(spec('task:task="modular:terms=3",n=2', tmp_path / "x", limit=1), _NoLabels(GOOD))
+    path = tmp_path / "bad.jsonl"
+    for row, found in (
+        ({"prompt": "p", "completion": "1"}, "0 steps and 0 labels"),
+        ({"prompt": "p", "completion": "1\n2", "steps": ["1\n", "2"]}, "2 steps and 0 labels"),
+        ({"prompt": "p", "completion": "1\n2", "steps": ["1\n", "2"], "step_labels": [True]}, "2 steps and 1 labels"),
+    ):
+        path.write_text(json.dumps({"id": "a", **row}) + "\n")
+        with pytest.raises(DataError, match=f"(?s)a, column 'labels'.*needs a step-labelled row.*{found}"):
+            evaluate_process(spec(f"rows:path={path}", tmp_path / "x"), _NoLabels(GOOD))
     outcome = Scripted(GOOD)
     outcome.meaning = "outcome"
     with pytest.raises(ConfigError, match="finds no first error"):
@@ -229,10 +237,10 @@ def test_bad_rows_and_scorers(data: str, tmp_path: Path) -> None:
 
 
 class _NoLabels(Scripted):
-    """Never asked: the rows are refused first."""
+    """Never to be asked: the rows are refused first."""
 
     def score(self, problems: Sequence[Solutions]) -> list[list[list[float]]]:
-        raise DataError("needs a step-labelled row")
+        raise AssertionError("rows without labels were scored")
 
 
 def test_rows_without_a_known_first_error_stay_out_of_f1(tmp_path: Path) -> None:
@@ -358,6 +366,12 @@ def test_a_critics_own_predictions_are_judged_as_in_processbench(data: str, tmp_
     labels = ScorerLabeller(Critical(GOOD)).label([solution("p1"), solution("p3")])
     assert [each.labels for each in labels] == [(True, False), (None, None)]
     assert [each.facts["generated_tokens"] for each in labels] == [10, 10]
+    other = evaluate_process(spec(data, tmp_path / "other"), Scripted({**GOOD, "x": 0.9}))
+    found = compare_process(tmp_path / "out", tmp_path / "other", (summary, other))
+    own = [found[f"{data}, own{part}"].value for part in ("", ", with an error", ", all correct")]
+    theirs = [other["sets"][data]["fixed"][part]["value"] for part in ("f1", "acc_error", "acc_correct")]
+    assert own == pytest.approx([value - 0.5 for value in theirs]), "a critic's predictions against a threshold's"
+    assert not any(", own" in name for name in compare_process(tmp_path / "other", tmp_path / "other", (other, other)))
 
 
 def solution(prompt: str) -> Solution:

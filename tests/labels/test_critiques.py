@@ -134,6 +134,11 @@ def test_bad_rows() -> None:
         convert_rows([LABELLED | {"labels": [True]}], Critiques())
     with pytest.raises(DataError, match=r"none of 1 rows is left \(1 without_a_label\)"):
         convert_rows([LABELLED | {"labels": [None, True, True]}], Critiques(form="processbench"))
+    of_steps = scored({**written(0, "so #### 1")[0], "verdict": "1"})
+    for form in ("processbench", "step"):
+        with pytest.raises(DataError, match="a, column 'score_facts': its critiques are of another form"):
+            convert_rows([of_steps], Critiques(form=form))
+    assert convert_rows([of_steps], Critiques(form="task")).counts["agree"] == 1
 
 
 # ---- the tiny world's ------------------------------------------------------------------------------------------------

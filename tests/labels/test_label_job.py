@@ -89,6 +89,15 @@ def test_folder_rows_and_provenance(spec: LabelConfig, run: Any, drawn: Any) -> 
     assert str(Path.home()) not in json.dumps(read_settings(spec.out))
 
 
+def test_solutions_that_share_prefixes_are_labelled_in_one_batch(spec: LabelConfig, run: Any) -> None:
+    """Else a prefix would be drawn anew in every batch of a problem: the job has room for two continuations at once."""
+    labeller = MonteCarlo(sampling=SamplingConfig(n=2), share=True)
+    spec = replace(spec, labeller=labeller, engine=Transformers(2))
+    run(spec)
+    parts = list((Path(spec.out) / "parts" / "labels").iterdir())
+    assert len(parts) == len({row["problem_id"] for row in rows(spec)}) < len(rows(spec))
+
+
 def test_summary_by_recount(spec: LabelConfig, run: Any, drawn: Any) -> None:
     spec = drawn(replace(spec, labeller=TaskChecker()), temperature=0.7)
     summary = run(spec)

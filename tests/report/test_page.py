@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from left import HOSTILE, begin, evaluation_rows, scored_rows, search_rows
 
+from stepkd.evaluation.process import summarise_process
 from stepkd.report.folders import find_folders
 from stepkd.report.page import page_html, write_report
 from stepkd.runs.files import write_json, write_jsonl
@@ -131,8 +132,28 @@ def test_a_critics_own_prediction_stands_below_its_f1_by_a_threshold(judgement: 
     summary = json.loads((judgement / "summary.json").read_text())
     section = summary["sets"]["gsm8k"]
     section |= {"predicted": section["fixed"], "critiques": {"critiques": 6, "generated_tokens": 77}}
+    section |= {"order_swap": None, "independent_swap": {"change_rate": section["fixed"]["f1"], "swaps": 31}}
     write_json(judgement / "summary.json", summary)
-    assert "judged, gsm8k: the critic's own prediction (6 critiques, 77 tokens)" in page(judgement).words
+    found = page(judgement).words
+    assert "judged, gsm8k: the critic's own prediction (6 critiques, 77 tokens)" in found
+    assert "Two lines exchanged scorer and set score falls, % dependent pairs score moves, %" in found
+    assert f"{100 * section['fixed']['f1']['value']:.1f}" in found.partition("Two lines exchanged")[2]
+
+
+def test_what_chance_gives_and_the_mean_of_subsets_stand_beside_first_errors(judgement: Path) -> None:
+    rows = [json.loads(line) for line in (judgement / "results.jsonl").read_text().splitlines()]
+    both = [*rows, *({**row, "set": "math", "id": f"math/{n}", "error_type": "own"} for n, row in enumerate(rows))]
+    summary = summarise_process([{**row, "ignored_errors": 2 * ("error_type" in row)} for row in both])
+    write_json(judgement / "summary.json", summary)
+    found = page(judgement).words
+    (chance,) = {f"{100 * each['baselines']['random']['f1']:.1f}" for each in summary["sets"].values()}
+    first = found.partition("F1 at random, %")[2]
+    assert f" {chance} " in first
+    assert "judged: mean of 2 subsets of ProcessBench" in first
+    chances = summary["sets"]["math"]["prm_score"]["all"]["baselines"]
+    of_both = " ".join(f"{100 * chances[rule]:.1f}" for rule in ("always positive", "random"))
+    assert f" {of_both} 6 " in found.partition("PRMScore: judged")[2]
+    assert "12 error numbers lie behind the last step and count no step." in found
 
 
 @pytest.mark.parametrize(
