@@ -117,7 +117,7 @@ METHODS: dict[str, Method] = {
     "sft by weight": Method(SFTModule, solutions, {"token_weights": {"=": 2.5, "####": 0.0, "1": 0.5}}),
     "prm": Method(PRMModule, lambda: labelled(TOKENS), {"losses": [StepCrossEntropy([2.0, 1.0])]}),
     "prm classifier": Method(PRMModule, lambda: labelled(CLASSIFIER), {"head": replace(CLASSIFIER, members=2)}),
-    "prm language": Method(PRMModule, lambda: labelled(TOKENS), {"losses": [StepCrossEntropy(), LanguageModelling()]}),
+    "prm language": Method(PRMModule, lambda: labelled(TOKENS), {"losses": [StepRegression(), LanguageModelling()]}),
     "prm pqm": Method(PRMModule, lambda: labelled(TOKENS), {"losses": [StepCrossEntropy(), PQM()]}),
     "prm mcmi": Method(
         PRMModule, lambda: labelled(TOKENS), {"losses": [StepCrossEntropy(), MCMI()], "loss_weights": {"mcmi": 0.5}}
@@ -128,7 +128,7 @@ METHODS: dict[str, Method] = {
         {"head": SUBCLASSES, "losses": lambda: [StepDistillation(reward_model())]},
     ),
     "prm ratings": Method(PRMModule, lambda: labelled(RATINGS), {"head": RATINGS, "losses": [StepDecisions(), APART]}),
-    "orm": Method(PRMModule, lambda: labelled(OUTCOME), {"head": OUTCOME, "losses": [StepRegression()]}),
+    "orm": Method(PRMModule, lambda: labelled(OUTCOME), {"head": OUTCOME, "losses": [StepRegression(form="bce")]}),
     "dpo": Method(DPOModule, lambda: preference.pair_examples(7), {"reference": preference.OTHER}),
     "dpo ipo": Method(DPOModule, lambda: preference.pair_examples(7), {"reference": preference.OTHER, "loss": IPO()}),
     "kto": Method(KTOModule, lambda: preference.feedback_examples(7)[:13], FEEDBACK),

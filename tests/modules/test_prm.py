@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from stepkd.data.collate import Batch, collate, plan
 from stepkd.data.completion import Completion
 from stepkd.data.encode import LabelRule, step_targets
+from stepkd.data.step_encode import StepEncoder
+from stepkd.data.templates import get_template
 from stepkd.models.spec import Classifier, LabelTokens, LoRAConfig, PolicyConfig, StepHeadConfig, tiny_tokenizer
 from stepkd.models.step_head import resolve_ids
 from stepkd.modules.optim import OptimizerConfig
@@ -400,6 +402,23 @@ def test_an_outcome_model_of_the_last_token_reads_the_last_step_only(
     assert all(sum(target is not None for target in example.targets) == 1 for example in examples)
     module = prm_step(examples, head, every_token=False, micro_batch_tokens=300)
     assert distance(module.gradients, brute_force_steps(head, examples)[1]) < TOLERANCE
+
+
+def test_a_head_behind_the_prompt_learns_the_pass_rates_of_problems(prm_step: Any, scored: Any) -> None:
+    """P(IK): one outcome a sample, whose mean is the target; what the sample says is not read."""
+    head = Classifier(format=StepFormat(marker="~", marker_place="prompt_end"), meaning="outcome")
+    rows = [
+        {"id": f"{problem}/{k}", "prompt": problem, "completion": f"{k}", "outcome": k < passes}
+        for problem, passes in (("1+1=", 8), ("2+2=", 2), ("3+3=", 5))
+        for k in range(8)
+    ]
+    marker = resolve_ids(head, tiny_tokenizer()).marker
+    layout = {"format": head.format, "marker_id": marker, "labels": LabelRule(scope="outcome")}
+    examples = StepEncoder(tiny_tokenizer(), get_template("task"), **layout).examples(rows)
+    module = prm_step(examples, head, steps=60, optimizer=OptimizerConfig(lr=3e-3))
+    found_PK = scored(module.policy, examples).reshape(3, 8)
+    assert found_PK.std(dim=1).max() < 1e-9
+    assert found_PK.mean(dim=1).tolist() == pytest.approx([1.0, 0.25, 0.625], abs=0.1)
 
 
 @pytest.mark.parametrize("name", OUTCOME)
