@@ -118,7 +118,7 @@ def f1_difference(
     *,
     problems: Sequence[Hashable] | None = None,
     **settings: Unpack[Resampling],
-) -> dict[str, Interval] | None:
+) -> dict[str, Interval]:
     """F1 and accuracies of B minus those of A on the same problems, which the intervals resample for both together.
 
     Args:
@@ -128,16 +128,13 @@ def f1_difference(
         **settings: see :class:`~stepkd.statistics.Resampling`.
 
     Returns:
-        The differences of ``f1``, ``acc_error`` and ``acc_correct``; None when the set has no solution with an error,
-        or none without.
+        The differences of ``f1``, ``acc_error`` and ``acc_correct``; of a set that has no solution with an error, or
+        none without, the accuracy on the others alone.
 
     Raises:
         DataError: as in :func:`processbench_f1`.
     """
     a, b = (_hits(found, labels, problems) for found in (predictions_a, predictions_b))
-    if not (a[:, 1].any() and a[:, 3].any()):
-        return None
-
     columns = np.concatenate([a, b], axis=1)
 
     def difference(part: int) -> Interval:
@@ -145,7 +142,9 @@ def f1_difference(
             columns, lambda drawn: _parts(drawn[..., 4:])[part] - _parts(drawn[..., :4])[part], **settings
         )
 
-    return {name: difference(part) for part, name in enumerate(("f1", "acc_error", "acc_correct"))}
+    with_error, without = bool(a[:, 1].any()), bool(a[:, 3].any())
+    defined = {"f1": with_error and without, "acc_error": with_error, "acc_correct": without}
+    return {name: difference(part) for part, (name, known) in enumerate(defined.items()) if known}
 
 
 def _parts(resampled: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:

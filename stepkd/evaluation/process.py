@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,8 +81,8 @@ def summarise_process(
     for name, rows in whole.items():
         if not rows:
             raise DataError(
-                f"no solution of {name!r} has a score for each of its steps: the context is too short, "
-                "or the critiques have no verdicts"
+                f"no solution of {name!r} has a score for each of its steps (the context is too short, or "
+                "the critiques have no verdicts): raise max_length or max_new_tokens, or leave the set out"
             )
         counted = [row for row in sets[name] if _counts(row)]
         section = sections[name] = _section(rows, counted, threshold, meaning, seed)
@@ -116,9 +118,14 @@ def _or_miss(prediction: int | None, row: Row) -> int:
     return len(row["labels"]) if prediction is None else prediction
 
 
+def _whole(row: Row) -> bool:
+    """Whether all steps have scores."""
+    return None not in row["scores"]
+
+
 def _counts(row: Row) -> bool:
     """Whether a solution is part of F1: a critic's that lacks a score is one that it did not answer."""
-    return None not in row["scores"] or "critiques" in row.get("score_facts", {})
+    return _whole(row) or "critiques" in (row.get("score_facts") or {})
 
 
 def _section(
@@ -189,7 +196,8 @@ def _predicted(row: Row, threshold: float) -> int:
 def compare_process(a: str | Path, b: str | Path, summaries: tuple[Row, Row], *, seed: int = 0) -> dict[str, Interval]:
     """F1 and both accuracies of B minus those of A on the solutions both scored, per set and rule; what a critic leaves
     without a score is a miss. Of sets whose rows name classes of errors PRMScore and its accuracies at the fixed
-    threshold, of solutions with all scores, with intervals over problems; a set without one is left out.
+    threshold, of solutions with all scores, with intervals over problems. Solutions that are left out are counted in a
+    warning; the difference of a set without any left is NaN.
 
     Args:
         a, b: two folders of :func:`~stepkd.evaluation.score_rows.evaluate_process`.
@@ -203,26 +211,42 @@ def compare_process(a: str | Path, b: str | Path, summaries: tuple[Row, Row], *,
         then ``"<set>, PRMScore, correct steps"`` and ``"<set>, PRMScore, incorrect steps"``.
 
     Raises:
-        ConfigError: no set in common.
+        ConfigError: no set in common, or other solutions or labels under the same id.
     """
     sides = [{row["id"]: row for row in read_results(folder)} for folder in (a, b)]
     shared: dict[str, list[str]] = {}
     for i, row in sides[0].items():
-        if i in sides[1] and row["first_error"] is not None and all(_counts(side[i]) for side in sides):
-            shared.setdefault(row["set"], []).append(i)
+        if i not in sides[1] or row["first_error"] is None:
+            continue
+        if any(sides[1][i].get(key) != row.get(key) for key in ("completions", "steps", "labels")):
+            raise ConfigError(
+                f"{a} and {b} hold different steps or labels under the id {i!r}: evaluate both on the same data"
+            )
+        shared.setdefault(row["set"], []).append(i)
     if not shared:
         raise ConfigError(f"{a} and {b} have no scored solution in common: evaluate both on the same data")
     differences: dict[str, Interval] = {}
     for name, ids in shared.items():
-        if any(sides[0][i].get("error_type") is not None for i in ids):
-            named = [i for i in ids if sides[0][i].get("error_type") is not None]
-            whole = [i for i in named if not any(None in side[i]["scores"] for side in sides)]
+        classes = [i for i in ids if sides[0][i].get("error_type") is not None]
+        whole = [i for i in classes or ids if all(_whole(side[i]) if classes else _counts(side[i]) for side in sides)]
+        if left_out := len(classes or ids) - len(whole):
+            warnings.warn(
+                f"{name}: {left_out} of {left_out + len(whole)} solutions are not compared, as {a} or {b} lacks scores "
+                "of their steps (cut off, or no verdict): raise max_length or max_new_tokens",
+                stacklevel=2,
+            )
+        if not whole:
+            what = "PRMScore" if classes else "fixed"
+            differences[f"{name}, {what}"] = Interval(math.nan, math.nan, math.nan, "bootstrap")
+            continue
+        if classes:
             a_rows, b_rows = ([side[i] for i in whole] for side in sides)
             fixed = (summaries[0]["threshold"], summaries[1]["threshold"])
-            found = prm_score_difference(a_rows, b_rows, fixed, seed=seed) if whole else {}
-            words = {"score": "", "acc_correct": ", correct steps", "acc_incorrect": ", incorrect steps"}
-            differences |= {f"{name}, PRMScore{words[part]}": each for part, each in found.items()}
+            parts = {"score": "", "acc_correct": ", correct steps", "acc_incorrect": ", incorrect steps"}
+            for part, each in prm_score_difference(a_rows, b_rows, fixed, seed=seed).items():
+                differences[f"{name}, PRMScore{parts[part]}"] = each
             continue
+        ids = whole
         labels = [sides[0][i]["first_error"] for i in ids]
         problems = [problem_key(sides[0][i]) for i in ids]
         critics = ["predicted" in summary["sets"].get(name, ()) for summary in summaries]
@@ -237,7 +261,7 @@ def compare_process(a: str | Path, b: str | Path, summaries: tuple[Row, Row], *,
                 ]
                 for side, value, critic in zip(sides, thresholds, critics, strict=True)
             )
-            found = f1_difference(a_found, b_found, labels, problems=problems, seed=seed) or {}
             words = {"f1": "", "acc_error": ", with an error", "acc_correct": ", all correct"}
-            differences |= {f"{name}, {rule}{words[part]}": each for part, each in found.items()}
+            for part, each in f1_difference(a_found, b_found, labels, problems=problems, seed=seed).items():
+                differences[f"{name}, {rule}{words[part]}"] = each
     return differences

@@ -119,7 +119,7 @@ def labelled_steps(
             if up_to_first_error and mark == 0:
                 break
     if not kept:
-        raise DataError("there is no labelled step to judge")
+        raise DataError(f"none of the steps of {len(scores)} solutions has a label: give at least one True or False")
     found, correct, owner_of = zip(*kept, strict=True)
     return LabelledSteps(np.array(found, dtype=np.float64), np.array(correct, dtype=np.bool_), numbered(owner_of))
 

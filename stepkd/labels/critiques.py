@@ -18,7 +18,7 @@ from stepkd.errors import ConfigError, DataError
 from stepkd.labels.convert import Converted, ConverterConfig, balance_by_prefix_length
 from stepkd.labels.labellers import Row
 from stepkd.labels.quality import label_column, row_labels
-from stepkd.scorers.critiques import CritiqueForm, get_form
+from stepkd.scorers.critiques import FORMS, CritiqueForm, get_form
 from stepkd.scorers.scorer import row_steps
 from stepkd.steps.format import written_steps
 from stepkd.steps.labels import verdicts
@@ -56,12 +56,18 @@ class Critiques(ConverterConfig):
         marked = [_marked(row) for row in rows]
         asked = [list(form.questions(row, steps)) for row, (steps, _) in zip(rows, marked, strict=True)]
         golds = [[form.gold(marks, step) for step, _ in each] for each, (_, marks) in zip(asked, marked, strict=True)]
+        critiques = [_written(row, form) for row in rows]
+        if None in critiques and (scored := len(critiques) - critiques.count(None)):
+            raise DataError(
+                f"{scored} of {len(rows)} rows have a Critic's critiques: score all of them, or none, as problems and "
+                "graded critiques are rows of two kinds",
+                column="score_facts",
+            )
         left: Sequence[Sequence[Any]] = golds
         if self.balance_seed is not None:
             left = balance_by_prefix_length([list(map(form.meaning, each)) for each in golds], self.balance_seed)
-        for row, questions, gold_S, left_S in zip(rows, asked, golds, left, strict=True):
+        for row, written, questions, gold_S, left_S in zip(rows, critiques, asked, golds, left, strict=True):
             name = row["id"]
-            written = _written(row, form)
             for (step, prompt), gold, kept in zip(questions, gold_S, left_S, strict=True):
                 if gold is None or kept is None:
                     counts["without_a_label" if gold is None else "in_surplus"] += 1
@@ -70,7 +76,11 @@ class Critiques(ConverterConfig):
                 problem = {"id": key, "prompt": prompt, "answer": gold}
                 if written is None:
                     done.append(problem)
-                for j, each in enumerate([one for one in written or () if one["step"] == step]):
+                    continue
+                mine = [one for one in written if one["step"] == step]
+                if not mine:  # the request left no room for one
+                    counts["without_a_critique"] += 1
+                for j, each in enumerate(mine):
                     meaning = form.meaning(form.read(each["text"]))
                     agrees = meaning is not None and meaning == form.meaning(gold)
                     counts["without_a_verdict" if meaning is None else "agree" if agrees else "disagree"] += 1
@@ -124,12 +134,17 @@ def _written(row: Row, form: CritiqueForm) -> list[dict[str, Any]] | None:
     Raises:
         DataError: they were asked for in another form.
     """
-    critiques: list[dict[str, Any]] | None = (row.get("score_facts") or {}).get("critiques")
-    for each in critiques or ():
-        per_step, verdict = each["step"] is not None, each["verdict"]
-        if per_step != (form.words is not None) or verdict not in (None, form.read(each["text"])):
-            wanted = "its critiques are of another form than the one named here: give the Critic's own (--to.form)"
-            raise DataError(wanted, path=str(row.get("id", "?")), column="score_facts")
+    facts = row.get("score_facts") or {}
+    critiques: list[dict[str, Any]] | None = facts.get("critiques")
+    if critiques is not None and facts.get("form") != form.id:
+        known = {each.id: name for name, each in FORMS.items()}
+        asked, named = (known.get(str(each), "of a file") for each in (facts.get("form"), form.id))
+        raise DataError(
+            f"its critiques were asked for in form {asked}, and --to.form is {named}: give the Critic's form, or score "
+            "the rows again",
+            path=str(row.get("id", "?")),
+            column="score_facts",
+        )
     return critiques
 
 
@@ -138,7 +153,7 @@ def _marked(row: Row) -> tuple[list[str], list[bool | None]]:
     steps, marks = row_steps(row), verdicts(row_labels(row))
     if len(steps) != len(marks):
         raise DataError(
-            f"{len(steps)} steps and {len(marks)} labels: cut the solution where it was labelled",
+            f"{len(steps)} steps and {len(marks)} labels: give one label for each step",
             path=str(row.get("id", "?")),
             column=label_column(row),
         )

@@ -161,8 +161,8 @@ class Labelling:
             "dedupe": self.dedupe,
         }
         labeller = self.config.labeller
-        size = max(1, self.config.engine.at_once // (labeller.sampling.n if isinstance(labeller, MonteCarlo) else 1))
-        units = numbered(_batches(kept, size, whole_problems=getattr(labeller, "share", False)))
+        n, share = (labeller.sampling.n, labeller.share) if isinstance(labeller, MonteCarlo) else (1, False)
+        units = numbered(_batches(kept, max(1, self.config.engine.at_once // n), whole_problems=share))
         job.work(LABELS, units, lambda group: self._label_group(group, segmenter, provenance), _correct_steps)
         records = job.rows(LABELS, units)
         if records is None:

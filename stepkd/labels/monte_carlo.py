@@ -49,8 +49,8 @@ class MonteCarlo(LabellerConfig):
     logarithm of the number of steps, and none where the answer is correct. The last two need reduce first_error."""
     share: bool = False
     """Whether solutions with one prompt and answer share the continuations of a prefix that they have in common, as
-    OmegaPRM's tree does: drawn once in a batch, with noise keyed by the prefix, where it is keyed by the solution by
-    default; every prefix is then read for itself."""
+    OmegaPRM's tree does: drawn once in a batch (neighbouring rows of a problem are in one), with noise keyed by the
+    prefix, where it is keyed by the solution by default; every prefix is then read for itself."""
     consistent: bool = False
     """Whether a step that is labelled correct loses its label where no continuation that succeeds takes up the number
     that the step ends with: it may have been solved past it (GLoRe, arXiv 2402.10963)."""

@@ -12,6 +12,7 @@ import numpy as np
 from stepkd.data.rows import check_unique_ids
 from stepkd.errors import DataError
 from stepkd.labels.labellers import Row, outcome_of
+from stepkd.scorers.scorer import problem_key
 from stepkd.statistics import FloatArray, Interval, Result, balanced_accuracy, cluster_bootstrap, ratio_interval
 from stepkd.steps.labels import ANY_SUCCESS, Label, first_incorrect, passes, tally, verdicts
 
@@ -74,8 +75,9 @@ class LabelQuality(Result):
     """Share of truly incorrect steps among those labelled incorrect."""
     error_recall: Interval | None
     """Share labelled incorrect among truly incorrect steps."""
-    first_error_accuracy: Interval
-    """Share of solutions whose first incorrect step (or its absence) is labelled exactly."""
+    first_error_accuracy: Interval | None
+    """Share of solutions whose first incorrect step (or its absence) is labelled exactly, among those where the truth
+    tells it; None where it never does."""
     recoverable: Interval | None
     """Share of truly incorrect steps from which the correct answer was still reached (``step_values`` above 0), among
     those with a value: future success calls them correct although the step is not. None without values."""
@@ -106,18 +108,18 @@ def label_quality(rows: Sequence[Row], truth_rows: Sequence[Row], *, seed: int =
         if row["id"] not in truths:
             raise DataError(f"row {row['id']!r} has no true labels: give the truth of the same solutions")
         check_same_steps(row, truths[row["id"]], names=names)
-        # Of each problem: steps by cell, recoverable ones of those with values, solutions labelled exactly, solutions.
-        counts = found.setdefault(str(row.get("problem_id") or row["id"]), np.zeros(8))
+        # Of each problem: steps by cell, recoverable ones of those with values, first errors found of those known.
+        counts = found.setdefault(problem_key(row), np.zeros(8))
         marks, true = verdicts(row_labels(row)), verdicts(row_labels(truths[row["id"]]))
         values = row.get("step_values") or [None] * len(marks)
-        first = true.index(False) if False in true else -1
-        judged = len(true) if first < 0 else first + 1
+        judged = true.index(False) + 1 if False in true else len(true)
         for mark, correct, value in zip(marks[:judged], true[:judged], values[:judged], strict=True):
             if mark is not None and correct is not None:
                 counts[2 * (not mark) + (not correct)] += 1
                 if value is not None and not correct:
                     counts[4:6] += (passes(value, ANY_SUCCESS) is True, 1)
-        counts[6:] += (first_incorrect(row_labels(row)) == first, 1)
+        if (first := first_incorrect(row_labels(truths[row["id"]]))) is not None:
+            counts[6:] += (first_incorrect(row_labels(row)) == first, 1)
     if not sum(each[:4].sum() for each in found.values()):
         raise DataError(f"no step of {len(rows)} rows has both a label and a true one")
     columns = np.array(list(found.values()))
@@ -141,10 +143,10 @@ def label_quality(rows: Sequence[Row], truth_rows: Sequence[Row], *, seed: int =
         recall=share(both_correct, 0, 2),
         error_precision=share(both_incorrect, 2, 3),
         error_recall=share(both_incorrect, 1, 3),
-        first_error_accuracy=ratio_interval(columns[:, 6], columns[:, 7], seed=seed),
+        first_error_accuracy=ratio_interval(columns[:, 6], columns[:, 7], seed=seed) if columns[:, 7].any() else None,
         recoverable=ratio_interval(columns[:, 4], columns[:, 5], seed=seed) if columns[:, 5].any() else None,
         steps=int(steps.sum()),
-        solutions=int(columns[:, 7].sum()),
+        solutions=len(rows),
     )
 
 
@@ -174,7 +176,7 @@ def summarise_labels(
         "solutions": candidates,
         "labelled": len(rows),
         "dropped": {reason: dropped[reason] for reason in sorted(dropped)},
-        "problems": len({str(row.get("problem_id", row["id"])) for row in rows}),
+        "problems": len(set(map(problem_key, rows))),
         "correct_answers": sum(graded),
         "incorrect_answers": len(graded) - sum(graded),
         "cut_off": sum(row.get("finish") == "length" for row in rows),

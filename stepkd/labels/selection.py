@@ -78,6 +78,8 @@ class Selected(ConverterConfig):
         counts = Counter[str]()
         others = [{str(row["id"]): row for row in load_rows(parse_spec(word))} for word in self.members]
         known = [] if self.labelled is None else load_rows(parse_spec(self.labelled))
+        if any(row.get("step_scores") is None for row in known):
+            raise DataError("a row has no step scores: score them first (stepkd score)", path=self.labelled)
         centres = [each for row in known if (each := _candidate([row])).means_S.size]
         if known and len(scorers := {_scorer(row) for row in (*rows, *known)} - {None}) > 1:
             raise DataError(
@@ -140,7 +142,7 @@ def _candidate(versions: Sequence[Row]) -> Candidate:
     if any(row.get("step_scores") is None for row in versions):
         raise DataError("no step scores: score the pool first (stepkd score)", path=name, column="step_scores")
     files = [list(row["step_scores"]) for row in versions]
-    heads = [each for row in versions for each in row.get("score_facts", {}).get("members", [row["step_scores"]])]
+    heads = [each for row in versions for each in (row.get("score_facts") or {}).get("members", [row["step_scores"]])]
     scores = files + heads
     if len(lengths := sorted({*map(len, scores)})) > 1:
         raise DataError(f"members score {lengths} steps: cut alike", path=name, column="step_scores")
@@ -212,7 +214,8 @@ def _convincing(candidates: Sequence[Candidate], count: int) -> list[int]:
     """Those with incorrect answers and high scores, then any with high scores."""
     incorrect = [i for i, each in enumerate(candidates) if outcome_of(each.row) is False]
     first = _taking_turns(candidates, incorrect)[: round(INCORRECT_SHARE * count)]
-    return first + _taking_turns(candidates, [i for i in range(len(candidates)) if i not in {*first}])
+    taken = set(first)
+    return first + _taking_turns(candidates, [i for i in range(len(candidates)) if i not in taken])
 
 
 def _taking_turns(candidates: Sequence[Candidate], numbers: Sequence[int]) -> list[int]:

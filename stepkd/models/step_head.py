@@ -127,7 +127,8 @@ class StepHead(nn.Module):
         return torch.log_softmax(logits_MSK if logits_MSK.dtype == torch.float64 else logits_MSK.float(), dim=-1)
 
     def features(self, hidden_SH: Tensor) -> Tensor:
-        """What the last layer reads of every step: (S, H), in the head's dtype; of several what they read."""
+        """What the last layer reads of every step: (S, H), in the head's dtype; of an ensemble the hidden states, which
+        all members read."""
         if self.score is None:
             return hidden_SH
         below = self.score[:-1] if isinstance(self.score, nn.Sequential) else nn.Identity()

@@ -80,8 +80,9 @@ class GenerativeVerifier(PolicyScorer):
         several solutions ask alike is asked once; the facts of each count what its critiques cost, shared or not.
 
         Returns:
-            :class:`~stepkd.scorers.scorer.Judged` scores: ``facts`` has the ``critiques`` (step, text, verdict, tokens,
-            finish), those ``without_verdict``, and the ``generated_tokens`` and ``prefill_tokens`` of all of them.
+            :class:`~stepkd.scorers.scorer.Judged` scores: ``facts`` has the form's id, the ``critiques`` (step, text,
+            verdict, tokens, finish), those ``without_verdict``, and the ``generated_tokens`` and ``prefill_tokens`` of
+            all of them.
 
         Raises:
             DataError: no problem, a solution without steps, or an empty step.
@@ -133,6 +134,7 @@ class GenerativeVerifier(PolicyScorer):
             index = self.form.meaning(named[0][0]) if named else None
             prediction = index if index is not None and -1 <= index < steps else None
         facts = {
+            "form": self.form.id,
             "critiques": [
                 {"step": step, "text": one.text, "verdict": verdict, "tokens": len(one.token_ids), "finish": one.finish}
                 for (step, one), verdict in zip(critiques, verdicts, strict=True)

@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from stepkd.data.encode import sampled_spans
+from stepkd.data.io import fingerprint
 from stepkd.errors import ConfigError, DataError, nearest
 from stepkd.scorers.examples import problem_text
 from stepkd.scorers.rules import RuleScorer
@@ -52,6 +53,11 @@ class CritiqueForm:
             raise ConfigError(
                 f"verdict={self.verdict!r}, words={self.words}: one group, and two different words (any case) or none"
             )
+
+    @cached_property
+    def id(self) -> str:
+        """A short stable hash of the form, which its critiques carry."""
+        return fingerprint([asdict(self)])[:12]
 
     def questions(self, row: Row, steps: Sequence[str]) -> Iterator[tuple[int | None, str]]:
         """What is asked about a solution.
@@ -140,7 +146,7 @@ def get_form(form: str) -> CritiqueForm:
 
 def critique_costs(rows: Sequence[Row]) -> dict[str, int]:
     """What critiques cost, over scored rows: how many there are, without a verdict, and tokens; empty without any."""
-    facts = [row["score_facts"] for row in rows if "critiques" in row.get("score_facts", {})]
+    facts = [row["score_facts"] for row in rows if "critiques" in (row.get("score_facts") or {})]
     names = ("without_verdict", "generated_tokens", "prefill_tokens")
     written = {"critiques": sum(len(each["critiques"]) for each in facts)}
     return written | {name: sum(each[name] for each in facts) for name in names} if facts else {}
@@ -202,7 +208,12 @@ class Tags(RuleScorer):
 
     def provenance(self) -> dict[str, Any]:
         """See :class:`~stepkd.scorers.scorer.StepScorer`."""
-        return {"scorer": "tags", "tags": [self.correct, self.incorrect], "meaning": self.meaning}
+        return {
+            "scorer": "tags",
+            "model": self.path,
+            "tags": [self.correct, self.incorrect],
+            "meaning": self.meaning,
+        }
 
     def _score(self, step: Sequence[tuple[int, float]]) -> float:
         for token, logp in reversed(step):

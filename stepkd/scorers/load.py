@@ -91,13 +91,14 @@ class PRM(_Reader):
         from stepkd.scorers.prm import PRMScorer
 
         if self.head is None and (family := _family(self.path)) in (QwenPRM.family, TRLPRM.family):
-            return _WITH_MODEL[family](self.path, self.template)._load(weights, **reading)  # an export for others
-        policy = load_trained(self.path, **weights)
-        if self.head is not None:
-            policy.attach_step_head(self.head)
-        policy.require_step_head()
-        template = self.template or _known(trained_template(self.path), self.path)
-        scorer = PRMScorer(policy, template=template, **reading)
+            scorer = _WITH_MODEL[family](self.path, self.template)._load(weights, **reading)  # an export for others
+        else:
+            policy = load_trained(self.path, **weights)
+            if self.head is not None:
+                policy.attach_step_head(self.head)
+            policy.require_step_head()
+            template = self.template or _known(trained_template(self.path), self.path)
+            scorer = PRMScorer(policy, template=template, **reading)
         scorer.meaning = self.meaning or scorer.meaning
         return scorer
 

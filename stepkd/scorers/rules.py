@@ -198,7 +198,8 @@ class Arithmetic(RuleScorer):
 
     def provenance(self) -> dict[str, Any]:
         """See :class:`~stepkd.scorers.scorer.StepScorer`."""
-        return {"scorer": "arithmetic", "meaning": self.meaning}
+        unchecked = None if math.isnan(self.unchecked) else self.unchecked
+        return {"scorer": "arithmetic", "unchecked": unchecked, "meaning": self.meaning}
 
     def _score(self, step: str) -> float:
         found = equations(step)

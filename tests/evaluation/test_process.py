@@ -56,8 +56,6 @@ def test_solutions_of_one_problem_are_resampled_together() -> None:
         f1_difference(found, [-1] * 6, labels, **FAST),
         f1_difference(found * 4, [-1] * 24, labels * 4, problems=list(range(6)) * 4, **FAST),
     )
-    assert once
-    assert wide
     assert once["f1"] == wide["f1"]
     never = processbench_f1([-1] * 24, labels * 4, problems=list(range(6)) * 4, **FAST)
     assert never.f1 is not None
@@ -153,11 +151,9 @@ def test_difference_is_paired() -> None:
     labels = rng.integers(-1, 2, size=200).tolist()
     a = [label if rng.random() < 0.5 else 3 for label in labels]
     same = f1_difference(a, a, labels, **FAST)
-    assert same is not None
     assert [(each.value, each.low, each.high) for each in same.values()] == [(0.0, 0.0, 0.0)] * 3
     b = [label if prediction == label or rng.random() < 0.2 else 3 for prediction, label in zip(a, labels, strict=True)]
     found = f1_difference(a, b, labels, **FAST)
-    assert found is not None
     gap = found["f1"]
     for name, kind in (("acc_error", False), ("acc_correct", True)):
         hits = [[p == y for p, y in zip(each, labels, strict=True) if (y == -1) is kind] for each in (a, b)]
@@ -166,10 +162,10 @@ def test_difference_is_paired() -> None:
     assert gap.value == pytest.approx(float(expected))
     assert gap.low > 0  # b is never worse: far narrower than two separate intervals
     back = f1_difference(b, a, labels, **FAST)
-    assert back is not None
     reverse = back["f1"]
     assert (reverse.value, reverse.low, reverse.high) == pytest.approx((-gap.value, -gap.high, -gap.low))
-    assert f1_difference([0], [1], [0]) is None
+    (part,) = f1_difference([0], [1], [0], **FAST).items()
+    assert (part[0], part[1].value) == ("acc_error", -1.0), "without a correct solution there is no F1"
 
 
 # --- first error and threshold --------------------------------------------------------------------------------------

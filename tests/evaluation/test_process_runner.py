@@ -17,6 +17,7 @@ from stepkd.evaluation.config import EvaluatePRMConfig, ReferenceConfig, ScoreCo
 from stepkd.evaluation.process import compare_process, summarise_process
 from stepkd.evaluation.score_rows import _judged, evaluate_process, score_file
 from stepkd.labels.labellers import ScorerLabeller, Solution
+from stepkd.runs.files import write_json, write_jsonl
 from stepkd.runs.job import JobOptions, read_results
 from stepkd.scorers.critiques import Tags
 from stepkd.scorers.rules import Checker
@@ -152,6 +153,24 @@ def test_classes_of_errors_are_compared_by_prm_score(tmp_path: Path) -> None:
     for part, difference in zip(("score", "acc_correct", "acc_incorrect"), found.values(), strict=True):
         scores = [each["sets"][data]["prm_score"]["all"][part]["value"] for each in (a, b)]
         assert difference.value == pytest.approx(scores[1] - scores[0])
+    silent = tmp_path / "silent"
+    write_json(silent / "summary.json", a)
+    rows = read_results(tmp_path / "a")
+    write_jsonl(silent / "results.jsonl", [row | {"scores": [None] * len(row["scores"])} for row in rows])
+    with pytest.warns(UserWarning, match="4 of 4 solutions are not compared"):
+        found = compare_process(tmp_path / "a", silent, (a, a))
+    assert [(name, math.isnan(each.value)) for name, each in found.items()] == [(f"{data}, PRMScore", True)]
+    write_jsonl(silent / "results.jsonl", [row | {"labels": row["labels"][::-1]} for row in rows])
+    with pytest.raises(ConfigError, match="hold different steps or labels under the id"):
+        compare_process(tmp_path / "a", silent, (a, a))
+
+
+def test_cut_off_solutions_are_not_compared_and_counted(data: str, tmp_path: Path) -> None:
+    a = evaluate_process(spec(data, tmp_path / "a"), Scripted(GOOD))
+    b = evaluate_process(spec(data, tmp_path / "b"), Scripted({**GOOD, "4": float("nan")}))
+    with pytest.warns(UserWarning, match="1 of 4 solutions are not compared, as .* lacks scores"):
+        found = compare_process(tmp_path / "a", tmp_path / "b", (a, b))
+    assert all(each.value == 0 for each in found.values()), "what both scored is equal"
 
 
 def test_intervals_resample_problems_under_several_questions() -> None:

@@ -35,7 +35,8 @@ def written(step: int | None, *texts: str, finish: str = "stop") -> list[dict[st
 
 
 def scored(*critiques: dict[str, Any], **more: Any) -> dict[str, Any]:
-    return LABELLED | {"score_facts": {"critiques": list(critiques)}} | more
+    form = FORMS[more.pop("form", "step")].id
+    return LABELLED | {"score_facts": {"form": form, "critiques": list(critiques)}} | more
 
 
 # ---- problems of a critic --------------------------------------------------------------------------------------------
@@ -110,7 +111,8 @@ def test_critiques_that_agree_are_demonstrations_and_the_better_side_of_pairs() 
 
 
 def test_critiques_that_were_cut_off_are_no_demonstrations(tmp_path: Path) -> None:
-    row = scored(*written(None, r"\boxed{1}", finish="length"), *written(None, r"\boxed{01}", r"\boxed{2}"))
+    critiques = [*written(None, r"\boxed{1}", finish="length"), *written(None, r"\boxed{01}", r"\boxed{2}")]
+    row = scored(*critiques, form="processbench")
     found = convert_rows([row], Critiques(form="processbench"))
     Critiques().write(found.rows, tmp_path / "graded.jsonl")
     rows = load_rows(DataConfig(path=str(tmp_path / "graded.jsonl")))
@@ -119,7 +121,7 @@ def test_critiques_that_were_cut_off_are_no_demonstrations(tmp_path: Path) -> No
     assert kept.counts == {"rows": 1, "cut_off": 1, "incorrect_answer": 1}
 
 
-def test_bad_rows() -> None:
+def test_bad_rows(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="a: no step labels"):
         convert_rows([{"id": "a", "prompt": "p", "completions": ["x"]}], Critiques())
     with pytest.raises(ConfigError, match="no form of critiques"):
@@ -134,11 +136,24 @@ def test_bad_rows() -> None:
         convert_rows([LABELLED | {"labels": [True]}], Critiques())
     with pytest.raises(DataError, match=r"none of 1 rows is left \(1 without_a_label\)"):
         convert_rows([LABELLED | {"labels": [None, True, True]}], Critiques(form="processbench"))
-    of_steps = scored({**written(0, "so #### 1")[0], "verdict": "1"})
+    of_steps = scored(*written(0, "so #### 1"), form="task")
     for form in ("processbench", "step"):
-        with pytest.raises(DataError, match="a, column 'score_facts': its critiques are of another form"):
+        with pytest.raises(DataError, match=rf"a, column 'score_facts': .* in form task, and --to\.form is {form}"):
             convert_rows([of_steps], Critiques(form=form))
-    assert convert_rows([of_steps], Critiques(form="task")).counts["agree"] == 1
+    assert convert_rows([of_steps], Critiques(form="task")).counts == {
+        "rows": 1,
+        "agree": 1,
+        "without_a_critique": 1,
+        "without_a_label": 1,
+    }
+    own = tmp_path / "own.yaml"
+    own.write_text(
+        "{prompt: 'Other words. {problem} {steps}', line: '{text}', verdict: '#### *(\\S+)', words: ['1', '0']}"
+    )
+    with pytest.raises(DataError, match=r"in form task, and --to\.form is of a file"):
+        convert_rows([of_steps], Critiques(form=str(own)))
+    with pytest.raises(DataError, match="1 of 2 rows have a Critic's critiques"):
+        convert_rows([of_steps, LABELLED | {"id": "b"}], Critiques(form="task"))
 
 
 # ---- the tiny world's ------------------------------------------------------------------------------------------------

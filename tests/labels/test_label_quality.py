@@ -10,6 +10,7 @@ import pytest
 
 from stepkd.errors import DataError
 from stepkd.labels.quality import label_quality
+from stepkd.statistics import Interval
 
 
 def row(id: str, labels: list[Any], **extra: Any) -> dict[str, Any]:
@@ -94,6 +95,32 @@ def test_shares_of_nothing_are_none() -> None:
     assert found.error_recall is None
     assert found.recoverable is None
     assert found.precision.value == 1.0  # type: ignore[union-attr]
+
+
+def test_a_truth_that_does_not_tell_the_first_error_is_not_held_against_labels() -> None:
+    open_truth = row("a", [True, None, True])
+    rows = [row("a", [True, False, True]), row("b", [True, False])]
+    found = label_quality(rows, [open_truth, row("b", [True, False])])
+    assert found.first_error_accuracy.value == 1.0  # type: ignore[union-attr]
+    assert found.solutions == 2
+    assert label_quality(rows[:1], [open_truth]).first_error_accuracy is None
+
+
+def test_rows_of_one_prompt_are_of_one_problem() -> None:
+    labels = [[True, False], [True, True], [False, True], [True, True]] * 3
+    truth = [row(str(i), [True, True]) for i, _ in enumerate(labels)]
+
+    def interval(**of: str) -> Interval:
+        rows = [
+            row(str(i), each) | {key: form.format(i, i // 4) for key, form in of.items()}
+            for i, each in enumerate(labels)
+        ]
+        return label_quality(rows, truth).accuracy
+
+    together = interval(prompt="p{1}")
+    assert together == interval(problem_id="{1}", prompt="p{0}")
+    apart = interval(prompt="p{0}")
+    assert together.high - together.low > apart.high - apart.low
 
 
 def test_what_is_refused() -> None:

@@ -98,7 +98,7 @@ def test_the_official_prompt_word_for_word(policy: Policy) -> None:
 
 
 def test_a_request_about_each_step_shows_what_stands_before_it(policy: Policy) -> None:
-    scorer, engine = critic(policy, lambda _: boxed("correct"), 1, "step")
+    scorer, engine = critic(policy, lambda _: [r"It is \boxed{\text{Correct}}."], 1, "step")
     messages = Solutions({"id": "x", "prompt": [{"role": "user", "content": "1+1="}]}, [["2\n", "so 2"]])
     assert scorer.score([messages]) == [[[1.0, 1.0]]]
     first, second = engine.requests

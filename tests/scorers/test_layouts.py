@@ -122,6 +122,7 @@ def test_token_classification_gives_the_scores_of_the_run(
     again, found = scores(str(out))
     assert found == pytest.approx(expected, abs=1e-5)
     assert (again.meaning, again.template) == (trained.meaning, trained.template)
+    assert PRM(str(out), meaning="outcome").build(device="cpu").meaning == "outcome"
 
 
 def test_three_classes_keep_what_a_neutral_step_counts_as(tmp_path: Path) -> None:

@@ -166,7 +166,9 @@ def test_the_scorer() -> None:
     ((first, _),) = Arithmetic(unchecked=math.nan).score(asked)
     assert first[:2] == [1.0, 0.0]
     assert all(map(math.isnan, first[2:]))
-    assert load_scorer("arithmetic").provenance() == {"scorer": "arithmetic", "meaning": "correctness"}
+    facts = {"scorer": "arithmetic", "unchecked": 1.0, "meaning": "correctness"}
+    assert load_scorer("arithmetic").provenance() == facts
+    assert Arithmetic(unchecked=math.nan).provenance() == facts | {"unchecked": None}
     assert FocusConfig("arithmetic").weights(first) == (0.0, 1.0, 0.0, 0.0)
 
 
