@@ -19,7 +19,7 @@ from stepkd.data.completion import Completion
 from stepkd.data.encode import Encoder, LabelRule, refused, sampled_spans, step_targets
 from stepkd.data.templates import PromptTemplate, end_ids
 from stepkd.errors import ConfigError, DataError, UnreadableSolution
-from stepkd.steps.format import StepFormat, written_steps
+from stepkd.steps.format import StepFormat, check_steps, written_steps
 from stepkd.steps.segment import Segmenter, Span, get_segmenter, segment
 from stepkd.steps.text import TokenizedText, text_from_ids, tokenize_text, tokenize_texts
 
@@ -84,8 +84,7 @@ class StepEncoder(Encoder):
         Raises:
             DataError: no steps, an empty one, one without a token, or the marker inside a step.
         """
-        if not steps or (not self.takes_blank_steps and any(not step.strip() for step in steps)):
-            raise DataError(f"{len(steps)} steps, some without text: drop empty steps", path=name, column="completions")
+        check_steps(steps, name, blank=self.takes_blank_steps)
         if self.format.marker_place == "prompt_end":
             return self._asked_before(len(steps))
         pieces: list[str] = []

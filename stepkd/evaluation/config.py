@@ -167,8 +167,7 @@ class EvaluateConfig(BenchmarkJobConfig, ParityConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         n = self.drawn.n
-        if n > 1 and self.sampling.temperature == 0:
-            raise ConfigError(f"{n} samples at temperature 0 would all be the same: set sampling.temperature")
+        self.drawn.check_noise("samples")
         if bad := [k for k in self.ks if not 1 <= k <= n]:
             raise ConfigError(f"k={bad[0]} of pass@k: must lie between 1 and the number of samples per problem, {n}")
 

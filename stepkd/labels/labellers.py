@@ -15,8 +15,7 @@ from itertools import chain, groupby
 from typing import Any, Literal, Protocol
 
 from stepkd.data.completion import Completion
-from stepkd.errors import ConfigError, DataError, check_bounds
-from stepkd.sampling.engine import SamplingConfig
+from stepkd.errors import DataError, check_bounds
 from stepkd.scorers.load import load_scorer
 from stepkd.scorers.scorer import ScorerConfig, Solutions, StepScorer, facts_of
 from stepkd.steps.labels import Label, check_threshold, passes
@@ -100,16 +99,6 @@ def outcome_of(row: Row) -> bool | None:
     """
     correct: bool | None = row.get("outcome") if row.get("correct") is None else row["correct"]
     return correct
-
-
-def check_noise(sampling: SamplingConfig, what: str) -> None:
-    """Refuse several greedy samples of one prefix.
-
-    Raises:
-        ConfigError: there is more than one, at temperature 0.
-    """
-    if sampling.n > 1 and sampling.temperature == 0:
-        raise ConfigError(f"{sampling.n} {what} at temperature 0 would all be the same: set a temperature, or n to 1")
 
 
 class LabellerConfig(ABC):

@@ -22,7 +22,7 @@ from stepkd.errors import ConfigError, DataError, check_bounds
 from stepkd.grading.extract import extract_answer, numbers_in
 from stepkd.grading.normalise import canonical_answer
 from stepkd.grading.pool import Grader
-from stepkd.labels.labellers import Labeller, LabellerConfig, Solution, StepLabels, check_noise
+from stepkd.labels.labellers import Labeller, LabellerConfig, Solution, StepLabels
 from stepkd.randomness import stream_key
 from stepkd.sampling.engine import Branch, SamplingConfig, decode_text
 from stepkd.steps.labels import Label, Reduce, passes, reduce_values
@@ -67,7 +67,7 @@ class MonteCarlo(LabellerConfig):
 
     def __post_init__(self) -> None:
         check_bounds("", self)
-        check_noise(self.sampling, "continuations of a step")
+        self.sampling.check_noise("continuations of a step")
         if self.order != "all" and self.reduce != "first_error":
             raise ConfigError(
                 f"order={self.order} looks for the first error and says nothing of the steps behind it, and "

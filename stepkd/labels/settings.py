@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from stepkd.errors import ConfigError, check_bounds
 from stepkd.grading.pool import GradingConfig
-from stepkd.labels.labellers import LabellerConfig, check_noise
+from stepkd.labels.labellers import LabellerConfig
 from stepkd.labels.monte_carlo import MonteCarlo
 from stepkd.models.spec import DType
 from stepkd.runs.job import JobConfig
@@ -77,7 +77,7 @@ class Sampled(SolutionsConfig):
     """Whether only one of several solutions of a problem with the same text is labelled."""
 
     def __post_init__(self) -> None:
-        check_noise(self.sampling, "solutions of a problem")
+        self.sampling.check_noise("solutions of a problem")
 
     @property
     def source(self) -> str:
@@ -250,7 +250,7 @@ class StepPairing:
     def __post_init__(self) -> None:
         check_bounds("", self, max_pairs="[1, inf)")
         check_threshold(self.threshold)
-        check_noise(self.sampling, "continuations of a prefix")
+        self.sampling.check_noise("continuations of a prefix")
 
 
 @dataclass(frozen=True, kw_only=True)

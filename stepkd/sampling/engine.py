@@ -68,6 +68,18 @@ class SamplingConfig:
                 "these cut its distribution; leave top_p at 1 and top_k at 0"
             )
 
+    def check_noise(self, what: str) -> None:
+        """Refuse several greedy completions of one prompt.
+
+        Args:
+            what: what they are, for the message.
+
+        Raises:
+            ConfigError: there is more than one, at temperature 0.
+        """
+        if self.n > 1 and self.temperature == 0:
+            raise ConfigError(f"{self.n} {what} at temperature 0 would all be the same: set a temperature, or n to 1")
+
     def room(self, what: str, tokens: int, context: int | None) -> int:
         """Most tokens that a completion may have.
 

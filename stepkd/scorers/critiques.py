@@ -21,7 +21,7 @@ from stepkd.scorers.examples import problem_text
 from stepkd.scorers.rules import RuleScorer
 from stepkd.scorers.scorer import Row, Solutions
 from stepkd.settings import build_settings
-from stepkd.steps.format import marker_token_id
+from stepkd.steps.format import check_steps, marker_token_id
 from stepkd.steps.labels import first_incorrect
 from stepkd.yaml_files import mapping, read_yaml
 
@@ -75,8 +75,7 @@ class CritiqueForm:
         name, problem = str(row.get("id", "?")), problem_text(row)
         if not problem:
             raise DataError("the row has no problem to show to the critic", path=name, column="prompt")
-        if not steps or any(not step.strip() for step in steps):
-            raise DataError(f"{len(steps)} steps, some without text: drop empty steps", path=name, column="completions")
+        check_steps(steps, name)
         lines = [_filled(self.line, index=k, number=k + 1, text=step.rstrip("\n")) for k, step in enumerate(steps)]
         for k in range(len(steps)) if self.words else (len(steps) - 1,):
             shown = "".join(lines[: k + 1]).strip()

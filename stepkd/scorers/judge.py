@@ -37,7 +37,7 @@ from stepkd.sampling.transformers_engine import TransformersEngine
 from stepkd.scorers.examples import Ideas, StepExamples, problem_text
 from stepkd.scorers.prm import Ids, Item, PolicyScorer, continue_rows, packed
 from stepkd.scorers.scorer import Meaning, Row, Solutions
-from stepkd.steps.format import marker_token_id
+from stepkd.steps.format import check_steps, marker_token_id
 
 JUDGE_TEMPLATE = PromptTemplate(plain="{prompt}\nAnswer:")
 """Chat style asks as a user; plain style ends where the answer begins."""
@@ -133,8 +133,7 @@ class PromptedJudge(PolicyScorer):
 
     def _case(self, problem: Solutions, steps: Sequence[str]) -> Item:
         name = str(problem.row.get("id", "?"))
-        if not steps or any(not step.strip() for step in steps):
-            raise DataError(f"{len(steps)} steps, some without text: drop empty steps", path=name, column="completions")
+        check_steps(steps, name)
         head, behind = self._head(problem.row, name)
         leads = self._examples(problem.row, steps)
         ids: Ids = ()

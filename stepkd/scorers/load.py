@@ -247,11 +247,7 @@ class Critic(_Reader):
                 f"template {self.template!r} asks for a solution, and a critic is asked for a critique: drop it, or "
                 "give a YAML file"
             )
-        if self.sampling.n > 1 and self.sampling.temperature == 0:
-            raise ConfigError(
-                f"scorer.sampling: {self.sampling.n} critiques at temperature 0 would all be the same: set a "
-                "temperature, or n to 1"
-            )
+        self.sampling.check_noise("critiques")
 
     def _load(self, weights: dict[str, Any], **reading: Any) -> Any:
         from stepkd.models.checkpoint import load_trained

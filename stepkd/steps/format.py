@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from stepkd.errors import ConfigError, check_bounds
+from stepkd.errors import ConfigError, DataError, check_bounds
 
 Meaning = Literal["correctness", "value", "outcome"]
 """What a score estimates: that the step is correct, that the answer will be correct from here on (Monte-Carlo labels),
@@ -44,6 +44,25 @@ class StepFormat:
             raise ConfigError("the step marker is empty text: name a token, 'auto', or null for no marker")
         if self.marker is None and self.marker_place != "step_end":
             raise ConfigError(f"marker_place {self.marker_place!r} needs a marker")
+
+
+def check_steps(steps: Sequence[str], name: str, *, blank: bool = False) -> None:
+    """Refuse a solution that cannot be scored.
+
+    Args:
+        steps: texts of its steps.
+        name: the row's, for the message.
+        blank: whether steps without text are allowed.
+
+    Raises:
+        DataError: no step, or one without text.
+    """
+    if not steps:
+        raise DataError("no steps: drop the row", path=name, column="completions")
+    if not blank and (empty := [k for k, step in enumerate(steps) if not step.strip()]):
+        raise DataError(
+            f"step {empty[0]} of {len(steps)}, from 0, has no text: drop empty steps", path=name, column="completions"
+        )
 
 
 def written_steps(steps: Sequence[str], separator: str = "\n", *, close_last: bool = False) -> tuple[str, ...]:

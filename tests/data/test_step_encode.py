@@ -378,8 +378,8 @@ def test_nothing_left_is_an_error_with_the_counts(
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"completions": []}, "0 steps, some without text"),
-        ({"completions": ["1", " \n", "2"]}, "3 steps, some without text: drop empty steps"),
+        ({"completions": []}, "no steps: drop the row"),
+        ({"completions": ["1", " \n", "2"]}, "step 1 of 3, from 0, has no text: drop empty steps"),
         ({"labels": [True, False]}, "2 labels for 3 steps"),
         ({"labels": None}, "no step labels: label the row first"),
         ({"labels": [0.5, float("nan"), 1.0]}, "label 2 of 3 is nan"),

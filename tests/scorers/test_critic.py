@@ -285,7 +285,7 @@ def test_bad_input(policy: Policy) -> None:
     with pytest.raises(ConfigError, match=r"no form of critiques 'stop'.* Did you mean 'step'"):
         load.Critic("m", form="stop")
     scorer, _ = critic(policy, lambda _: boxed("-1"), 1, "processbench")
-    with pytest.raises(DataError, match="x, column 'completions': 2 steps, some without text"):
+    with pytest.raises(DataError, match="x, column 'completions': step 1 of 2, from 0, has no text"):
         scorer.score([Solutions({"id": "x", "prompt": "1"}, [["a", " "]])])
     with pytest.raises(DataError, match="x, column 'prompt': the row has no problem"):
         scorer.score([Solutions({"id": "x"}, [["a"]])])

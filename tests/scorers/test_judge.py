@@ -232,9 +232,9 @@ def test_bad_input(policy: Policy) -> None:
         PromptedJudge(policy, max_rows=0, **Y)
     judge = PromptedJudge(policy, **Y)
     assert judge.template is JUDGE_TEMPLATE
-    with pytest.raises(DataError, match="x, column 'completions': 2 steps, some without text"):
+    with pytest.raises(DataError, match="x, column 'completions': step 1 of 2, from 0, has no text"):
         judge.score([Solutions({"id": "x", "prompt": "1"}, [["a", " "]])])
-    with pytest.raises(DataError, match="0 steps"):
+    with pytest.raises(DataError, match="no steps: drop the row"):
         judge.score([Solutions({"id": "x", "prompt": "1"}, [[]])])
     with pytest.raises(DataError, match="x, column 'prompt': the row has no problem"):
         judge.score([Solutions({"id": "x"}, [["a"]])])

@@ -277,9 +277,9 @@ def test_bad_input(make_policy: MakePolicy) -> None:
     assert scorer.score([Solutions({"id": "x", "prompt": "1"}, [])]) == [[]]
     with pytest.raises(DataError, match="x, column 'prompt'"):
         scorer.score([Solutions({"id": "x"}, [["a"]])])
-    with pytest.raises(DataError, match="x, column 'completions': 0 steps"):
+    with pytest.raises(DataError, match="x, column 'completions': no steps"):
         scorer.score([Solutions({"id": "x", "prompt": "1"}, [[]])])
-    with pytest.raises(DataError, match="2 steps, some without text"):
+    with pytest.raises(DataError, match="step 1 of 2, from 0, has no text"):
         score_one(scorer, "1", ["a", " \n"])
     unread = scorer.score([Solutions({"id": "x", "prompt": "1"}, [["a ~ b", "c"], ["a", "c"]])])[0]
     assert [math.isnan(score) for score in unread[0]] == [True, True]
