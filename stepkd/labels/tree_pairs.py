@@ -20,7 +20,7 @@ from stepkd.labels.settings import StepScore, TreePairConfig
 from stepkd.labels.workbench import Workbench, pair_record
 from stepkd.models.policy import Policy
 from stepkd.runs.job import Job
-from stepkd.sampling.engine import Engine, before_stop
+from stepkd.sampling.engine import Engine
 from stepkd.sampling.transformers_engine import encode_prompts, fixed_batches
 from stepkd.scorers.rules import Checker
 from stepkd.scorers.scorer import StepScorer
@@ -65,7 +65,7 @@ class GoldSteps:
     def is_cut(self, problem: Problem) -> bool:
         """Whether the solution holds a string that ends a sampled one, so that the policy cannot write it."""
         solution = str(problem.row["solution"])
-        return before_stop(solution, self.generator.sampling.stop) != solution
+        return self.generator.sampling.before_stop(solution) != solution
 
     def _rest(self, state: State) -> tuple[int, ...]:
         if self.is_cut(state.problem):

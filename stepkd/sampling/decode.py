@@ -29,7 +29,7 @@ from stepkd.models.policy import Policy
 from stepkd.randomness import generator
 from stepkd.sampling.cache import Prefixes, Reading, close_up, make_room, padded, room_for
 from stepkd.sampling.draw import Draw, draw, entropies
-from stepkd.sampling.engine import Progress, SamplingConfig, before_stop, decode_text
+from stepkd.sampling.engine import Progress, SamplingConfig, decode_text
 
 _STOP_WINDOW = 8  # tokens looked at beyond the longest stop string's bytes
 
@@ -212,7 +212,7 @@ class Decoder:
                 raw_logprobs=np.asarray(row.raw_logprobs),
                 entropies=UNKNOWN if row.entropies is None else np.asarray(row.entropies),
                 finish=row.finish or "length",
-                text=before_stop(decode_text(self.policy.tokenizer, row.token_ids), spec.stop),
+                text=spec.before_stop(decode_text(self.policy.tokenizer, row.token_ids)),
                 sample=row.sample_index,
             )
             for row in rows

@@ -103,6 +103,10 @@ class SamplingConfig:
             )
         return self.longest if context is None else min(self.longest, context - tokens)
 
+    def before_stop(self, text: str) -> str:
+        """A completion's text up to the earliest of the stop strings; all of it where none occurs."""
+        return text[: min((found for stop in self.stop if (found := text.find(stop)) >= 0), default=len(text))]
+
     @property
     def different(self) -> int:
         """Completions of a prompt that can differ: ``n``, and 1 of what is greedy, of which vLLM gives no more."""
@@ -412,16 +416,3 @@ def decode_text(tokenizer: Any, token_ids: Sequence[int]) -> str:
         token_ids: of a completion, the end token included or not.
     """
     return str(tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-
-def before_stop(text: str, stops: Sequence[str]) -> str:
-    """The text before the first stop string.
-
-    Args:
-        text: of a completion.
-        stops: strings, none of them empty.
-
-    Returns:
-        The text up to the earliest of them; all of it where none occurs.
-    """
-    return text[: min((found for stop in stops if (found := text.find(stop)) >= 0), default=len(text))]

@@ -23,7 +23,7 @@ from stepkd.models.policy import Policy
 from stepkd.randomness import stream_key
 from stepkd.runs.process import group_rank
 from stepkd.sampling.client import START, Client
-from stepkd.sampling.engine import Engine, Progress, SamplingConfig, Scores, Wanted, before_stop, decode_text
+from stepkd.sampling.engine import Engine, Progress, SamplingConfig, Scores, Wanted, decode_text
 from stepkd.sampling.follow import FollowCheck
 from stepkd.sampling.weights import WeightSender
 
@@ -77,7 +77,7 @@ def to_completion(
                 "often, does the server hold the policy's model?", policy.vocab_size, engine.cut_off,
             )  # fmt: skip
     text = decode_text(policy.tokenizer, ids)
-    cut = before_stop(text, spec.stop)
+    cut = spec.before_stop(text)
     finish: Finish = "stop" if (ids[-1] in policy.eos_ids and not is_cut) or cut != text else "length"
     return Completion(
         np.asarray(prompt),

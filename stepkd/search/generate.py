@@ -29,7 +29,7 @@ from stepkd.errors import ConfigError, DataError, check_bounds, check_choice
 from stepkd.grading.pool import Grader
 from stepkd.models.checkpoint import sampled_by
 from stepkd.models.policy import Policy
-from stepkd.sampling.engine import Engine, SamplingConfig, before_stop, decode_text
+from stepkd.sampling.engine import Engine, SamplingConfig, decode_text
 from stepkd.scorers.scorer import Reduction, Solutions, StepScorer, default_reduction, facts_of, reduce_scores
 from stepkd.search.state import (
     Costs,
@@ -255,7 +255,7 @@ class SampledSteps:
             and self._room(draft, self.max_step_tokens) >= 1
             and draft.token_ids[-1] not in self.policy.eos_ids
             and not (text := decode_text(self.policy.tokenizer, draft.token_ids)).strip()
-            and before_stop(draft.state.text + text, self.sampling.stop) == draft.state.text + text
+            and self.sampling.before_stop(draft.state.text + text) == draft.state.text + text
         )
 
     def _behind(self, draft: _Draft) -> TokenizedText:
@@ -289,7 +289,7 @@ class SampledSteps:
 
     def _until_stop(self, state: State, text: str) -> str:
         """The new text before a string that ends the solution; such a string may begin in an earlier step."""
-        return before_stop(state.text + text, self.sampling.stop)[len(state.text) :]
+        return self.sampling.before_stop(state.text + text)[len(state.text) :]
 
 
 @dataclass(eq=False)
