@@ -105,7 +105,7 @@ def test_commands_can_be_pasted() -> None:
     assert len(commands()) > 15
     for words in commands():
         for word in words:
-            assert not re.search(r"\b[A-Z]{4,}\b", word), f"{words}: {word} is to be filled in"
+            assert word == "VLLM" or not re.search(r"\b[A-Z]{4,}\b", word), f"{words}: {word} is to be filled in"
 
 
 def named(words: Sequence[str]) -> set[str]:
