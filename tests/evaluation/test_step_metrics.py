@@ -109,7 +109,7 @@ def test_steps_that_cannot_be_judged() -> None:
         labelled_steps([[0.5]], [[1, 1]])
     with pytest.raises(DataError, match=r"label -1, score 0\.5: a label is True, False or None"):
         labelled_steps([[0.5]], [[-1]])
-    with pytest.raises(DataError, match="no labelled step to judge"):
+    with pytest.raises(DataError, match="none of the steps of 1 solutions has a label"):
         labelled_steps([[0.5]], [[None]])
 
 
