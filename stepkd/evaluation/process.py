@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -194,10 +195,10 @@ def _predicted(row: Row, threshold: float) -> int:
 
 
 def compare_process(a: str | Path, b: str | Path, summaries: tuple[Row, Row], *, seed: int = 0) -> dict[str, Interval]:
-    """F1 and both accuracies of B minus those of A on the solutions both scored, per set and rule; what a critic leaves
-    without a score is a miss. Of sets whose rows name classes of errors PRMScore and its accuracies at the fixed
-    threshold, of solutions with all scores, with intervals over problems. Solutions that are left out are counted in a
-    warning; the difference of a set without any left is NaN.
+    """F1 and both accuracies of B minus those of A, per set that both have and rule, on solutions whose first error is
+    known; one that a critic leaves without a score is a miss. Of sets whose rows name classes of errors PRMScore and
+    its accuracies at the fixed threshold. Intervals over problems. A warning counts the solutions that are left out;
+    the difference of a set without any left is NaN.
 
     Args:
         a, b: two folders of :func:`~stepkd.evaluation.score_rows.evaluate_process`.
@@ -211,29 +212,39 @@ def compare_process(a: str | Path, b: str | Path, summaries: tuple[Row, Row], *,
         then ``"<set>, PRMScore, correct steps"`` and ``"<set>, PRMScore, incorrect steps"``.
 
     Raises:
-        ConfigError: no set in common, or other solutions or labels under the same id.
+        ConfigError: no solution in common, or other problems, steps or labels under the same id.
     """
     sides = [{row["id"]: row for row in read_results(folder)} for folder in (a, b)]
     shared: dict[str, list[str]] = {}
     for i, row in sides[0].items():
-        if i not in sides[1] or row["first_error"] is None:
+        if (other := sides[1].get(i)) is None:
             continue
-        if any(sides[1][i].get(key) != row.get(key) for key in ("completions", "steps", "labels")):
+        if problem_key(row) != problem_key(other) or any(row[key] != other[key] for key in ("completions", "labels")):
             raise ConfigError(
-                f"{a} and {b} hold different steps or labels under the id {i!r}: evaluate both on the same data"
+                f"{a} and {b} hold different problems, steps or labels under the id {i!r}: evaluate both on the same "
+                "data"
             )
         shared.setdefault(row["set"], []).append(i)
     if not shared:
-        raise ConfigError(f"{a} and {b} have no scored solution in common: evaluate both on the same data")
+        raise ConfigError(f"{a} and {b} have no solution in common: evaluate both on the same data")
     differences: dict[str, Interval] = {}
     for name, ids in shared.items():
-        classes = [i for i in ids if sides[0][i].get("error_type") is not None]
-        whole = [i for i in classes or ids if all(_whole(side[i]) if classes else _counts(side[i]) for side in sides)]
-        if left_out := len(classes or ids) - len(whole):
+        classes = any(sides[0][i].get("error_type") is not None for i in ids)
+        left_out, whole = Counter[str](), list[str]()
+        of_both = sum(row["set"] == name for side in sides for row in side.values())
+        left_out["only one of both has"] = of_both - 2 * len(ids)
+        for i in ids:
+            if classes and sides[0][i].get("error_type") is None:
+                left_out["name no class of error"] += 1
+            elif not classes and sides[0][i]["first_error"] is None:
+                left_out["have labels that leave the first error open"] += 1
+            elif not all((_whole if classes else _counts)(side[i]) for side in sides):
+                left_out["lack scores of steps (cut off: raise max_length, or max_new_tokens)"] += 1
+            else:
+                whole.append(i)
+        if reasons := "; ".join(f"{count} {reason}" for reason, count in left_out.items() if count):
             warnings.warn(
-                f"{name}: {left_out} of {left_out + len(whole)} solutions are not compared, as {a} or {b} lacks scores "
-                "of their steps (cut off, or no verdict): raise max_length or max_new_tokens",
-                stacklevel=2,
+                f"{name}: {len(whole)} solutions of {a} and {b} are compared, others are not: {reasons}", stacklevel=2
             )
         if not whole:
             what = "PRMScore" if classes else "fixed"
@@ -246,9 +257,8 @@ def compare_process(a: str | Path, b: str | Path, summaries: tuple[Row, Row], *,
             for part, each in prm_score_difference(a_rows, b_rows, fixed, seed=seed).items():
                 differences[f"{name}, PRMScore{parts[part]}"] = each
             continue
-        ids = whole
-        labels = [sides[0][i]["first_error"] for i in ids]
-        problems = [problem_key(sides[0][i]) for i in ids]
+        labels = [sides[0][i]["first_error"] for i in whole]
+        problems = [problem_key(sides[0][i]) for i in whole]
         critics = ["predicted" in summary["sets"].get(name, ()) for summary in summaries]
         for rule, key in (("fixed", "threshold"), ("own", "threshold"), ("tuned", "tuned_threshold")):
             thresholds = [summary[key] for summary in summaries]
@@ -257,7 +267,7 @@ def compare_process(a: str | Path, b: str | Path, summaries: tuple[Row, Row], *,
             a_found, b_found = (
                 [
                     _or_miss(side[i]["prediction"], side[i]) if rule == "own" and critic else _predicted(side[i], value)
-                    for i in ids
+                    for i in whole
                 ]
                 for side, value, critic in zip(sides, thresholds, critics, strict=True)
             )

@@ -137,11 +137,10 @@ def _written(row: Row, form: CritiqueForm) -> list[dict[str, Any]] | None:
     facts = row.get("score_facts") or {}
     critiques: list[dict[str, Any]] | None = facts.get("critiques")
     if critiques is not None and facts.get("form") != form.id:
-        known = {each.id: name for name, each in FORMS.items()}
-        asked, named = (known.get(str(each), "of a file") for each in (facts.get("form"), form.id))
+        asked = next((name for name, each in FORMS.items() if each.id == facts.get("form")), None)
+        why = f"were asked for in form {asked}" if asked else "name another form than --to.form, or none"
         raise DataError(
-            f"its critiques were asked for in form {asked}, and --to.form is {named}: give the Critic's form, or score "
-            "the rows again",
+            f"its critiques {why}: give --to.form the Critic's, or score the rows again",
             path=str(row.get("id", "?")),
             column="score_facts",
         )

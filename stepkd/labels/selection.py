@@ -78,8 +78,6 @@ class Selected(ConverterConfig):
         counts = Counter[str]()
         others = [{str(row["id"]): row for row in load_rows(parse_spec(word))} for word in self.members]
         known = [] if self.labelled is None else load_rows(parse_spec(self.labelled))
-        if any(row.get("step_scores") is None for row in known):
-            raise DataError("a row has no step scores: score them first (stepkd score)", path=self.labelled)
         centres = [each for row in known if (each := _candidate([row])).means_S.size]
         if known and len(scorers := {_scorer(row) for row in (*rows, *known)} - {None}) > 1:
             raise DataError(
@@ -140,7 +138,7 @@ def _candidate(versions: Sequence[Row]) -> Candidate:
     """
     name = str(versions[0].get("id", "?"))
     if any(row.get("step_scores") is None for row in versions):
-        raise DataError("no step scores: score the pool first (stepkd score)", path=name, column="step_scores")
+        raise DataError("no step scores: score it first (stepkd score)", path=name, column="step_scores")
     files = [list(row["step_scores"]) for row in versions]
     heads = [each for row in versions for each in (row.get("score_facts") or {}).get("members", [row["step_scores"]])]
     scores = files + heads

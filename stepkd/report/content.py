@@ -221,11 +221,12 @@ def _f1_differences(judged: Sequence[Folder]) -> Iterator[tuple[str, Mapping[str
     from stepkd.evaluation.process import compare_process
 
     for a, b in combinations([folder for folder in judged if folder.summary], 2):
-        try:
-            for name, found in compare_process(a.path, b.path, (a.summary, b.summary)).items():
-                yield f"{b.name} minus {a.name}: {name}", found.to_dict()
-        except StepkdError:  # no solution in common
-            continue
+        if a.summary.get("sets", {}).keys() & b.summary.get("sets", {}).keys():
+            try:
+                for name, found in compare_process(a.path, b.path, (a.summary, b.summary)).items():
+                    yield f"{b.name} minus {a.name}: {name}", found.to_dict()
+            except StepkdError as error:
+                yield f"{b.name} minus {a.name}: {error}", {}
 
 
 def _score_plots(folder: str, sets: Mapping[str, Any]) -> Iterator[Figure]:

@@ -78,7 +78,9 @@ class SamplingConfig:
             ConfigError: there is more than one, at temperature 0.
         """
         if self.n > 1 and self.temperature == 0:
-            raise ConfigError(f"{self.n} {what} at temperature 0 would all be the same: set a temperature, or n to 1")
+            raise ConfigError(
+                f"{self.n} {what} at temperature 0 would all be the same: set sampling.temperature, or draw one"
+            )
 
     def room(self, what: str, tokens: int, context: int | None) -> int:
         """Most tokens that a completion may have.

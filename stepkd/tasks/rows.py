@@ -29,8 +29,11 @@ class Noise:
     combinations that are mislearnt. In [0, 1]."""
     kind: Literal["random", "systematic"] = "random"
     """``random``: every line slips independently, to an incorrect result drawn afresh. ``systematic``: whether a line
-    slips, and to what, is a fixed function of its operands and operator (for the cellular automaton the whole row, for
-    the star graph the node and the goal)."""
+    can slip, and to what, is a fixed function of its operands and operator (for the cellular automaton the whole row,
+    for the star graph the node and the goal)."""
+    often: float = 1.0
+    """Systematic: the probability that mislearnt operands do slip, each time they come up. In [0, 1]; random slips have
+    only the rate."""
     recover: float = 0.5
     """Probability that a slip is silently recovered: the lines after it go on from the true values, as if no line had
     slipped yet. Otherwise they carry it on. In [0, 1]."""
@@ -38,7 +41,11 @@ class Noise:
     """Which operands are mislearnt (systematic); which lines slip (random), together with the caller's generator."""
 
     def __post_init__(self) -> None:
-        check_bounds("noise ", self, rate="[0, 1]", recover="[0, 1]", seed="[0, inf)")
+        check_bounds("noise ", self, rate="[0, 1]", often="[0, 1]", recover="[0, 1]", seed="[0, inf)")
+        if self.kind == "random" and self.often != 1.0:
+            raise ConfigError(
+                f"noise often={self.often} with kind=random: give the probability of a random slip as rate"
+            )
 
 
 def demonstration(
@@ -73,6 +80,7 @@ def _noisy_steps(task: Task, problem: TaskProblem, rng: random.Random, noise: No
             slip = draws.choice(incorrect) if incorrect and draws.random() < noise.rate else None
         else:
             slip = _mislearnt(task, task.operands(problem, believed, step), incorrect, noise) if incorrect else None
+            slip = slip if noise.often == 1.0 or draws.random() < noise.often else None
         steps.append(step if slip is None else slip)
         recovered = slip is not None and draws.random() < noise.recover
         believed = truth[: index + 1] if recovered else [*believed, steps[-1]]

@@ -304,7 +304,7 @@ def test_real_problems(name: str, spec: EvaluateConfig, policy: Policy, data_dir
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"n": 2}, "2 samples at temperature 0 would all be the same: set a temperature"),
+        ({"n": 2}, "2 samples at temperature 0 would all be the same: set sampling.temperature"),
         ({"limit": 0}, "limit=0: must be at least 1"),
         ({"max_rows": 0}, "max_rows=0"),
         ({"benchmark": "aime24", "benchmark_samples": True}, "64 samples at temperature 0 would all be the same"),

@@ -138,7 +138,7 @@ def test_bad_rows(tmp_path: Path) -> None:
         convert_rows([LABELLED | {"labels": [None, True, True]}], Critiques(form="processbench"))
     of_steps = scored(*written(0, "so #### 1"), form="task")
     for form in ("processbench", "step"):
-        with pytest.raises(DataError, match=rf"a, column 'score_facts': .* in form task, and --to\.form is {form}"):
+        with pytest.raises(DataError, match=rf"a, column 'score_facts': .* in form task: give --to\.form"):
             convert_rows([of_steps], Critiques(form=form))
     assert convert_rows([of_steps], Critiques(form="task")).counts == {
         "rows": 1,
@@ -150,8 +150,11 @@ def test_bad_rows(tmp_path: Path) -> None:
     own.write_text(
         "{prompt: 'Other words. {problem} {steps}', line: '{text}', verdict: '#### *(\\S+)', words: ['1', '0']}"
     )
-    with pytest.raises(DataError, match=r"in form task, and --to\.form is of a file"):
+    with pytest.raises(DataError, match=r"were asked for in form task: give --to\.form the Critic's"):
         convert_rows([of_steps], Critiques(form=str(own)))
+    unnamed = scored(*written(0, "so #### 1")) | {"score_facts": {"critiques": written(0, "so #### 1")}}
+    with pytest.raises(DataError, match=r"name another form than --to\.form, or none: .* score the rows again"):
+        convert_rows([unnamed], Critiques(form="task"))
     with pytest.raises(DataError, match="1 of 2 rows have a Critic's critiques"):
         convert_rows([of_steps, LABELLED | {"id": "b"}], Critiques(form="task"))
 

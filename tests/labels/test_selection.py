@@ -174,8 +174,11 @@ def test_rows_that_cannot_be_selected_are_counted(tmp_path: Path) -> None:
 
 def test_pools_and_members_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     bare = {name: value for name, value in scored("a/0", [0.5]).items() if name != "step_scores"}
-    with pytest.raises(DataError, match="a/0, column 'step_scores': no step scores: score the pool first"):
+    with pytest.raises(DataError, match="a/0, column 'step_scores': no step scores: score it first"):
         convert_rows([bare], Selected(count=1, by="k_center"))
+    known = write(tmp_path / "bare.jsonl", [bare])
+    with pytest.raises(DataError, match="a/0, column 'step_scores': no step scores: score it first"):
+        convert_rows([scored("b/0", [0.5])], Selected(count=1, by="k_center", labelled=known))
     for value in (1.5, float("nan")):
         with pytest.raises(DataError, match=r"a/0.*numbers in \[0, 1\] or null"):
             convert_rows([scored("a/0", [0.5, value])], Selected(count=1, by="uncertainty"))

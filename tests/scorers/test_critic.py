@@ -76,6 +76,9 @@ def critic(policy: Policy, script: Callable[[str], Sequence[str]], votes: int, f
     return GenerativeVerifier(policy, form=form, sampling=sampling, template=PLAIN, engine=engine, **reading), engine
 
 
+CORRECT = r"It is \boxed{\text{Correct}}.", r"\boxed{ \textbf{correct} }"
+
+
 def boxed(*verdicts: str | None) -> list[str]:
     """A critique with each verdict, and an earlier box that does not count."""
     return ["no." if each is None else rf"\boxed{{7}} so \boxed{{ {each} }}." for each in verdicts]
@@ -98,7 +101,7 @@ def test_the_official_prompt_word_for_word(policy: Policy) -> None:
 
 
 def test_a_request_about_each_step_shows_what_stands_before_it(policy: Policy) -> None:
-    scorer, engine = critic(policy, lambda _: [r"It is \boxed{\text{Correct}}."], 1, "step")
+    scorer, engine = critic(policy, lambda request: [CORRECT[r"step 2" in request]], 1, "step")
     messages = Solutions({"id": "x", "prompt": [{"role": "user", "content": "1+1="}]}, [["2\n", "so 2"]])
     assert scorer.score([messages]) == [[[1.0, 1.0]]]
     first, second = engine.requests

@@ -116,6 +116,27 @@ def test_systematic_slips_are_a_function_of_the_operands(spec: str) -> None:
     assert abs(mislearnt / len(written) - 0.3) < 4 * math.sqrt(0.3 * 0.7 / len(written))
 
 
+def test_mislearnt_operands_slip_as_often_as_is_set_and_always_to_the_same_result() -> None:
+    task = get_task("modular:terms=4-8,operators=+-")
+    always, often = (Noise(0.2, kind="systematic", often=share, recover=0.0, seed=5) for share in (1.0, 0.3))
+    slips: dict[str, str] = {}
+    seen: dict[str, list[str]] = defaultdict(list)
+    for index in range(1500):
+        problem = task.problem(keyed_rng("often", index))
+        for noise in (always, often):
+            for step in demonstration(task, problem, keyed_rng("any", index), noise)[0][:-1]:
+                operands, result = step.split("=")
+                true = eval(operands) % 10 == int(result)  # digits and operators of our own lines
+                if noise is always and not true:
+                    slips[operands] = result
+                elif noise is often:
+                    seen[operands].append("" if true else result)
+    assert all(set(results) <= {"", slips.get(operands)} for operands, results in seen.items())
+    results = [result for operands in slips for result in seen[operands]]
+    share = sum(map(bool, results)) / len(results)
+    assert abs(share - 0.3) < 4 * math.sqrt(0.3 * 0.7 / len(results))
+
+
 def test_systematic_slips_of_a_row_are_a_function_of_the_row_before() -> None:
     task, noise = get_task("cellular:width=6,steps=1-4"), Noise(0.4, kind="systematic", recover=0.0)
     follows: dict[str, set[str]] = defaultdict(set)
@@ -162,6 +183,8 @@ def test_seeds_choose_other_slips() -> None:
         ({"rate": float("nan")}, "noise rate=nan: must lie in [0, 1]"),
         ({"rate": 0.1, "recover": -1}, "noise recover=-1: must lie in [0, 1]"),
         ({"rate": 0.1, "kind": "sistematic"}, "unknown noise kind 'sistematic': did you mean 'systematic'?"),
+        ({"rate": 0.1, "often": 1.1}, "noise often=1.1: must lie in [0, 1]"),
+        ({"rate": 0.1, "often": 0.5}, "give the probability of a random slip as rate"),
         ({"rate": 0.1, "seed": -1}, "noise seed=-1: must be 0 or positive"),
     ],
 )
