@@ -66,6 +66,21 @@ def test_claims_of_one_run_share_jobs() -> None:
             assert any(own & each for each in others), name
 
 
+def test_claims_on_chains_train_their_teacher_alike() -> None:
+    """base/chains and the claims that cannot be based on it, too: else a seed's models are trained twice."""
+    found: dict[tuple[str, str], set[str]] = {}
+    for claim in (claim_of(path) for path in CLAIMS if claim_of(path).run == "chains"):
+        jobs_of: dict[str, dict[str, Any]] = {}
+        asked = Arm(claim, "main", next(iter(claim.arms)), claim.seeds[0], partial(_noted, jobs_of))
+        for metric in claim.metrics:
+            asked.source(metric)
+        for name in ("short", "teacher"):
+            key = name, str(claim.variants["main"]["clean_task"])
+            found.setdefault(key, set()).add(json.dumps(jobs_of[name]))
+    assert {name for name, _ in found} == {"short", "teacher"}
+    assert all(len(each) == 1 for each in found.values()), found
+
+
 @pytest.mark.parametrize("path", CLAIMS, ids=lambda path: path.stem)
 def test_the_two_arms_of_a_statement_have_different_numbers(path: Path) -> None:
     """Another job, or another column of it: else the difference is 0 on every seed. All metrics come from jobs."""

@@ -138,7 +138,7 @@ def test_bad_rows(tmp_path: Path) -> None:
         convert_rows([LABELLED | {"labels": [None, True, True]}], Critiques(form="processbench"))
     of_steps = scored(*written(0, "so #### 1"), form="task")
     for form in ("processbench", "step"):
-        with pytest.raises(DataError, match=rf"a, column 'score_facts': .* in form task: give --to\.form"):
+        with pytest.raises(DataError, match=r"a, column 'score_facts': .* in form task: give --to\.form"):
             convert_rows([of_steps], Critiques(form=form))
     assert convert_rows([of_steps], Critiques(form="task")).counts == {
         "rows": 1,
