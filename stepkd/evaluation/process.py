@@ -195,10 +195,10 @@ def _predicted(row: Row, threshold: float) -> int:
 
 
 def compare_process(a: str | Path, b: str | Path, summaries: tuple[Row, Row], *, seed: int = 0) -> dict[str, Interval]:
-    """F1 and both accuracies of B minus those of A, per set that both have and rule, on solutions whose first error is
-    known; one that a critic leaves without a score is a miss. Of sets whose rows name classes of errors PRMScore and
-    its accuracies at the fixed threshold. Intervals over problems. A warning counts the solutions that are left out;
-    the difference of a set without any left is NaN.
+    """F1 and both accuracies of B minus those of A, per set that both have and rule, on solutions whose first error
+    is known; one that a critic leaves without a score is a miss. Of sets whose rows name classes of errors PRMScore
+    and its accuracies at the fixed threshold, of solutions with all scores. Intervals over problems. A warning counts
+    the solutions that are left out; the difference of a set without any left is NaN.
 
     Args:
         a, b: two folders of :func:`~stepkd.evaluation.score_rows.evaluate_process`.
@@ -212,16 +212,16 @@ def compare_process(a: str | Path, b: str | Path, summaries: tuple[Row, Row], *,
         then ``"<set>, PRMScore, correct steps"`` and ``"<set>, PRMScore, incorrect steps"``.
 
     Raises:
-        ConfigError: no solution in common, or other problems, steps or labels under the same id.
+        ConfigError: no solution in common, or other prompts, steps or labels under the same id.
     """
     sides = [{row["id"]: row for row in read_results(folder)} for folder in (a, b)]
     shared: dict[str, list[str]] = {}
     for i, row in sides[0].items():
         if (other := sides[1].get(i)) is None:
             continue
-        if problem_key(row) != problem_key(other) or any(row[key] != other[key] for key in ("completions", "labels")):
+        if any(row.get(key) != other.get(key) for key in ("prompt", "problem_id", "completions", "labels")):
             raise ConfigError(
-                f"{a} and {b} hold different problems, steps or labels under the id {i!r}: evaluate both on the same "
+                f"{a} and {b} hold different prompts, steps or labels under the id {i!r}: evaluate both on the same "
                 "data"
             )
         shared.setdefault(row["set"], []).append(i)
@@ -232,14 +232,16 @@ def compare_process(a: str | Path, b: str | Path, summaries: tuple[Row, Row], *,
         classes = any(sides[0][i].get("error_type") is not None for i in ids)
         left_out, whole = Counter[str](), list[str]()
         of_both = sum(row["set"] == name for side in sides for row in side.values())
-        left_out["only one of both has"] = of_both - 2 * len(ids)
+        left_out["in one folder alone"] = of_both - 2 * len(ids)
         for i in ids:
             if classes and sides[0][i].get("error_type") is None:
-                left_out["name no class of error"] += 1
+                left_out["without a class of error"] += 1
             elif not classes and sides[0][i]["first_error"] is None:
-                left_out["have labels that leave the first error open"] += 1
+                left_out["with labels that leave the first error open"] += 1
             elif not all((_whole if classes else _counts)(side[i]) for side in sides):
-                left_out["lack scores of steps (cut off: raise max_length, or max_new_tokens)"] += 1
+                left_out[
+                    "without scores of all steps (cut off, or no verdict: raise max_length, or max_new_tokens)"
+                ] += 1
             else:
                 whole.append(i)
         if reasons := "; ".join(f"{count} {reason}" for reason, count in left_out.items() if count):

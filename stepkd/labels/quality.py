@@ -92,8 +92,8 @@ def label_quality(rows: Sequence[Row], truth_rows: Sequence[Row], *, seed: int =
     after it, what a correct step is depends on whom one asks.
 
     Args:
-        rows: labelled rows, matched to the truth by ``id``; ``problem_id``, else ``prompt``, tells their problem, over
-            which intervals are.
+        rows: labelled rows, matched to the truth by ``id``; problems, by ``problem_id``, else ``prompt``, are what
+            intervals resample.
         truth_rows: rows with true labels; those without a match are ignored.
         seed: of the bootstrap.
 

@@ -78,7 +78,7 @@ class Selected(ConverterConfig):
         counts = Counter[str]()
         others = [{str(row["id"]): row for row in load_rows(parse_spec(word))} for word in self.members]
         known = [] if self.labelled is None else load_rows(parse_spec(self.labelled))
-        centres = [each for row in known if (each := _candidate([row])).means_S.size]
+        centres = [each for row in known if (each := _candidate([row], f"{self.labelled}: ")).means_S.size]
         if known and len(scorers := {_scorer(row) for row in (*rows, *known)} - {None}) > 1:
             raise DataError(
                 f"pool and labelled rows have {len(scorers)} scorers: score all with one", path=self.labelled
@@ -130,13 +130,13 @@ def _scorer(row: Row) -> str | None:
     return json.dumps({**row["scorer"], "reduction": None}, sort_keys=True) if row.get("scorer") else None
 
 
-def _candidate(versions: Sequence[Row]) -> Candidate:
-    """A row as scored by every member.
+def _candidate(versions: Sequence[Row], where: str = "") -> Candidate:
+    """A row as scored by every member; messages name it behind `where`.
 
     Raises:
         DataError: a row without scores, with scores that are no probabilities, or scored step by step otherwise.
     """
-    name = str(versions[0].get("id", "?"))
+    name = where + str(versions[0].get("id", "?"))
     if any(row.get("step_scores") is None for row in versions):
         raise DataError("no step scores: score it first (stepkd score)", path=name, column="step_scores")
     files = [list(row["step_scores"]) for row in versions]

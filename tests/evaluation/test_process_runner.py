@@ -157,18 +157,21 @@ def test_classes_of_errors_are_compared_by_prm_score(tmp_path: Path) -> None:
     write_json(silent / "summary.json", a)
     rows = read_results(tmp_path / "a")
     write_jsonl(silent / "results.jsonl", [row | {"scores": [None] * len(row["scores"])} for row in rows])
-    with pytest.warns(UserWarning, match="0 solutions of .* are compared, others are not: 4 lack scores of steps"):
+    with pytest.warns(
+        UserWarning, match="0 solutions of .* are compared, others are not: 4 without scores of all steps"
+    ):
         found = compare_process(tmp_path / "a", silent, (a, a))
     assert [(name, math.isnan(each.value)) for name, each in found.items()] == [(f"{data}, PRMScore", True)]
     write_jsonl(silent / "results.jsonl", [row | {"labels": row["labels"][::-1]} for row in rows])
-    with pytest.raises(ConfigError, match="hold different problems, steps or labels under the id"):
+    with pytest.raises(ConfigError, match="hold different prompts, steps or labels under the id"):
         compare_process(tmp_path / "a", silent, (a, a))
-    write_jsonl(silent / "results.jsonl", [row | {"prompt": "another", "problem_id": "other"} for row in rows])
-    with pytest.raises(ConfigError, match="hold different problems, steps or labels under the id"):
-        compare_process(tmp_path / "a", silent, (a, a))
+    for other in ({"prompt": "another"}, {"problem_id": "other"}):
+        write_jsonl(silent / "results.jsonl", [row | other for row in rows])
+        with pytest.raises(ConfigError, match="hold different prompts, steps or labels under the id"):
+            compare_process(tmp_path / "a", silent, (a, a))
     write_jsonl(silent / "results.jsonl", rows[:2] + [row | {"error_type": None} for row in rows[2:]])
     write_jsonl(tmp_path / "a" / "results.jsonl", [*rows[:2], rows[2] | {"error_type": None}])
-    with pytest.warns(UserWarning, match="2 solutions of .* not: 1 only one of both has; 1 name no class of error"):
+    with pytest.warns(UserWarning, match="2 solutions of .* not: 1 in one folder alone; 1 without a class of error"):
         compare_process(tmp_path / "a", silent, (a, a))
 
 
@@ -178,14 +181,16 @@ def test_solutions_of_unknown_first_error_are_not_compared_and_counted(tmp_path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = f"rows:path={path}"
     a, b = (evaluate_process(spec(data, tmp_path / name), Scripted(GOOD)) for name in "ab")
-    with pytest.warns(UserWarning, match="3 solutions of .* 1 have labels that leave the first error open"):
+    with pytest.warns(UserWarning, match="3 solutions of .* 1 with labels that leave the first error open"):
         compare_process(tmp_path / "a", tmp_path / "b", (a, b))
 
 
 def test_cut_off_solutions_are_not_compared_and_counted(data: str, tmp_path: Path) -> None:
     a = evaluate_process(spec(data, tmp_path / "a"), Scripted(GOOD))
     b = evaluate_process(spec(data, tmp_path / "b"), Scripted({**GOOD, "4": float("nan")}))
-    with pytest.warns(UserWarning, match="3 solutions of .* are compared, others are not: 1 lack scores of steps"):
+    with pytest.warns(
+        UserWarning, match="3 solutions of .* are compared, others are not: 1 without scores of all steps"
+    ):
         found = compare_process(tmp_path / "a", tmp_path / "b", (a, b))
     assert all(each.value == 0 for each in found.values()), "what both scored is equal"
 

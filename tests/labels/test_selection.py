@@ -177,7 +177,7 @@ def test_pools_and_members_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="a/0, column 'step_scores': no step scores: score it first"):
         convert_rows([bare], Selected(count=1, by="k_center"))
     known = write(tmp_path / "bare.jsonl", [bare])
-    with pytest.raises(DataError, match="a/0, column 'step_scores': no step scores: score it first"):
+    with pytest.raises(DataError, match=r"bare\.jsonl: a/0, column 'step_scores': no step scores: score it first"):
         convert_rows([scored("b/0", [0.5])], Selected(count=1, by="k_center", labelled=known))
     for value in (1.5, float("nan")):
         with pytest.raises(DataError, match=r"a/0.*numbers in \[0, 1\] or null"):

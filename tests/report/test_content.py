@@ -169,6 +169,11 @@ def test_two_judgements_are_paired_by_solution(judgement: Path, tmp_path: Path) 
     name = "second minus judged: gsm8k, fixed"
     assert list(found) == [name, f"{name}, with an error", f"{name}, all correct"]
     assert {each["value"] for each in found.values()} == {0}
+    rows = tmp_path / "second" / "results.jsonl"
+    rows.write_text(rows.read_text().replace('"prompt": "', '"prompt": "Other: '))
+    ((name, difference),) = of(judgement, tmp_path / "second")["f1_differences"]
+    assert difference == {}
+    assert "hold different prompts, steps or labels under the id" in name
 
 
 def test_labels_are_counted_by_place(labels: Path) -> None:

@@ -76,7 +76,7 @@ def critic(policy: Policy, script: Callable[[str], Sequence[str]], votes: int, f
     return GenerativeVerifier(policy, form=form, sampling=sampling, template=PLAIN, engine=engine, **reading), engine
 
 
-CORRECT = r"It is \boxed{\text{Correct}}.", r"\boxed{ \textbf{correct} }"
+CORRECT = r"It is \boxed{\text{Correct}}.", r"\boxed{incorrect}? No: \boxed{ \textbf {correct} }"
 
 
 def boxed(*verdicts: str | None) -> list[str]:
