@@ -194,6 +194,17 @@ def _predicted(row: Row, threshold: float) -> int:
     return _or_miss(None if first != NO_ERROR and row["scores"][first] is None else first, row)
 
 
+def _left_out(rows: Sequence[Row], classes: bool) -> str:
+    """Why a solution, as each of two folders has it, is not compared; empty where it is."""
+    if classes and rows[0].get("error_type") is None:
+        return "without a class of error"
+    if not classes and rows[0]["first_error"] is None:
+        return "with labels that leave the first error open"
+    if not all(map(_whole if classes else _counts, rows)):
+        return "without scores of all steps (cut off, or no verdict: raise max_length, or max_new_tokens)"
+    return ""
+
+
 def compare_process(a: str | Path, b: str | Path, summaries: tuple[Row, Row], *, seed: int = 0) -> dict[str, Interval]:
     """F1 and both accuracies of B minus those of A, per set that both have and rule, on solutions whose first error
     is known; one that a critic leaves without a score is a miss. Of sets whose rows name classes of errors PRMScore
@@ -230,20 +241,10 @@ def compare_process(a: str | Path, b: str | Path, summaries: tuple[Row, Row], *,
     differences: dict[str, Interval] = {}
     for name, ids in shared.items():
         classes = any(sides[0][i].get("error_type") is not None for i in ids)
-        left_out, whole = Counter[str](), list[str]()
+        why = {i: _left_out([side[i] for side in sides], classes) for i in ids}
+        whole, left_out = [i for i in ids if not why[i]], Counter(filter(None, why.values()))
         of_both = sum(row["set"] == name for side in sides for row in side.values())
         left_out["in one folder alone"] = of_both - 2 * len(ids)
-        for i in ids:
-            if classes and sides[0][i].get("error_type") is None:
-                left_out["without a class of error"] += 1
-            elif not classes and sides[0][i]["first_error"] is None:
-                left_out["with labels that leave the first error open"] += 1
-            elif not all((_whole if classes else _counts)(side[i]) for side in sides):
-                left_out[
-                    "without scores of all steps (cut off, or no verdict: raise max_length, or max_new_tokens)"
-                ] += 1
-            else:
-                whole.append(i)
         if reasons := "; ".join(f"{count} {reason}" for reason, count in left_out.items() if count):
             warnings.warn(
                 f"{name}: {len(whole)} solutions of {a} and {b} are compared, others are not: {reasons}", stacklevel=2

@@ -171,7 +171,7 @@ def test_classes_of_errors_are_compared_by_prm_score(tmp_path: Path) -> None:
             compare_process(tmp_path / "a", silent, (a, a))
     write_jsonl(silent / "results.jsonl", rows[:2] + [row | {"error_type": None} for row in rows[2:]])
     write_jsonl(tmp_path / "a" / "results.jsonl", [*rows[:2], rows[2] | {"error_type": None}])
-    with pytest.warns(UserWarning, match="2 solutions of .* not: 1 in one folder alone; 1 without a class of error"):
+    with pytest.warns(UserWarning, match="2 solutions of .* not: 1 without a class of error; 1 in one folder alone"):
         compare_process(tmp_path / "a", silent, (a, a))
 
 
