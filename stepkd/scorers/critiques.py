@@ -156,7 +156,7 @@ class Tags(RuleScorer):
     """Scores a step by the tag that the model itself wrote in it (what it learns that from: ``stepkd convert --to
     Tagged``): the tag's probability where it says correct, else one minus it; NaN without one. A probability as far as
     training weighed both tags equally: weights w of correct and v of incorrect (``token_weights``) multiply its odds by
-    w / v, so that then a threshold or temperature is to be fitted. After KG-TRACES (arXiv 2506.00783), whose tags say
+    w / v, so that then a threshold is to be fitted. After KG-TRACES (arXiv 2506.00783), whose tags say
     whether a step is effective."""
 
     path: str
