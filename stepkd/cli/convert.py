@@ -44,7 +44,7 @@ def run(config: ConvertConfig) -> int:
     from stepkd.data.config import parse_spec
     from stepkd.data.load import load_rows
 
-    converted = convert_rows(load_rows(parse_spec(config.rows)), config.to)
+    converted = convert_rows(load_rows(parse_spec(config.rows)), config.to, path=config.rows)
     written = config.to.write(converted.rows, Path(config.out))
     print_counts(converted.counts)
     print(f"{written} rows in {config.out}")

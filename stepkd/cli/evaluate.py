@@ -9,7 +9,7 @@ r"""Benchmark a model: sample solutions, grade their answers, and sum up with in
 `stepkd benchmarks` lists the benchmarks. A killed run is resumed by the same command, with any number of processes
 (torchrun, accelerate, srun), and ends with the same result. --out then holds results.jsonl, summary.json and
 settings.json. Recipes of parity/ hold a published accuracy, with which the result is compared; --check_parity ends with
-exit code 1 where they differ.
+exit code 1 unless they agree.
 """
 
 from __future__ import annotations

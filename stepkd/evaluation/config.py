@@ -92,7 +92,8 @@ class ParityConfig(JobConfig):
     reference: ReferenceConfig | None = None
     """Published figure that the result is compared with, as recipes of parity/ hold one; by default there is none."""
     check_parity: bool = False
-    """End with exit code 1 where the result differs from the reference; off by default, where it is said only."""
+    """End with exit code 1 unless the result agrees with the reference (it differs, or problems are too few to tell);
+    off by default, where it is said only."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,7 +108,7 @@ class ParityConfig(JobConfig):
             return 0
         verdict, line = self.reference.compare(measured)
         say(line)
-        return int(self.check_parity and verdict == "differ")
+        return int(self.check_parity and verdict != "agree")
 
 
 @dataclass(frozen=True, kw_only=True)

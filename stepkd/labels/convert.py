@@ -61,12 +61,13 @@ class ConverterConfig(ABC):
         return write_jsonl(path, (validate(dict(row), detect_contract(row), path=path, extra="keep") for row in rows))
 
 
-def convert_rows(rows: Sequence[Row], to: ConverterConfig) -> Converted:
+def convert_rows(rows: Sequence[Row], to: ConverterConfig, *, path: str | Path | None = None) -> Converted:
     """Convert labelled rows.
 
     Args:
         rows: rows with step labels.
         to: a converter.
+        path: where the rows come from, for messages.
 
     Raises:
         DataError: rows it cannot convert, or none left.
@@ -74,7 +75,7 @@ def convert_rows(rows: Sequence[Row], to: ConverterConfig) -> Converted:
     converted = to.convert(rows)
     if not converted.rows:
         reasons = ", ".join(f"{count} {reason}" for reason, count in converted.counts.items() if count)
-        raise DataError(f"none of {len(rows)} rows is left ({reasons or 'no reason given'})")
+        raise DataError(f"none of {len(rows)} rows is left ({reasons or 'no reason given'})", path=path)
     return converted
 
 

@@ -241,6 +241,9 @@ class WithinBudget(ConverterConfig):
         """See :class:`~stepkd.labels.convert.ConverterConfig`."""
         costs = [*accumulate(row_cost(row) for row in rows)]
         kept = bisect_right(costs, self.tokens)
+        if rows and not kept:
+            told = f"the first row's labels cost {costs[0]} tokens: tokens={self.tokens} has to be at least that"
+            raise DataError(told, path=str(rows[0].get("id", "?")))
         counts = {
             "rows": kept,
             "generated_tokens": costs[kept - 1] if kept else 0,

@@ -202,7 +202,7 @@ def pqm(
     scores_K = torch.cat([scores_L.new_zeros(num_completions), scores_L])
     order_K = torch.arange(len(completion_K), device=completion_L.device)
     rivals_KK = (completion_K == completion_K[:, None]) & (~correct_K | (order_K <= order_K[:, None]))
-    rivals_KK = torch.where(rivals_KK, scores_K + margin * ~correct_K, float("-inf"))
+    rivals_KK = torch.where(rivals_KK, scores_K + margin * (~correct_K).to(scores_K), float("-inf"))
     flawed_R = segment_sum((~correct_L).double(), completion_L, num_completions) > 0
     kept_K = torch.cat([flawed_R, correct_L])
     losses_K = torch.where(kept_K, rivals_KK.logsumexp(-1) - scores_K, 0.0)

@@ -76,6 +76,19 @@ class FittedLoss(StepLoss):
             found = [self.read(module.forward_pass(each.to(module.device))) for each in batches[::every]]
         self.fitted.update(self.fit(module.model, *map(torch.cat, zip(*found, strict=True))))
 
+    def constants(self, device: torch.device) -> dict[str, Tensor]:
+        """What was fitted, on a device.
+
+        Raises:
+            ConfigError: nothing was: a validation of weights alone, which do not hold it.
+        """
+        if not self.fitted:
+            raise ConfigError(
+                f"losses: {type(self).__name__} has constants that training computes and checkpoints keep: validate "
+                "with --ckpt_path of a run in place of its weights alone, or leave this loss out"
+            )
+        return {name: value.to(device) for name, value in self.fitted.items()}
+
 
 @dataclass(frozen=True, eq=False)
 class MCMI(FittedLoss):
@@ -101,7 +114,8 @@ class MCMI(FittedLoss):
 
     def terms(self, forward: ForwardPass) -> LossTerms:
         """``mcmi``: minus the distances from the centroids, in nats."""
-        return mcmi(forward.step_logps_LC, forward.batch.targets_LC, self.fitted["centroids_CC"])
+        centroids_CC = self.constants(forward.step_logps_LC.device)["centroids_CC"]
+        return mcmi(forward.step_logps_LC, forward.batch.targets_LC, centroids_CC)
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,10 +203,10 @@ class StepDistillation(FittedLoss):
         share of steps whose most likely class is the teacher's."""
         logps_LC, features_LH = self.read(forward)
         targets_LK = logps_LC.softmax(-1)
-        if self.fitted:
-            found = {name: value.to(features_LH.device) for name, value in self.fitted.items()}
-            targets_LK = subclass_targets(logps_LC, features_LH, **found, temperature=self.temperature)
         hidden_LH, head = forward.hidden_at(forward.batch.read_L), forward.policy.require_step_head()
+        if head.spec.subclasses > 1:
+            found = self.constants(features_LH.device)
+            targets_LK = subclass_targets(logps_LC, features_LH, **found, temperature=self.temperature)
         logps_LK = head.subclass_logps(hidden_LH, forward.head, chunk_size=forward.chunk_size)
         own_LC = logps_LK.detach().unflatten(-1, (logps_LC.shape[-1], -1)).logsumexp(-1)
         same_L = likeliest(own_LC) == likeliest(logps_LC)

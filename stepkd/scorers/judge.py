@@ -43,6 +43,7 @@ JUDGE_TEMPLATE = PromptTemplate(plain="{prompt}\nAnswer:")
 """Chat style asks as a user; plain style ends where the answer begins."""
 QUESTION = "Is step {step} right, given the problem and the steps before it? Answer Yes or No."
 WHOLE_QUESTION = "Is this solution, as far as it goes, on the way to the correct answer? Answer Yes or No."
+TRUE_QUESTION = "Is this solution correct? Answer Yes or No."
 EXAMPLES = "Steps of other problems:\n\n"
 EXAMPLE = "Problem: {problem}\nStep: {step}\nIs the step right? {answer}\n\n"
 BRAINSTORMED = "Here are some brainstormed ideas:"
@@ -62,7 +63,8 @@ class PromptedJudge(PolicyScorer):
         answers: pairs of a yes and a no, one token each, whose probabilities are added up; none: the usual ones.
         reference: show the row's ``solution`` (else its ``answer``) to the model.
         whole: ask once, about all steps; the last one's score is then P(yes) among all tokens, as in the released code
-            of MCTS-DPO (arXiv 2405.00451), and those before it have none.
+            of MCTS-DPO (arXiv 2405.00451), and those before it have none. With ``ideas`` it is P(True): whether the
+            solution is correct, yes against no.
         ideas: samples, of which the first of the problem are shown before the solution, as many as half of the text has
             room for.
         examples: labelled steps, of which the nearest ones are shown with every question, as far as the text has room.
@@ -96,7 +98,8 @@ class PromptedJudge(PolicyScorer):
         self.max_length = min(self.max_length, self.engine.scored_length or self.max_length)
         self.whole = whole
         self.meaning: Meaning = "outcome" if whole else "correctness"
-        self.question = question or (WHOLE_QUESTION if whole else QUESTION)
+        self.among_all = whole and ideas is None
+        self.question = question or (WHOLE_QUESTION if self.among_all else TRUE_QUESTION if whole else QUESTION)
         if not whole and self.question.count("{step}") != 1:
             raise ConfigError(f"the judge's question must hold {{step}} once, found {question!r}")
         self.yes_ids, self.no_ids = answer_ids(policy.tokenizer, answers)
@@ -140,7 +143,7 @@ class PromptedJudge(PolicyScorer):
         places: list[tuple[int, int, Ids]] = []
         for k, step in enumerate(steps, start=1):
             longer = ids + self._ids(f"{_numbered(step.strip(), k)}\n")
-            room = self.max_length - len(head) - len(longer) - self.whole  # _said scores one token more
+            room = self.max_length - len(head) - len(longer) - self.among_all  # _said scores one token more
             asked = (f"\n{shown}{self.question.replace('{step}', str(k))}{behind}" for shown in leads[k - 1])
             question = next((each for each in map(self._ids, asked) if len(each) <= room), None)
             if question is None:
@@ -225,7 +228,7 @@ class PromptedJudge(PolicyScorer):
                 last_B = torch.tensor([len(row) - 1 for row in questions], device=hidden_BTH.device)
                 hidden_SH = hidden_BTH[torch.arange(len(questions), device=hidden_BTH.device), last_B]
                 answers = [*self.no_ids, *self.yes_ids]
-                logps_SC = label_token_logps(self.policy.head, hidden_SH, answers, restricted=not self.whole)
+                logps_SC = label_token_logps(self.policy.head, hidden_SH, answers, restricted=not self.among_all)
                 self._answer([cases[b] for b in owners], steps, logps_SC)
 
     def _apart(self, cases: list[Item]) -> None:
@@ -235,7 +238,7 @@ class PromptedJudge(PolicyScorer):
         for whole in (True, False):
             part = [row for row in rows if (row[1] == row[0].places[-1][0]) is whole]
             texts = [(case.head + case.ids)[:cut] + question for case, _, cut, question in part]
-            logps_SC = self._said(texts) if self.whole else self.engine.choice_logps(texts, answers)
+            logps_SC = self._said(texts) if self.among_all else self.engine.choice_logps(texts, answers)
             self._answer([row[0] for row in part], [row[1] for row in part], torch.from_numpy(logps_SC))
 
     def _said(self, texts: Sequence[Ids]) -> Numbers:

@@ -183,7 +183,8 @@ class Judge(_Reader):
     """Show the row's gold solution, else its answer, to the model; off, it judges by itself."""
     whole: bool = False
     """Ask once, whether all steps together are on the way to the correct answer, and take the chance of yes among all
-    tokens (MCTS-DPO's question, near that of P(True)); off, ask about every step, and take yes against no."""
+    tokens (MCTS-DPO's question); with ideas, whether the solution is correct, and take yes against no (P(True)); off,
+    ask about every step, and take yes against no."""
     ideas: str | None = None
     """Sampled solutions, of which the first five of the same problem are shown before the one in question: a file, the
     folder of a labelling job, or data settings in one word; the default shows none."""

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2] / "recipes" / "claims"
 NAMES = (
     *("step_dpo", "iterated_step_kto", "cached_teacher", "prm_best_of_n", "implicit_prm", "binary_search_labels"),
     *("phi_decoding", "consensus_filter", "active_labels", "sorm_balance", "generative_verifier", "prm_distillation"),
-    "adaptive_step",
+    *("adaptive_step", "noisy_student", "step_kto_ablation"),
 )
 
 

@@ -63,8 +63,9 @@ def test_subset_from_id_file_or_not_at_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("subset", "correct", "incorrect"), [("gsm8k", 193, 207), ("math", 406, 594)]
-)  # fmt: skip
+    ("subset", "correct", "incorrect"),
+    [("gsm8k", 193, 207), ("math", 406, 594), ("olympiadbench", 339, 661), ("omnimath", 241, 759)],
+)
 def test_real_counts(data_dir: Path, subset: str, correct: int, incorrect: int) -> None:
     """As the paper counts them; the folder's split is the file of that name."""
     folder = data_dir / "processbench"

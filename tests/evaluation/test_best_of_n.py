@@ -268,6 +268,11 @@ def test_what_is_refused(tmp_path: Path) -> None:
         best_of_n_from_files({"a": path, "b": write(tmp_path / "b.jsonl", ROWS[:-1])})
     with pytest.raises(DataError, match=r"line 2.*'score'.*stepkd score"):
         best_of_n_from_files({"a": write(tmp_path / "c.jsonl", [ROWS[0], {"problem_id": "p", "correct": True}])})
+    for value in (float("nan"), "0.5"):
+        with pytest.raises(
+            DataError, match=r"e\.jsonl, line 2, column 'score': .* is no score: a finite number, or null"
+        ):
+            best_of_n_from_files({"a": write(tmp_path / "e.jsonl", [ROWS[0], ROWS[1] | {"score": value}])})
     other = [dict(ROWS[0], completion="1+3=4\n#### 4"), *ROWS[1:]]
     with pytest.raises(ConfigError, match=r"different solutions under one id \(sample 0 of problem 'p'\)"):
         best_of_n_from_files({"a": path, "b": write(tmp_path / "f.jsonl", other)})

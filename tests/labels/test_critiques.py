@@ -21,7 +21,7 @@ from stepkd.labels.critiques import Critiques, Tagged
 from stepkd.models.policy import Policy
 from stepkd.models.spec import PolicyConfig
 from stepkd.modules.rewards import RewardConfig, Rewards
-from stepkd.scorers.critiques import FORMS, Tags
+from stepkd.scorers.critiques import FORMS, Tags, get_form
 from stepkd.scorers.scorer import score_one, score_rows
 from stepkd.steps.segment import get_segmenter
 from stepkd.tasks import critique_rows, make_rows
@@ -69,6 +69,11 @@ def test_the_accuracy_reward_reads_verdicts(form: str) -> None:
             columns = {"prompts": ["p"] * n, "completions": texts, "answer": [gold] * n, "cut_off": [False] * n}
             totals, _ = rewards(columns, list(answers))
             assert totals == [float(each == gold) for each in answers]
+        if form == "step":  # a verdict in another LaTeX word earns what the critic reads in it
+            text = r"\boxed{\text{Correct}}"
+            assert get_form(form).meaning(get_form(form).read(text)) is True
+            columns = {"prompts": ["p"] * 2, "completions": [text] * 2, "answer": [*answers], "cut_off": [False] * 2}
+            assert rewards(columns, list(answers))[0] == [1.0, 0.0]
 
 
 def test_requests_are_balanced_by_step_and_never_stand_behind_an_unknown_label() -> None:

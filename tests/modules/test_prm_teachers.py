@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -250,6 +251,17 @@ def test_losses_that_read_the_training_data_need_some(prm_step: Any, encoded: An
     with pytest.raises(ConfigError, match=r"losses: \[MCMI\] do not train the step head by themselves"):
         module_of(PLAIN, [MCMI()])
     prm_step(encoded(PLAIN, 4), PLAIN, losses=[StepDistillation(worker.reward_model())])  # without sub-classes: none
+
+
+@pytest.mark.parametrize("losses", [[StepCrossEntropy(), MCMI()], [StepDistillation("teacher")]])
+def test_validation_of_weights_alone_says_where_the_constants_are(losses: list[Any], trainer: Any) -> None:
+    head = Classifier() if len(losses) > 1 else Classifier(subclasses=2)
+    losses = [replace(each, teacher=worker.reward_model()) if hasattr(each, "teacher") else each for each in losses]
+    held_out = DataConfig(
+        source="task", split="test", options={"task": "modular:terms=3", "noise": {"rate": 0.4}, "n": 8}
+    )
+    with pytest.raises(ConfigError, match=r"has constants that training computes .* --ckpt_path of a run"):
+        trainer().validate(module_of(head, losses), datamodule=data(validation=held_out))
 
 
 def test_a_teacher_of_another_prompt_template_is_refused(trainer: Any, tmp_path: Path) -> None:

@@ -198,6 +198,23 @@ def test_ideas_stand_before_the_solution(make_policy: Callable[..., Policy], sha
         Ideas([{"prompt": "apples"}])
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_p_true_is_yes_against_no_about_the_whole_behind_the_ideas(
+    make_policy: Callable[..., Policy], shared: bool
+) -> None:
+    policy = make_policy()
+    how = {name: value for name, value in SHORT.items() if name != "question"}
+    ideas = Ideas([{"prompt": "apples", "completion": "idea 0"}])
+    judge = PromptedJudge(policy, whole=True, ideas=ideas, shared_prefix=shared, **how)
+    first, last = judge.score([Solutions({"prompt": "apples"}, [["add two", "add"]])])[0][0]
+    asked = "Is this solution correct? Answer Yes or No."
+    text = (
+        "Problem:\napples\n\nHere are some brainstormed ideas:\n\nidea 0\n\nSolution:\nStep 1: add two\nStep 2: add\n\n"
+    )
+    assert math.isnan(first)
+    assert last == pytest.approx(by_hand(policy, f"{text}{asked}\nA:"), abs=1e-10)
+
+
 def test_the_judge_of_whole_solutions_is_an_outcome_scorer(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps(ROWS[0]) + "\n")
