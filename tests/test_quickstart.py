@@ -63,6 +63,7 @@ def test_summary_can_be_recomputed_from_the_rows(folder: Path) -> None:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     again = summarise(rows, (1, 2, 4), seed=0)["metrics"]
     assert again == summary["stages"]["evaluate"]["student"]["sampled"]["metrics"]
+    assert {"majority", "prm", "prm_vote", "pass"} <= summary["stages"]["prm"]["best_of_n"]["curves"].keys()
 
 
 @pytest.mark.slow
