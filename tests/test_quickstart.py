@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
+import io
 import json
 import random
 import re
@@ -25,7 +27,9 @@ from stepkd.quickstart import FILE, STAGES, Context, next_commands, paragraph
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("quickstart") / "run"
-    assert main(["quickstart", "--out", str(out), "--scale", "0.01"]) == 0
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert main(["quickstart", "--out", str(out), "--scale", "0.01"]) == 0
+    assert "votes weighted by it" in printed.getvalue()
     return out
 
 
@@ -63,7 +67,6 @@ def test_summary_can_be_recomputed_from_the_rows(folder: Path) -> None:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     again = summarise(rows, (1, 2, 4), seed=0)["metrics"]
     assert again == summary["stages"]["evaluate"]["student"]["sampled"]["metrics"]
-    assert {"majority", "prm", "prm_vote", "pass"} <= summary["stages"]["prm"]["best_of_n"]["curves"].keys()
 
 
 @pytest.mark.slow

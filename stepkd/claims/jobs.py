@@ -267,7 +267,7 @@ def _load(word: str | Path) -> list[Any]:
 
 def _convert(out: Path, config: ConvertJob) -> Measured:
     """As ``stepkd convert``: ``rows`` and ``to``. Columns: its counts, and ``rows``."""
-    converted = convert_rows(_load(config.rows), config.to)
+    converted = convert_rows(_load(config.rows), config.to, path=config.rows)
     return Measured(converted.counts | {"rows": config.to.write(converted.rows, out / ROWS_NAME)})
 
 

@@ -315,8 +315,9 @@ def _by_key(path: str | Path) -> dict[tuple[str, str], Mapping[str, Any]]:
     for row, number in read_rows(path):
         if "score" not in row:
             raise DataError("no 'score': score it with stepkd score", path=path, line=number, column="score")
-        if not (row["score"] is None or (isinstance(row["score"], int | float) and math.isfinite(row["score"]))):
-            told = f"{row['score']!r} is no score: a finite number, or null for a solution that could not be scored"
+        score = row["score"]
+        if isinstance(score, bool) or not (score is None or (isinstance(score, int | float) and abs(score) < math.inf)):
+            told = f"{score!r} is no score: a finite number, or null for a solution that could not be scored"
             raise DataError(told, path=path, line=number, column="score")
         if not isinstance(row.get("correct"), bool):
             raise DataError("no verdict: give graded completions", path=path, line=number, column="correct")

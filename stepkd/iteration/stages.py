@@ -260,7 +260,7 @@ def _convert(it: Iteration, labels: Path) -> dict[str, Any]:
     from stepkd.labels.convert import convert_rows
 
     converter = it.spec.converter(it.k)
-    converted = convert_rows(load_rows(parse_spec(str(labels))), converter)
+    converted = convert_rows(load_rows(parse_spec(str(labels))), converter, path=labels)
     written = converter.write(converted.rows, it.folder / CONVERTED_NAME)
     return {"to": type(converter).__name__, "rows": written, "counts": converted.counts}
 

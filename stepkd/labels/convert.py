@@ -72,7 +72,12 @@ def convert_rows(rows: Sequence[Row], to: ConverterConfig, *, path: str | Path |
     Raises:
         DataError: rows it cannot convert, or none left.
     """
-    converted = to.convert(rows)
+    try:
+        converted = to.convert(rows)
+    except DataError as error:
+        if path is None or error.path is not None:
+            raise
+        raise DataError(str(error), path=path) from None
     if not converted.rows:
         reasons = ", ".join(f"{count} {reason}" for reason, count in converted.counts.items() if count)
         raise DataError(f"none of {len(rows)} rows is left ({reasons or 'no reason given'})", path=path)

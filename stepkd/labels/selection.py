@@ -242,8 +242,10 @@ class WithinBudget(ConverterConfig):
         costs = [*accumulate(row_cost(row) for row in rows)]
         kept = bisect_right(costs, self.tokens)
         if rows and not kept:
-            told = f"the first row's labels cost {costs[0]} tokens: tokens={self.tokens} has to be at least that"
-            raise DataError(told, path=str(rows[0].get("id", "?")))
+            raise DataError(
+                f"the labels of the first row ({rows[0].get('id', '?')}) cost {costs[0]} tokens: tokens={self.tokens} "
+                "has to be at least that"
+            )
         counts = {
             "rows": kept,
             "generated_tokens": costs[kept - 1] if kept else 0,

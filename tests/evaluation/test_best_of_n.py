@@ -268,7 +268,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         best_of_n_from_files({"a": path, "b": write(tmp_path / "b.jsonl", ROWS[:-1])})
     with pytest.raises(DataError, match=r"line 2.*'score'.*stepkd score"):
         best_of_n_from_files({"a": write(tmp_path / "c.jsonl", [ROWS[0], {"problem_id": "p", "correct": True}])})
-    for value in (float("nan"), "0.5"):
+    for value in (float("nan"), float("inf"), "0.5", True):
         with pytest.raises(
             DataError, match=r"e\.jsonl, line 2, column 'score': .* is no score: a finite number, or null"
         ):

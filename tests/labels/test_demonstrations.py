@@ -68,8 +68,8 @@ def test_stepwise_rows_are_joined_as_written() -> None:
 
 
 def test_none_left_says_why() -> None:
-    with pytest.raises(DataError, match=r"none of 2 rows is left \(1 cut_off, 1 incorrect_answer\)"):
-        convert_rows(ROWS[2:4], Demonstrations(clean=True))
+    with pytest.raises(DataError, match=r"^rows\.jsonl: none of 2 rows is left \(1 cut_off, 1 incorrect_answer\)"):
+        convert_rows(ROWS[2:4], Demonstrations(clean=True), path="rows.jsonl")
 
 
 def test_written_rows_can_be_trained_on(tmp_path: Path) -> None:

@@ -208,8 +208,8 @@ def test_a_budget_of_tokens_keeps_the_first_labels() -> None:
         found = WithinBudget(tokens=tokens).convert(rows)
         assert found.rows == rows[:kept]
         assert found.counts == {"rows": kept, "generated_tokens": spent, "beyond_the_budget": 4 - kept}
-    with pytest.raises(DataError, match=r"a/0: .* labels cost 3 tokens: tokens=2 has to be at least that"):
-        convert_rows(rows, WithinBudget(tokens=2))
+    with pytest.raises(DataError, match=r"rows\.jsonl: .* \(a/0\) cost 3 tokens: tokens=2 has to be at least that"):
+        convert_rows(rows, WithinBudget(tokens=2), path="rows.jsonl")
     free = [scored("b/0", [0.5]), scored("b/1", [0.5], label_facts={"scores": [0.5]})]
     assert WithinBudget(tokens=0).convert(free).rows == free, "an exact checker generates nothing"
 
@@ -224,3 +224,5 @@ def test_from_the_command_line_and_in_a_claim(tmp_path: Path, capsys: pytest.Cap
     to = {"class_path": "Selected", "init_args": {"by": "uncertainty", "count": 2, "members": [pool]}}
     assert run_job("convert", {"rows": pool, "to": to}, tmp_path / "job").columns["uncertain"] == 2
     assert (tmp_path / "job" / "rows.jsonl").read_text() == out.read_text()
+    assert main(["convert", pool, "--to", "Demonstrations", "--out", str(out)]) == 2
+    assert "results.jsonl: none of 3 rows is left (3 incorrect_answer)" in " ".join(capsys.readouterr().err.split())
