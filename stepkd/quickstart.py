@@ -227,7 +227,7 @@ def best_of_n(context: Context, labelled: int) -> dict[str, Any]:
     metrics = step_metrics(steps, seed=context.seed).to_dict()
     table = Table("choice", *(Column(f"N={k}", justify="right") for k in curve.ks), title_justify="left")
     table.title = f"choosing among {choices} of the student's solutions, 95% intervals"
-    named = {"majority": "majority", "prm": "process reward model", "prm_vote": "votes weighted by it"}
+    named = {"majority": "majority", "prm": "process reward model", "prm_vote": "weighted vote"}
     for name, text in (named | {"pass": "any correct (ceiling)"}).items():
         table.add_row(text, *(shown(each.to_dict(), ".1%", gap="\n") for each in curve.curves[name]))
     context.console.print(table)

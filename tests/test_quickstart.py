@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("quickstart") / "run"
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         assert main(["quickstart", "--out", str(out), "--scale", "0.01"]) == 0
-    assert "votes weighted by it" in printed.getvalue()
+    assert "│ weighted vote │" in printed.getvalue()
     return out
 
 
