@@ -289,7 +289,7 @@ def _now() -> str:
 _FREE = re.compile(
     r"trainer\.(?!precision|limit_train_batches).*|checkpoint\.(?!monitor|mode).*|data\.(test|predict)\b.*"
     r"|(micro_batch_tokens|chunk_size|policy\.(gradient_checkpointing|allow_low_precision)|samples\b.*)"
-    r"|(.+\.)?(max_rows|server|urls|gpu_memory|timeout_s|requests|engine\.weights)"
+    r"|(.+\.)?(max_rows|server|urls|gpu_memory|timeout_s|requests|engine\.(weights|completions))"
 )
 """Settings that a resumed run takes as they are: how long it runs, what it logs, on what hardware."""
 

@@ -144,7 +144,7 @@ class VLLM(EngineConfig):
     """vLLM's engine in this process, with its prefix cache: in training on every rank's GPU beside the model that
     learns, in a job with the model of its own."""
 
-    max_rows: int = 256
+    completions: int = 256
     """Completions that a job asks for at once, >= 1, the size of a unit of work; the engine makes its own batches."""
     gpu_memory: float = 0.3
     """Share of the GPU's memory that the engine may take, in (0, 1); 0.9 where nothing else needs it. On a CPU it is
@@ -152,12 +152,12 @@ class VLLM(EngineConfig):
     holds_weights = False
 
     def __post_init__(self) -> None:
-        check_bounds("engine.", self, max_rows="[1, inf)", gpu_memory="(0, 1)")
+        check_bounds("engine.", self, completions="[1, inf)", gpu_memory="(0, 1)")
 
     @property
     def at_once(self) -> int:
-        """``max_rows``."""
-        return self.max_rows
+        """``completions``."""
+        return self.completions
 
     def build(self, policy: Any, breaks_off: Callable[[], bool] | None = None) -> Engine:
         """See :meth:`EngineConfig.build`."""

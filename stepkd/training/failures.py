@@ -47,7 +47,7 @@ def _memory(text: str, module: Any, last: Path | None) -> str:
         kept = f"{last} is intact: --resume continues from it. "
     return (
         f"out of memory{where}. Three settings take less, in this order: model.init_args.micro_batch_tokens (now {now};"
-        " half of it, the gradient stays the same), while sampling engine.max_rows; "
+        " half of it, the gradient stays the same), while sampling engine.max_rows (of VLLM engine.gpu_memory); "
         "model.init_args.policy.gradient_checkpointing: true; LoRA (policy.lora) or a sharded strategy "
         "(recipes/strategy/fsdp2.yaml) in place of all weights on every device. `stepkd doctor --recipe ...` measures "
         f"the need. {kept}({_first_line(text)})"

@@ -6,13 +6,16 @@ import importlib
 import subprocess
 import sys
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from inspect import isabstract
 from pathlib import Path
+from pkgutil import walk_packages
 from typing import ClassVar, Literal
 
 import pytest
 import yaml
 
+import stepkd
 from stepkd.cli import COMMANDS, parser
 from stepkd.cli.parser import parse
 from stepkd.errors import ConfigError, check_bounds
@@ -300,6 +303,34 @@ def test_options_are_fields_of_settings_classes() -> None:
     declared = [line for path in sources for line in path.read_text().splitlines() if "add_argument(" in line]
     assert len(declared) == 1
     assert '"--config", action="config"' in declared[0]
+
+
+def test_a_class_that_is_chosen_has_its_own_defaults() -> None:
+    """A parser hands values of the class before on to the one that is chosen, by name."""
+    for module in walk_packages(stepkd.__path__, "stepkd."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    kinds = [kind for kind in _below(object) if str(kind.__module__).startswith("stepkd.") and is_dataclass(kind)]
+    seen = 0
+    for owner, each in ((kind, each) for kind in kinds for each in fields(kind)):
+        default = each.default if each.default_factory is MISSING else each.default_factory()
+        if not is_dataclass(default) or isinstance(default, type):
+            continue
+        before = {name.name: getattr(default, name.name) for name in fields(default)}
+        bases = [base for base in type(default).__mro__ if isabstract(base)]
+        for other in {other for base in bases for other in _below(base) if is_dataclass(other)}:
+            for own in fields(other):
+                value = own.default if own.default_factory is MISSING else own.default_factory()
+                if own.init and own.name in before and value is not MISSING:
+                    assert value == before[own.name], f"{owner.__name__}.{each.name}: {other.__name__}.{own.name}"
+                    seen += 1
+    assert seen
+
+
+def _below(kind: type) -> set[type]:
+    """Every class below a class."""
+    direct = type.__subclasses__(kind)
+    return {*direct, *(each for below in direct for each in _below(below))}
 
 
 class Own(ABC):  # noqa: B024

@@ -56,6 +56,7 @@ def compare(dotted: str, value: Any, *named: str) -> list[str]:
         ("checkpoint.every_n_steps", 5, "checkpoint.every_n_steps: 100 then, 5 now"),
         ("model.init_args.micro_batch_tokens", 99, "micro_batch_tokens: 8192 then, 99 now"),
         ("model.init_args.engine.init_args.max_rows", 8, "engine.max_rows: 64 then, 8 now"),
+        ("model.init_args.engine.init_args.completions", 8, "engine.completions: not set then, 8 now"),
         ("model.init_args.policy.gradient_checkpointing", True, "policy.gradient_checkpointing: False then, True now"),
         ("data.init_args.test", {"path": "x"}, "data.test.path: not set then, 'x' now"),
     ],
